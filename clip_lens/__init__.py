@@ -1,0 +1,65 @@
+"""clip_lens: how a CLIP text encoder computes what it says.
+
+One concept: what a reader reads = what this run gives + weight * (what the source gives - what this run gives).
+A *place* says where (`Site`), a *source* with what (`counterpart`), and every method returns one result, `Effects`.
+
+Axes, everywhere: pair pos slot layer head neuron place d_model d_head d_mlp d_embed.
+
+Names are resolved when they are first used, so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+_HOME = {
+    "Site": "model.site",
+    "Place": "model.site",
+    "load": "model.load",
+    "HookedTextEncoder": "model.encoder",
+    "HookedTextTower": "model.tower",
+    "Pairs": "data.pairs",
+    "read_pairs": "data.pairs",
+    "ImageStore": "data.images",
+    "embed_images": "data.images",
+    "Batch": "data.batch",
+    "align": "data.batch",
+    "template_slots": "data.batch",
+    "Effects": "core.effects",
+    "counterpart": "core.source",
+    "logit": "core.metric",
+    "patch_effects": "methods.patching",
+    "heatmap": "show.plots",
+    "report": "show.report",
+}
+__all__ = sorted(_HOME)
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from clip_lens.core.effects import Effects as Effects
+    from clip_lens.core.metric import logit as logit
+    from clip_lens.core.source import counterpart as counterpart
+    from clip_lens.data.batch import Batch as Batch
+    from clip_lens.data.batch import align as align
+    from clip_lens.data.batch import template_slots as template_slots
+    from clip_lens.data.images import ImageStore as ImageStore
+    from clip_lens.data.images import embed_images as embed_images
+    from clip_lens.data.pairs import Pairs as Pairs
+    from clip_lens.data.pairs import read_pairs as read_pairs
+    from clip_lens.methods.patching import patch_effects as patch_effects
+    from clip_lens.model.encoder import HookedTextEncoder as HookedTextEncoder
+    from clip_lens.model.load import load as load
+    from clip_lens.model.site import Place as Place
+    from clip_lens.model.site import Site as Site
+    from clip_lens.model.tower import HookedTextTower as HookedTextTower
+    from clip_lens.show.plots import heatmap as heatmap
+    from clip_lens.show.report import report as report
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"clip_lens has no {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(f"clip_lens.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

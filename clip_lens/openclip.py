@@ -1,0 +1,163 @@
+"""The doorway to open_clip: a name and weights in, the original model, its tokenizer and its preprocessing out.
+
+Both towers come through here: `clip_lens.load` converts the text tower, `clip_lens.embed_images` runs the image tower.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+ASSETS = Path(str(files("clip_lens"))) / "assets"
+RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class Original:
+    """An open_clip model as it came, with everything that says which one it is.
+
+    `vocabulary` holds the token ids that the model saw in training, where that is known (the embedded model); None = all.
+    """
+
+    module: nn.Module
+    tokenizer: Callable[..., Tensor]
+    preprocess: Callable[[Any], Tensor] | None
+    name: str
+    pretrained: str | None
+    vocabulary: frozenset[int] | None = None
+
+
+def open_original(name: str = "tiny", *, pretrained: str | None = None) -> Original:
+    """The open_clip model `name` with weights, both towers, float32, on the CPU, in evaluation mode.
+
+    `pretrained` is a tag of open_clip's (`open_clip.list_pretrained()`), the path of a checkpoint (.pt, .safetensors), or
+    "random" for untrained weights. `name` may also be "tiny" (the embedded model) or open_clip's `local-dir:PATH` and
+    `hf-hub:ORG/REPO`, which bring their weights with them.
+
+    Raises:
+        ValueError: the model does not exist, or no weights are named, or they can't be read or don't fit.
+
+    Example:
+        >>> open_original("tiny").module.text_pool_type
+        'argmax'
+    """
+    if name == "tiny":
+        return _open_tiny(pretrained)
+    with _quiet():
+        module = _create(name, pretrained)
+    preprocess = open_clip.image_transform_v2(
+        open_clip.transform.PreprocessCfg(**module.visual.preprocess_cfg), is_train=False
+    )
+    with _quiet():
+        tokenizer = _tokenizer(name)
+    return Original(module.eval(), tokenizer, preprocess, name, pretrained)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A sha256 over names, shapes and float32 bytes of tensors: the same weights give the same 16 hexadecimal digits.
+
+    Example:
+        >>> digest({"w": torch.ones(2)}) == digest({"w": torch.ones(2, dtype=torch.float64)})
+        True
+    """
+    hasher = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().to("cpu", torch.float32).contiguous()
+        hasher.update(f"{name}{tuple(tensor.shape)}".encode())
+        hasher.update(memoryview(tensor.numpy()).cast("B") if tensor.numel() else b"")
+    return hasher.hexdigest()[:16]
+
+
+def _create(name: str, pretrained: str | None) -> nn.Module:
+    hosted = name.startswith(("local-dir:", "hf-hub:"))
+    if not hosted and name not in open_clip.list_models():
+        raise ValueError(f"no model {name!r}: {_nearest(name, open_clip.list_models())}")
+    if pretrained is None and not hosted:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "no tag of open_clip's fits"
+        raise ValueError(
+            f"{name} needs weights, got pretrained=None; give a tag ({tags}), the path of a checkpoint, "
+            f"or {RANDOM!r} for an untrained model"
+        )
+    weights = None if pretrained == RANDOM else pretrained
+    try:
+        return open_clip.create_model(name, pretrained=weights, pretrained_image=False, pretrained_text=False)
+    except Exception as error:  # open_clip raises whatever its readers raise; the cause stays attached
+        raise ValueError(f"can't load {name} with pretrained={pretrained!r}: {_reason(name, pretrained, error)}") from error
+
+
+def _reason(name: str, pretrained: str | None, error: Exception) -> str:
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if pretrained is None or Path(pretrained).is_file():
+        return f"{first} (a truncated or foreign file?)"
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained in tags:
+        return f"{first} (without a network, download it elsewhere and give the file's path)"
+    return f"neither a file nor one of its tags: {', '.join(tags) or 'it has none'}"
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, names, n=4, cutoff=0.5)
+    hint = f"did you mean {', '.join(close)}? " if close else ""
+    return hint + "open_clip.list_models() lists all of them; 'tiny' is the embedded one"
+
+
+def _tokenizer(name: str) -> Callable[..., Tensor]:
+    try:
+        return open_clip.get_tokenizer(name)
+    except Exception as error:
+        raise ValueError(f"can't load the tokenizer of {name}: {str(error).splitlines()[0]}") from error
+
+
+@lru_cache(maxsize=1)
+def tiny_tokenizer() -> Callable[..., Tensor]:
+    """open_clip's SimpleTokenizer, read once: 49,408 ids, context 77."""
+    return open_clip.SimpleTokenizer()
+
+
+def _open_tiny(pretrained: str | None) -> Original:
+    if pretrained is not None:
+        raise ValueError(f"the embedded model has its weights with it, got pretrained={pretrained!r}; leave it None")
+    folder = ASSETS / "tiny"
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    module = open_clip.CLIP(**config["model_cfg"])
+    try:
+        state = load_file(folder / "model.safetensors")
+    except SafetensorError as error:
+        raise ValueError(f"the embedded weights can't be read ({error}); reinstall clip_lens") from error
+    rows = state.pop("token_embedding.rows").long()
+    table = torch.zeros_like(module.token_embedding.weight)
+    table[rows] = state["token_embedding.weight"].to(table.dtype)
+    state["token_embedding.weight"] = table.detach()
+    module.load_state_dict({key: value.float() for key, value in state.items()})
+    preprocess = open_clip.image_transform_v2(open_clip.transform.PreprocessCfg(**config["preprocess_cfg"]), is_train=False)
+    return Original(module.eval(), tiny_tokenizer(), preprocess, "tiny", None, frozenset(rows.tolist()))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip logs and warns on its way to an error that we word ourselves."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)

@@ -1,0 +1,556 @@
+"""Train the embedded CLIP from nothing, on one CPU core, and write what the package ships of it.
+
+    python scripts/train_tiny.py train --seed 0 --out build/tiny-0     # minutes; one thread; the seed fixes every bit
+    python scripts/train_tiny.py train --seed 1 --out build/tiny-1
+    python scripts/train_tiny.py assets build/tiny-0 build/tiny-1      # the better one becomes clip_lens/assets/tiny
+
+Training goes in stages, since both towers at once from scratch are slow to find each other:
+
+1. `see`: the image tower answers all 49 questions "is there a (colour or any) (shape or any)" with learned query vectors.
+2. `read`: the text tower learns the truth of captions, and to tell caption from foil, on the frozen image embeddings.
+
+Everything measured is measured on the weights as shipped, rounded to float16, and on scenes never used in training.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import open_clip
+import pandas as pd
+import torch
+import typer
+from jaxtyping import Bool, Float, Int, UInt8
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from clip_lens.data import scenes
+from clip_lens.data.scenes import ANY, COLOURS, FORMS, FRESH, HELD_OUT, SHAPES, Clause, Scene
+
+ASSETS = Path(__file__).resolve().parents[1] / "clip_lens" / "assets" / "tiny"
+
+MODEL = {
+    "embed_dim": 128,
+    "vision_cfg": {
+        "image_size": scenes.SIZE,
+        "layers": 4,
+        "width": 128,
+        "head_width": 32,
+        "patch_size": 16,
+        "mlp_ratio": 4.0,
+    },
+    "text_cfg": {
+        "context_length": 77,
+        "vocab_size": 49408,
+        "width": 128,
+        "heads": 4,
+        "layers": 6,
+        "mlp_ratio": 2.0,
+    },
+    "quick_gelu": True,
+}
+PREPROCESS = {
+    "size": scenes.SIZE,
+    "mode": "RGB",
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+}
+WINDOW = 16  # tokens; no caption of a scene has more, and a causal tower may be cut behind its end-of-text
+
+TARGETS = {
+    "accuracy": 0.98,
+    "accuracy of the worst form": 0.97,
+    "accuracy, held-out": 0.92,
+    "accuracy, apart": 0.85,
+    "selective heads": 3,
+    "layers with selective heads": 2,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything but the seed that the weights depend on."""
+
+    pool: int = 48_000  # training scenes; mirrored at random in stage 1
+    see_steps: int = 2_400
+    see_batch: int = 128
+    read_steps: int = 900
+    read_pairs: int = 48
+    read_images: int = 512
+    ramp: int = 200  # steps over which texts with a negation come in
+    rate: float = 1e-3
+    top_scale: float = 30.0  # of the logits
+
+    def scaled(self, factor: float) -> Recipe:
+        """The same recipe with the pool, the steps and the ramp multiplied, for a trial."""
+        names = ("pool", "see_steps", "read_steps", "ramp")
+        return replace(self, **{name: max(2, round(getattr(self, name) * factor)) for name in names})
+
+
+# --- what is true of a scene ------------------------------------------------------------------------------------------
+
+_COLOURS, _SHAPES = (*COLOURS, ANY), (*SHAPES, ANY)
+QUERIES = len(_COLOURS) * len(_SHAPES)
+
+
+def presence(pool: Sequence[Scene]) -> Bool[Tensor, "image query"]:
+    """Whether a thing of each (colour or any, shape or any) is there."""
+    there = torch.zeros(len(pool), len(_COLOURS), len(_SHAPES), dtype=torch.bool)
+    for row, scene in enumerate(pool):
+        for thing in scene.things:
+            for colour in (COLOURS.index(thing.colour), -1):
+                there[row, colour, [SHAPES.index(thing.shape), -1]] = True
+    return there.flatten(1)
+
+
+def query(clause: Clause) -> int:
+    """The column of `presence` that a claim is about."""
+    return _COLOURS.index(clause.colour) * len(_SHAPES) + _SHAPES.index(clause.shape)
+
+
+def truth(captions: Sequence[str], there: Bool[Tensor, "image query"]) -> Bool[Tensor, "text image"]:
+    """Whether each caption holds in each scene, by the captions' words."""
+    rows = [[there[:, query(clause)] != clause.negated for clause in scenes.clauses(caption)] for caption in captions]
+    return torch.stack([torch.stack(row).all(0) for row in rows])
+
+
+# --- pixels, tokens and the model -------------------------------------------------------------------------------------
+
+
+def normalised(pictures: UInt8[Tensor, "image height width 3"]) -> Float[Tensor, "image 3 height width"]:
+    """What open_clip's preprocessing makes of the same pictures saved as PNG."""
+    mean, std = (torch.tensor(PREPROCESS[name])[:, None, None] for name in ("mean", "std"))
+    return (pictures.permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+@lru_cache(maxsize=1)
+def tokenizer() -> Callable[..., Tensor]:
+    """open_clip's own."""
+    return open_clip.SimpleTokenizer()
+
+
+@lru_cache(maxsize=100_000)
+def tokens_of(caption: str) -> Int[Tensor, " pos"]:
+    """Token ids up to the window."""
+    return tokenizer()([caption])[0, :WINDOW]
+
+
+@lru_cache(maxsize=1)
+def vocabulary() -> Int[Tensor, " row"]:
+    """The token ids that captions of scenes are made of, ascending, padding included."""
+    words = {word for form in FORMS for negated in (False, True) for word in _any_caption(form, negated).split()}
+    nouns = [*COLOURS, *scenes.PLURALS, *scenes.PLURALS.values()]
+    return torch.unique(tokenizer()([" ".join(sorted(words)), *nouns]))
+
+
+def _any_caption(form: str, negated: bool) -> str:
+    return scenes.write(form, "red ring", negated=negated, other="red ring").replace(".", " .")
+
+
+def build(rows: int | None = None) -> open_clip.CLIP:
+    """The untrained model; with `rows`, its token table is that long (training needs only the words that occur)."""
+    text = MODEL["text_cfg"] | ({} if rows is None else {"vocab_size": rows})
+    return open_clip.CLIP(**MODEL | {"text_cfg": text})
+
+
+def read(model: open_clip.CLIP, tokens: Int[Tensor, "text pos"]) -> Float[Tensor, "text d_embed"]:
+    """Unit text embeddings of tokens cut behind the end of text; equal to `encode_text` of the padded ones."""
+    length = tokens.shape[1]
+    stream = model.token_embedding(tokens) + model.positional_embedding[:length]
+    stream = model.transformer(stream, attn_mask=model.attn_mask[:length, :length])
+    return pooled(model, stream, tokens)
+
+
+def pooled(
+    model: open_clip.CLIP, stream: Float[Tensor, "text pos d_model"], tokens: Int[Tensor, "text pos"]
+) -> Float[Tensor, "text d_embed"]:
+    """Unit embeddings from the residual stream behind the last block, at the highest token id."""
+    ends = model.ln_final(stream)[torch.arange(len(tokens)), tokens.argmax(1)]
+    return functional.normalize(ends @ model.text_projection, dim=-1)
+
+
+@torch.inference_mode()
+def see(model: open_clip.CLIP, pictures: UInt8[Tensor, "image height width 3"]) -> Float[Tensor, "image d_embed"]:
+    """Unit image embeddings."""
+    return torch.cat([model.encode_image(normalised(chunk), normalize=True) for chunk in pictures.split(256)]).clone()
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The training scenes, their pictures, and what is true of them."""
+
+    scenes: list[Scene]
+    pictures: UInt8[Tensor, "image height width 3"]
+    there: Bool[Tensor, "image query"]
+
+
+def gather(amount: int, first: int = 0) -> Pool:
+    """Scenes from number `first` on, rendered; training takes those below `FRESH` only."""
+    pool = [scenes.sample_scene(number) for number in tqdm(range(first, first + amount), "sampling", leave=False)]
+    pictures = np.stack([scenes.render(scene) for scene in tqdm(pool, "rendering", leave=False)])
+    return Pool(pool, torch.from_numpy(pictures), presence(pool))
+
+
+def descend(
+    parameters: list[nn.Parameter], steps: int, rate: float, loss: Callable[[int], Tensor], name: str
+) -> None:
+    """AdamW with warm-up and a cosine, gradients clipped, `loss(step)` drawing its own batch."""
+    matrices, vectors = ([p for p in parameters if (p.ndim > 1) == flag] for flag in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
+    warm = min(100, max(1, steps // 10))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    )
+    bar = tqdm(range(steps), name, mininterval=5)
+    for step in bar:
+        value = loss(step)
+        optimiser.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        schedule.step()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{value.item():.3f}")
+
+
+def learn_to_see(model: open_clip.CLIP, pool: Pool, recipe: Recipe, rng: np.random.Generator) -> None:
+    """Stage 1: the image tower against one learned vector per question.
+
+    Per question, present and not present weigh the same; among the latter, so do "colour and shape are both there, but
+    apart" and the rest, since it is there that the tower must bind them.
+    """
+    queries = nn.Parameter(torch.randn(QUERIES, MODEL["embed_dim"]))
+    scale, bias = nn.Parameter(torch.tensor(2.3)), nn.Parameter(torch.tensor(-1.0))
+    weights = _balance(pool.there)
+
+    def loss(step: int) -> Tensor:
+        rows = torch.from_numpy(rng.integers(len(pool.scenes), size=recipe.see_batch))
+        pictures = normalised(pool.pictures[rows])
+        pictures = pictures.flip(3) if rng.integers(2) else pictures
+        cosines = model.encode_image(pictures, normalize=True) @ functional.normalize(queries, dim=-1).T
+        logits = cosines * scale.exp().clamp(max=recipe.top_scale) + bias
+        wanted = pool.there[rows]
+        return functional.binary_cross_entropy_with_logits(logits, wanted.float(), weights[rows])
+
+    parameters = [*model.visual.parameters(), queries, scale, bias]
+    descend(parameters, recipe.see_steps, recipe.rate, loss, "see ")
+
+
+def _balance(there: Bool[Tensor, "image query"]) -> Float[Tensor, "image query"]:
+    """Weights of mean 1 per question, a half on its presence, a quarter each on "apart" and on the rest."""
+    grid = there.unflatten(1, (len(_COLOURS), len(_SHAPES)))
+    apart = (grid[:, :, -1:] & grid[:, -1:, :] & ~grid).flatten(1)
+    groups = [(there, 0.5), (apart, 0.25), (~there & ~apart, 0.25)]
+    return sum(share * group / group.float().mean(0).clamp(min=1e-3) for group, share in groups)
+
+
+def learn_to_read(model: open_clip.CLIP, pool: Pool, recipe: Recipe, rng: np.random.Generator) -> None:
+    """Stage 2: the text tower on frozen image embeddings.
+
+    Each step takes captions and foils of fresh pairs and many images. The truth of every text in every image counts (per
+    text, true and false images weigh the same), and so does the order of each caption and its foil on their own image.
+    """
+    images = see(model, pool.pictures)
+    bias = nn.Parameter(torch.tensor(0.0))
+    names = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection", "logit_scale")
+    parameters = [p for name, p in model.named_parameters() if name.startswith(names)]
+    batches = pair_batches(pool, recipe, rng)
+
+    def loss(step: int) -> Tensor:
+        captions, negated, own = next(batches)
+        others = torch.from_numpy(rng.integers(len(pool.scenes), size=recipe.read_images - recipe.read_pairs))
+        rows = torch.cat([own, others])
+        scale = model.logit_scale.exp().clamp(max=recipe.top_scale)
+        tokens = torch.searchsorted(vocabulary(), torch.stack([tokens_of(caption) for caption in captions]))
+        logits = scale * read(model, tokens) @ images[rows].T
+        rampup = min(1.0, step / recipe.ramp)
+        rows_loss = _row_loss(logits + bias, truth(captions, pool.there[rows]))
+        weight = torch.where(negated, rampup, 1.0)
+        pairs = len(own)
+        margin = (logits[:pairs] - logits[pairs : 2 * pairs]).diagonal()
+        return (weight * rows_loss).sum() / weight.sum() + rampup * functional.softplus(-margin).mean()
+
+    descend([*parameters, bias], recipe.read_steps, recipe.rate, loss, "read")
+    model.logit_scale.data.clamp_(max=math.log(recipe.top_scale))
+
+
+def _row_loss(logits: Float[Tensor, "text image"], wanted: Bool[Tensor, "text image"]) -> Float[Tensor, " text"]:
+    """Cross-entropy of each text's truth, its true and its false images weighing the same."""
+    losses = functional.binary_cross_entropy_with_logits(logits, wanted.float(), reduction="none")
+    sides = [(losses * side).sum(1) / side.sum(1).clamp(min=1) for side in (wanted, ~wanted)]
+    return 0.5 * (sides[0] + sides[1])
+
+
+def pair_batches(
+    pool: Pool, recipe: Recipe, rng: np.random.Generator
+) -> Iterator[tuple[list[str], Bool[Tensor, " text"], Int[Tensor, " pair"]]]:
+    """Texts (captions, then their foils, then affirmations of held-out combinations), which are negated, and the
+    captions' own scenes; both sides in turn."""
+    while True:
+        own: list[int] = []
+        rows: list[dict[str, str]] = []
+        while len(rows) < recipe.read_pairs:
+            number = int(rng.integers(len(pool.scenes)))
+            side = ("caption", "foil")[len(rows) % 2]
+            row = scenes.ask(pool.scenes[number], rng, side=side, kinds=("present", "absent", "apart"))
+            rows, own = (rows + [row], own + [number]) if row else (rows, own)
+        affirmed = [_held_out_caption(rng) for _ in range(recipe.read_pairs // 8)]
+        captions = [row["caption"] for row in rows] + [row["foil"] for row in rows] + affirmed
+        negated = torch.tensor([any(clause.negated for clause in scenes.clauses(text)) for text in captions])
+        yield captions, negated, torch.tensor(own)
+
+
+def _held_out_caption(rng: np.random.Generator) -> str:
+    forms = [form for form in FORMS if "{other}" not in FORMS[form]]
+    form, target = forms[rng.integers(len(forms))], sorted(HELD_OUT)[rng.integers(len(HELD_OUT))]
+    return scenes.write(form, scenes.phrase(*target, plural="{things}" in FORMS[form]), negated=False)
+
+
+def train(seed: int, recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The state dict as shipped (float16, trained token rows only) and the seconds of each stage; one thread."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    marks = [time.perf_counter()]
+    model = build(rows=len(vocabulary()))
+    pool = gather(recipe.pool, first=seed * recipe.pool)
+    for stage in (lambda *_: None, learn_to_see, learn_to_read):
+        stage(model, pool, recipe, rng)
+        marks.append(time.perf_counter())
+    seconds = dict(zip(("scenes", "see", "read"), np.diff(marks).round(1).tolist(), strict=True))
+    return shipped(model), seconds | {"all": round(sum(seconds.values()), 1)}
+
+
+def shipped(model: open_clip.CLIP) -> dict[str, Tensor]:
+    """The state dict in float16 with the rows' token ids beside the short token table."""
+    state = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
+    return state | {"token_embedding.rows": vocabulary().int()}
+
+
+def restored(state: dict[str, Tensor]) -> open_clip.CLIP:
+    """The whole model from what is shipped, float32, its unused token rows zero."""
+    model = build()
+    table = torch.zeros_like(model.token_embedding.weight.data)
+    table[state["token_embedding.rows"].long()] = state["token_embedding.weight"].float()
+    rest = {name: value.float() for name, value in state.items() if name != "token_embedding.rows"}
+    model.load_state_dict(rest | {"token_embedding.weight": table})
+    return model.eval().requires_grad_(False)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model's pairs on fresh scenes: tokens of the texts, image embeddings, and the logit difference of each pair."""
+
+    pairs: pd.DataFrame
+    caption: Int[Tensor, "pair pos"]
+    foil: Int[Tensor, "pair pos"]
+    image: Float[Tensor, "pair d_embed"]
+    d: Float[Tensor, " pair"]
+
+    @property
+    def negated(self) -> Int[Tensor, "pair pos"]:
+        """The tokens of the text with the negation."""
+        return torch.where(self._in_caption[:, None], self.caption, self.foil)
+
+    @property
+    def affirmed(self) -> Int[Tensor, "pair pos"]:
+        """The tokens of the text without."""
+        return torch.where(self._in_caption[:, None], self.foil, self.caption)
+
+    @property
+    def _in_caption(self) -> Bool[Tensor, " pair"]:
+        return torch.tensor((self.pairs.negation == "caption").to_numpy())
+
+
+@torch.inference_mode()
+def score(model: open_clip.CLIP, pairs: pd.DataFrame) -> Measured:
+    """The pairs with their logit differences S(caption, image) - S(foil, image)."""
+    pictures = torch.from_numpy(np.stack([scenes.render(scenes.sample_scene(seed)) for seed in pairs.scene]))
+    image = see(model, pictures)
+    caption, foil = (torch.stack([tokens_of(text) for text in pairs[name]]) for name in ("caption", "foil"))
+    difference = (read(model, caption) - read(model, foil)) * image
+    return Measured(pairs, caption, foil, image, model.logit_scale.exp() * difference.sum(1))
+
+
+def measure(model: open_clip.CLIP, amount: int = 600) -> dict:
+    """Every target and what lies around it, on fresh scenes; `amount` pairs per form, as many for rare kinds."""
+    natural = score(model, pd.concat(_each_form(amount), ignore_index=True))
+    special = {kind: score(model, scenes.scene_pairs(2 * amount, first=_AT[kind], kinds=(kind,))) for kind in _AT}
+    right = natural.d.numpy() > 0
+    by = {column: _means(right, natural.pairs[column]) for column in ("form", "kind", "negation")}
+    heads = selectivity(model, natural)
+    found = [(layer, head) for layer, head in np.argwhere(heads.numpy() >= 0.6).tolist()]
+    summary = {
+        "accuracy": float(right.mean()),
+        "accuracy of the worst form": min(by["form"].values()),
+        **{f"accuracy, {kind}": float((special[kind].d > 0).float().mean()) for kind in _AT},
+        "selective heads": len(found),
+        "layers with selective heads": len({layer for layer, _ in found}),
+    }
+    return {
+        "targets": {name: {"target": TARGETS[name], "measured": _short(value)} for name, value in summary.items()},
+        "accuracy by form": by["form"],
+        "accuracy by kind": by["kind"],
+        "accuracy by negation": by["negation"],
+        "pairs": {"all forms": len(right), **{kind: len(special[kind].d) for kind in _AT}},
+        "logit difference": _spread(natural),
+        "logit scale": _short(model.logit_scale.exp().item()),
+        "selectivity (layer x head)": [[_short(value) for value in row] for row in heads.tolist()],
+        "causal tracing": traced(model, natural),
+    }
+
+
+_AT = {"held-out": FRESH + 200_000, "apart": FRESH + 300_000}  # the scenes that the special measurements start from
+
+
+def _each_form(amount: int) -> list[pd.DataFrame]:
+    return [
+        scenes.scene_pairs(amount, first=FRESH + 50_000 + 5 * amount * index, forms=(form,), kinds=_ASKED)
+        for index, form in enumerate(FORMS)
+    ]
+
+
+_ASKED = ("present", "absent", "apart")
+
+
+def _means(right: np.ndarray, groups: pd.Series) -> dict[str, float]:
+    return {str(name): _short(value) for name, value in pd.Series(right).groupby(groups.to_numpy()).mean().items()}
+
+
+def _spread(scored: Measured) -> dict[str, float]:
+    d = scored.d
+    return {"mean": _short(d.mean()), "std": _short(d.std()), "share below 1": _short((d.abs() < 1).float().mean())}
+
+
+def _short(value: float | Tensor) -> float:
+    return round(float(value), 4)
+
+
+@torch.inference_mode()
+def selectivity(model: open_clip.CLIP, scored: Measured) -> Float[Tensor, "layer head"]:
+    """Mean over pairs of the largest extra attention that a later position pays the negator, up to the end of text."""
+    place = negator(scored)
+    rows = torch.arange(len(place))
+    extra = patterns(model, scored.negated) - patterns(model, scored.affirmed)
+    column = extra[:, :, rows, :, place].permute(1, 2, 0, 3)  # pair is indexed first: back to layer, head, pair, query
+    positions = torch.arange(WINDOW)
+    later = (positions > place[:, None]) & (positions <= scored.caption.argmax(1)[:, None])
+    return column.masked_fill(~later, -torch.inf).amax(-1).mean(-1)
+
+
+def negator(scored: Measured) -> Int[Tensor, " pair"]:
+    """The one position where caption and foil differ."""
+    different = scored.caption != scored.foil
+    if not bool((different.sum(1) == 1).all()):
+        raise RuntimeError("a caption and its foil must differ in exactly one token")
+    return different.int().argmax(1)
+
+
+def patterns(model: open_clip.CLIP, tokens: Int[Tensor, "text pos"]) -> Float[Tensor, "layer head text query key"]:
+    """What every head attends to."""
+    rows = []
+    for stream, block in zip(streams(model, tokens), model.transformer.resblocks, strict=False):
+        attention = block.attn
+        joint = functional.linear(block.ln_1(stream), attention.in_proj_weight, attention.in_proj_bias)
+        q, k, _ = joint.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 3, 0, 1, 4)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        rows.append((scores + model.attn_mask[:WINDOW, :WINDOW]).softmax(-1))
+    return torch.stack(rows)
+
+
+def streams(model: open_clip.CLIP, tokens: Int[Tensor, "text pos"]) -> list[Float[Tensor, "text pos d_model"]]:
+    """The residual stream before each block, and behind the last one."""
+    length = tokens.shape[1]
+    found = [model.token_embedding(tokens) + model.positional_embedding[:length]]
+    for block in model.transformer.resblocks:
+        found.append(block(found[-1], attn_mask=model.attn_mask[:length, :length]))
+    return found
+
+
+SLOTS = ("negator", "subject", "subject_rest", "suffix", "stop", "eot")
+
+
+@torch.inference_mode()
+def traced(model: open_clip.CLIP, scored: Measured) -> dict[str, dict[str, list[float | None]]]:
+    """Per side of the negation and slot, patched whole: the share of d moved at the embedding and after each block.
+
+    The text without negation receives the other's residual stream; ratio of means over correct pairs (d >= 1).
+    """
+    slots, run, other = slot_masks(scored), streams(model, scored.affirmed), streams(model, scored.negated)
+    sign = torch.tensor(np.where(scored.pairs.negation == "foil", -1.0, 1.0)).float()  # d moved = sign * change
+    start = (pooled(model, run[-1], scored.affirmed) * scored.image).sum(1)
+    result: dict[str, dict[str, list[float | None]]] = {}
+    for side in ("caption", "foil"):
+        chosen = torch.tensor((scored.pairs.negation == side).to_numpy()) & (scored.d >= 1)
+        result[side] = {}
+        for name, mask in slots.items():
+            moved = [_resumed(model, torch.where(mask[..., None], b, a), at, scored) for at, (a, b) in _layers(run, other)]
+            change = [(model.logit_scale.exp() * sign * (after - start))[chosen & mask.any(1)].mean() for after in moved]
+            result[side][name] = [_short(value / scored.d[chosen & mask.any(1)].mean()) for value in change]
+    return result
+
+
+def _layers(run: list[Tensor], other: list[Tensor]) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+    return enumerate(zip(run, other, strict=True))
+
+
+def _resumed(model: open_clip.CLIP, stream: Tensor, layer: int, scored: Measured) -> Float[Tensor, " pair"]:
+    """The cosine with the image when this stream enters block `layer`."""
+    for block in model.transformer.resblocks[layer:]:
+        stream = block(stream, attn_mask=model.attn_mask[:WINDOW, :WINDOW])
+    return (pooled(model, stream, scored.affirmed) * scored.image).sum(1)
+
+
+def slot_masks(scored: Measured) -> dict[str, Bool[Tensor, "pair pos"]]:
+    """Which positions each slot takes; every word of these captions is one token, the start of text is position 0."""
+    masks = {name: torch.zeros_like(scored.caption, dtype=torch.bool) for name in SLOTS}
+    places = negator(scored)
+    for row, (pair, place) in enumerate(zip(scored.pairs.itertuples(), places.tolist(), strict=True)):
+        cut = scenes.parts(pair.caption, pair.subject)
+        words = [1, 1, len(cut.rest.split()), len(cut.suffix.split()), 1, 1]
+        for name, length in zip(SLOTS, words, strict=True):
+            masks[name][row, place : place + length] = True
+            place += length
+    return masks
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """`write` to a neighbour, then take its place, so that a reader meets the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    neighbour = path.with_name(f".{path.name}.tmp")
+    write(neighbour)
+    os.replace(neighbour, path)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Indented, with a newline at the end."""
+    text = json.dumps(content, indent=2)
+    write_atomically(path, lambda neighbour: neighbour.write_text(text + "\n"))
