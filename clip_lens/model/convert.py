@@ -1,0 +1,147 @@
+"""An open_clip text tower -> `HookedTextTower`. Everything is read from the live module, nothing from the model's name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.config import TransformerBridgeConfig
+
+from clip_lens.model.tower import MLP, Attention, Block, HookedTextTower, LayerNorm
+
+PoolType = Literal["argmax", "eos", "last", "first"]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Which position of a text is read: the highest token id, the first `eos_id`, the last or the first position."""
+
+    type: PoolType
+    eos_id: int | None = None
+
+    def __call__(self, tokens: Int[Tensor, "pair pos"]) -> Int[Tensor, "pair"]:
+        if self.type == "argmax":
+            return tokens.argmax(-1)
+        if self.type == "eos":
+            return (tokens == self.eos_id).int().argmax(-1)
+        position = 0 if self.type == "first" else tokens.shape[1] - 1
+        return torch.full((len(tokens),), position, device=tokens.device)
+
+
+def convert(module: nn.Module, *, name: str, tokenizer: Callable[..., Tensor] | None = None) -> tuple[HookedTextTower, Pool]:
+    """The hooked copy of an open_clip model's text tower, and how it pools.
+
+    `module` is an `open_clip.CLIP`, a `CustomTextCLIP` or a `TextTransformer`; it is left as it is. Layer scales are
+    folded into the output weights that they multiply.
+
+    Raises:
+        ValueError: the tower has a part that this package does not reproduce; the message names it.
+
+    Example:
+        >>> from clip_lens.openclip import open_original
+        >>> tower, pool = convert(open_original("tiny").module, name="tiny")
+        >>> tower.cfg.n_layers, tower.cfg.n_heads, pool.type
+        (6, 4, 'argmax')
+    """
+    text = getattr(module, "text", module)
+    _refuse_foreign(module, text, name)
+    blocks = [_block(block, text.attn_mask is not None) for block in text.transformer.resblocks]
+    W_U, b_U = _projection(text)
+    cfg = _config(text, blocks, W_U.shape[1], name)
+    ln_final = _layer_norm(text.ln_final)
+    tower = HookedTextTower(
+        cfg, text.token_embedding.weight, text.positional_embedding, blocks, ln_final, W_U, b_U, tokenizer
+    )
+    return tower, _pool(text, name)
+
+
+def _refuse_foreign(module: nn.Module, text: nn.Module, name: str) -> None:
+    kind = type(text).__name__
+    if not all(hasattr(text, part) for part in ("transformer", "token_embedding", "positional_embedding", "ln_final")):
+        raise ValueError(f"{name}: a {kind} is no open_clip text tower (Hugging Face text models are not supported)")
+    if hasattr(module, "text_decoder") or getattr(text, "cls_emb", None) is not None:
+        raise ValueError(f"{name}: CoCa's text tower (class embedding, padding mask) is not supported")
+    if getattr(text, "use_pad_mask", False):
+        raise ValueError(f"{name}: a text tower with a padding mask is not supported")
+    if not hasattr(text.transformer, "resblocks"):
+        raise ValueError(f"{name}: no residual blocks in {type(text.transformer).__name__}")
+    mask = text.attn_mask
+    if mask is not None and not torch.equal(mask, torch.full_like(mask, float("-inf")).triu(1)):
+        raise ValueError(f"{name}: the attention mask is neither causal nor absent")
+    for block in text.transformer.resblocks:
+        if not isinstance(block.attn, nn.MultiheadAttention) or hasattr(block, "ln_1_kv"):
+            raise ValueError(f"{name}: attention of type {type(block.attn).__name__} is not supported")
+
+
+def _layer_norm(module: nn.Module) -> LayerNorm:
+    if not isinstance(module, nn.LayerNorm) or module.bias is None:
+        raise ValueError(f"a normalisation of type {type(module).__name__} is not supported; LayerNorm with bias is")
+    return LayerNorm(module.weight, module.bias, module.eps)
+
+
+def _scaled(linear: nn.Linear, scale: nn.Module) -> tuple[Tensor, Tensor]:
+    if isinstance(scale, nn.Identity):
+        return linear.weight, linear.bias
+    gamma = scale.gamma
+    return linear.weight * gamma[:, None], linear.bias * gamma
+
+
+def _block(block: Any, causal: bool) -> Block:
+    attn = block.attn
+    attention = Attention(
+        attn.num_heads, attn.in_proj_weight, attn.in_proj_bias, *_scaled(attn.out_proj, block.ls_1), causal
+    )
+    mlp = MLP(block.mlp.c_fc, block.mlp.gelu, *_scaled(block.mlp.c_proj, block.ls_2))
+    return Block(_layer_norm(block.ln_1), attention, _layer_norm(block.ln_2), mlp)
+
+
+def _projection(text: Any) -> tuple[Float[Tensor, "d_model d_embed"], Float[Tensor, "d_embed"]]:
+    """The text projection, whether it is a parameter, a linear layer or absent."""
+    projection, like = text.text_projection, text.ln_final.weight
+    if projection is None:
+        return torch.eye(len(like), dtype=like.dtype, device=like.device), torch.zeros_like(like)
+    weight = projection.weight.T if isinstance(projection, nn.Linear) else projection
+    bias = getattr(projection, "bias", None)
+    return weight, weight.new_zeros(weight.shape[1]) if bias is None else bias
+
+
+def _pool(text: Any, name: str) -> Pool:
+    type_ = getattr(text, "text_pool_type", None) or text.pool_type
+    if type_ not in get_args(PoolType):
+        raise ValueError(f"{name}: pooling {type_!r} is not supported; {', '.join(get_args(PoolType))} are")
+    eos_id = getattr(text, "text_eos_id", getattr(text, "eos_id", None))
+    return Pool(type_, eos_id if type_ == "eos" else None)
+
+
+def _config(text: Any, blocks: list[Block], d_embed: int, name: str) -> TransformerBridgeConfig:
+    attn, mlp = blocks[0].attn, blocks[0].mlp
+    d_vocab, d_model = text.token_embedding.weight.shape
+    return TransformerBridgeConfig(
+        d_model=d_model,
+        d_head=attn.d_head,
+        n_layers=len(blocks),
+        n_ctx=text.positional_embedding.shape[0],
+        n_heads=attn.n_heads,
+        d_vocab=d_vocab,
+        d_vocab_out=d_embed,
+        d_mlp=mlp.in_weight.shape[0],
+        eps=blocks[0].ln1.eps,
+        act_fn=_activation_name(mlp.act),
+        attention_dir="causal" if attn.causal else "bidirectional",
+        normalization_type="LN",
+        model_name=name,
+        architecture="CLIPText",
+        device=str(attn.b_O.device),
+        dtype=attn.b_O.dtype,
+    )
+
+
+def _activation_name(act: nn.Module | partial) -> str:
+    if isinstance(act, nn.GELU):
+        return "gelu_pytorch_tanh" if act.approximate == "tanh" else "gelu"
+    return {"QuickGELU": "quick_gelu"}.get(type(act).__name__, type(act).__name__.lower())

@@ -1,0 +1,240 @@
+"""Tokens or texts in, unit text embeddings out: the tower with its tokenizer, its pooling and its scale."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from clip_lens.model.convert import Pool
+from clip_lens.model.site import LAYOUTS, Kind, Site
+from clip_lens.model.tower import HookedTextTower
+
+Hook: TypeAlias = tuple[str, Callable[..., Tensor | None]]
+Cache: TypeAlias = Mapping[str, Shaped[Tensor, "pair ..."]]
+
+
+class HookedTextEncoder:
+    """A CLIP text encoder whose every activation can be read and patched.
+
+        texts -> tokenizer -> tokens -> tower (TransformerLens hooks) -> pooled position -> / norm -> pair d_embed
+
+    `scale` is exp(logit_scale): `scale * <text, image>` is CLIP's logit. `digest` names the text tower's weights,
+    `image_digest` those of the image tower that was dropped at loading.
+
+    Example:
+        >>> encoder = clip_lens.load()
+        >>> encoder(["There are no circles.", "There are some circles."]).shape
+        torch.Size([2, 128])
+    """
+
+    def __init__(
+        self,
+        tower: HookedTextTower,
+        pool: Pool,
+        *,
+        scale: float,
+        name: str,
+        pretrained: str | None = None,
+        digest: str = "",
+        image_digest: str | None = None,
+        vocabulary: frozenset[int] | None = None,
+    ):
+        self.tower, self.pool, self.scale = tower, pool, scale
+        self.name, self.pretrained, self.digest, self.image_digest = name, pretrained, digest, image_digest
+        self.vocabulary = vocabulary
+        self._pad = int(self._raw_tokens([""])[0, -1]) if tower.tokenizer is not None else 0
+
+    device = property(lambda self: self.tower.W_U.device)
+    dtype = property(lambda self: self.tower.W_U.dtype)
+    causal = property(lambda self: self.tower.causal)
+    n_layers = property(lambda self: self.tower.cfg.n_layers)
+    n_heads = property(lambda self: self.tower.cfg.n_heads)
+    d_embed = property(lambda self: self.tower.W_U.shape[1])
+    n_ctx = property(lambda self: self.tower.cfg.n_ctx)
+
+    def _raw_tokens(self, texts: Sequence[str], longer: int = 0) -> Int[Tensor, "pair pos"]:
+        if self.tower.tokenizer is None:
+            raise ValueError(f"{self.name} was loaded without a tokenizer; give tokens, or load(module, tokenizer=...)")
+        if not longer:
+            return self.tower.tokenizer(list(texts))
+        return self.tower.tokenizer(list(texts), context_length=self.n_ctx + longer)
+
+    def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "pair pos"]:
+        """The token ids of texts, padded to the context.
+
+        Warns about words that the embedded model never saw, by name.
+
+        Raises:
+            ValueError: a text is too long for the context, or there is no tokenizer.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        long = [text for text, fits in zip(texts, self.fits(texts)) if not fits]
+        if long:
+            raise ValueError(
+                f"{len(long)} of {len(texts)} texts have more than {self.n_ctx} tokens, the first is {long[0][:80]!r}; "
+                "shorten them"
+            )
+        tokens = self._raw_tokens(texts)
+        self._warn_unseen(texts, tokens)
+        return tokens.to(self.device)
+
+    def fits(self, texts: Sequence[str]) -> list[bool]:
+        """For each text, whether all its tokens fit into the context: tokenizers cut what does not, silently."""
+        if not texts or self.tower.tokenizer is None:
+            return [True] * len(texts)
+        call = inspect.signature(self.tower.tokenizer)
+        if "context_length" not in call.parameters:
+            return [True] * len(texts)
+        return (self.length(self._raw_tokens(texts, longer=8)) <= self.n_ctx).tolist()
+
+    def _warn_unseen(self, texts: Sequence[str], tokens: Int[Tensor, "pair pos"]) -> None:
+        if self.vocabulary is None:
+            return
+        known = torch.tensor(sorted({*self.vocabulary, self._pad}))
+        rows = (~torch.isin(tokens, known)).any(1).nonzero().flatten().tolist()
+        words = sorted({word for row in rows for word in texts[row].split()})
+        if not words:
+            return
+        unseen = [word for word, ids in zip(words, self._raw_tokens(words)) if not torch.isin(ids, known).all()]
+        warnings.warn(
+            f"{self.name} never saw {', '.join(map(repr, unseen))} in training: what it says of texts with "
+            f"{'this word' if len(unseen) == 1 else 'these words'} means nothing",
+            stacklevel=3,
+        )
+
+    def length(self, tokens: Int[Tensor, "pair pos"]) -> Int[Tensor, "pair"]:
+        """The number of positions of each text up to its end: the pooled one, or the last that is not padding."""
+        if self.pool.type in ("argmax", "eos"):
+            return self.pool(tokens) + 1
+        content = tokens != self._pad
+        return tokens.shape[1] - content.flip(1).int().argmax(1) * content.any(1) - (~content.any(1)) * tokens.shape[1]
+
+    def cut(self, tokens: Int[Tensor, "pair pos"]) -> Int[Tensor, "pair pos"]:
+        """The tokens up to the longest text's end. Exact in causal towers, in which nothing reads what lies behind it;
+        a tower that reads its padding gets every position."""
+        if not self.causal or self.pool.type == "last" or len(tokens) == 0:
+            return tokens
+        return tokens[:, : int(self.length(tokens).max())]
+
+    def tokens(self, texts: str | Sequence[str] | Tensor) -> Int[Tensor, "pair pos"]:
+        """Tokens as they are run: texts tokenized, on the tower's device, cut to the longest end of text."""
+        if isinstance(texts, Tensor):
+            return self.cut(texts.to(self.device))
+        return self.cut(self.tokenize([texts] if isinstance(texts, str) else texts))
+
+    def read(
+        self, y: Float[Tensor, "pair pos d_embed"], at: Int[Tensor, "pair"] | int
+    ) -> Float[Tensor, "pair d_embed"]:
+        """The unit embedding at one position of each row."""
+        return F.normalize(y[torch.arange(len(y), device=y.device), at], dim=-1)
+
+    def __call__(
+        self, texts: str | Sequence[str] | Int[Tensor, "pair pos"], hooks: Sequence[Hook] = ()
+    ) -> Float[Tensor, "pair d_embed"]:
+        """Unit text embeddings, `u = y / |y|` with `y = W_U^T ln_final(x[L, pooled])` (method, section 1).
+
+        `hooks` are TransformerLens hooks, `(name, function)`, alive for this call.
+
+        Example:
+            >>> encoder = clip_lens.load()
+            >>> zero = ("blocks.0.hook_attn_out", lambda value, hook: 0 * value)
+            >>> encoder("There are no circles.", hooks=[zero]).norm().round(decimals=4)
+            tensor(1.)
+        """
+        tokens = self.tokens(texts)
+        return self.read(self.tower.run_with_hooks(tokens, fwd_hooks=list(hooks)), self.pool(tokens))
+
+    def cache(
+        self,
+        texts: str | Sequence[str] | Int[Tensor, "pair pos"],
+        hooks: Sequence[Hook] = (),
+        *,
+        names: Iterable[str] | None = None,
+    ) -> Cache:
+        """The activations of a run by hook name, at the positions up to the longest end of text.
+
+        `names` limits what is kept. `hooks` act first, so that the cache is the intervened run's.
+
+        Raises:
+            ValueError: a name that is no hook.
+
+        Example:
+            >>> encoder = clip_lens.load()
+            >>> encoder.cache("There are no circles.", names=["blocks.1.attn.hook_pattern"])["blocks.1.attn.hook_pattern"].shape
+            torch.Size([1, 4, 7, 7])
+        """
+        chosen = None if names is None else set(names)
+        if unknown := (chosen or set()) - set(self.tower.hook_dict):
+            raise ValueError(f"no hook {sorted(unknown)}; encoder.tower.hook_dict lists all of them")
+        with self.tower.hooks(fwd_hooks=list(hooks)):
+            _, cache = self.tower.run_with_cache(
+                self.tokens(texts), names_filter=chosen, return_cache_object=False, return_type="logits"
+            )
+        return cache
+
+    def sites(
+        self, kind: Kind, *, layers: Iterable[int] | None = None, slots: Iterable[str | int | None] = (None,)
+    ) -> list[Site]:
+        """One place per layer, unit and slot of a kind: every head, every neuron, every residual stream ...
+
+        `resid` runs over 0..L. Heads and neurons are places of their own; `Site(kind, layer)` is all of them together.
+
+        Raises:
+            ValueError: a kind or a layer that does not exist.
+
+        Example:
+            >>> encoder = clip_lens.load()
+            >>> len(encoder.sites("head")), len(encoder.sites("resid", slots=("negator", "eot")))
+            (24, 14)
+        """
+        if kind not in LAYOUTS:
+            raise ValueError(f"no kind of site {kind!r}; the kinds are {', '.join(LAYOUTS)}")
+        depth = 1 if kind == "embed" else self.n_layers + (kind == "resid")
+        chosen = range(depth) if layers is None else list(layers)
+        if wrong := [layer for layer in chosen if not 0 <= layer < depth]:
+            raise ValueError(f"{self.name} has {kind} sites at layers 0..{depth - 1}, got {wrong}")
+        return [
+            Site(kind, layer, unit, slot) for layer in chosen for unit in self.units(kind) for slot in tuple(slots)
+        ]
+
+    def units(self, kind: Kind) -> Iterable[int | None]:
+        """The units of a kind: heads, neurons, or None where it has none."""
+        if LAYOUTS[kind].unit_axis is None:
+            return (None,)
+        return range(self.tower.cfg.d_mlp if kind == "neuron" else self.n_heads)  # type: ignore[arg-type]
+
+    def to(self, *args: Any, **kwargs: Any) -> HookedTextEncoder:
+        """The encoder itself, moved or cast as `torch.nn.Module.to` does."""
+        self.tower.to(*args, **kwargs)
+        return self
+
+    @property
+    def full_name(self) -> str:
+        """The model's name with its weights: "ViT-B-32 (openai)"."""
+        return f"{self.name} ({self.pretrained})" if self.pretrained else self.name
+
+    def __repr__(self) -> str:
+        cfg = self.tower.cfg
+        return (
+            f"HookedTextEncoder({self.full_name}: {cfg.n_layers} layers x {cfg.n_heads} heads, d_model {cfg.d_model}, "
+            f"d_embed {self.d_embed}, {cfg.attention_dir}, pooled at {self.pool.type}, scale {self.scale:.4g})"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<code>{escape(repr(self))}</code>"
+
+
+def unseen_words(encoder: HookedTextEncoder, tokens: Int[Tensor, "pair pos"]) -> Bool[Tensor, "pair"]:
+    """For each text, whether it has a token that the model never saw; all False where the vocabulary is not known."""
+    if encoder.vocabulary is None:
+        return torch.zeros(len(tokens), dtype=torch.bool)
+    known = torch.tensor(sorted({*encoder.vocabulary, encoder._pad}), device=tokens.device)
+    return (~torch.isin(tokens, known)).any(1)

@@ -1,0 +1,382 @@
+"""A CLIP text tower with HookedTransformer's hook names, weights and cache, on TransformerLens' `HookedRootModule`.
+
+| hook | shape |
+|---|---|
+| hook_embed, hook_pos_embed | pair pos d_model |
+| blocks.{l}.hook_resid_pre, hook_attn_out, hook_resid_mid, hook_mlp_in, hook_mlp_out, hook_resid_post | pair pos d_model |
+| blocks.{l}.hook_q_input, hook_k_input, hook_v_input | pair pos head d_model |
+| blocks.{l}.attn.hook_q, hook_k, hook_v, hook_z | pair pos head d_head |
+| blocks.{l}.attn.hook_attn_scores, hook_pattern | pair head query key |
+| blocks.{l}.attn.hook_result | pair pos head d_model |
+| blocks.{l}.mlp.hook_pre, hook_post | pair pos d_mlp |
+| blocks.{l}.ln1, blocks.{l}.ln2, ln_final: hook_scale | pair pos 1 |
+| blocks.{l}.ln1, blocks.{l}.ln2, ln_final: hook_normalized (before weight and bias) | pair pos d_model |
+
+Split inputs, `hook_mlp_in` and `hook_result` need no flag: they are computed when something is hooked there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import sqrt
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens import ActivationCache, FactoredMatrix
+from transformer_lens.config import TransformerBridgeConfig
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.HookedRootModule import HookedRootModule
+
+ON_DEMAND = ("hook_q_input", "hook_k_input", "hook_v_input", "hook_mlp_in", "hook_result")
+"""Hooks that cost, or that would change which path is computed: cached only when they are asked for by name."""
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().clone(), requires_grad=False)
+
+
+class LayerNorm(nn.Module):
+    """`w * (x - mean) / scale + b` with `scale = sqrt(var + eps)`."""
+
+    def __init__(self, w: Float[Tensor, "d_model"], b: Float[Tensor, "d_model"], eps: float):
+        super().__init__()
+        self.w, self.b, self.eps = _frozen(w), _frozen(b), eps
+        self.hook_scale, self.hook_normalized = HookPoint(), HookPoint()
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        if not (self.hook_scale.has_hooks() or self.hook_normalized.has_hooks()):
+            return F.layer_norm(x, self.w.shape, self.w, self.b, self.eps)
+        centred = x - x.mean(-1, keepdim=True)
+        scale = self.hook_scale((centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+        return self.hook_normalized(centred / scale) * self.w + self.b
+
+
+class Attention(nn.Module):
+    """Multi-head attention on packed weights; `W_Q [head d_model d_head]` and the like are views of them."""
+
+    def __init__(self, n_heads: int, qkv: Tensor, qkv_bias: Tensor, out: Tensor, out_bias: Tensor, causal: bool):
+        super().__init__()
+        self.n_heads, self.causal = n_heads, causal
+        self.d_model = out.shape[0]
+        self.d_head = out.shape[1] // n_heads
+        self.qkv_weight, self.qkv_bias = _frozen(qkv), _frozen(qkv_bias)
+        self.out_weight, self.b_O = _frozen(out), _frozen(out_bias)
+        self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
+        self.hook_attn_scores, self.hook_pattern = HookPoint(), HookPoint()
+        self.hook_z, self.hook_result = HookPoint(), HookPoint()
+
+    def _weight(self, part: int) -> Float[Tensor, "head d_model d_head"]:
+        return self.qkv_weight.view(3, self.n_heads, self.d_head, self.d_model)[part].transpose(1, 2)
+
+    def _bias(self, part: int) -> Float[Tensor, "head d_head"]:
+        return self.qkv_bias.view(3, self.n_heads, self.d_head)[part]
+
+    W_Q = property(lambda self: self._weight(0), doc="head d_model d_head")
+    W_K = property(lambda self: self._weight(1), doc="head d_model d_head")
+    W_V = property(lambda self: self._weight(2), doc="head d_model d_head")
+    b_Q = property(lambda self: self._bias(0), doc="head d_head")
+    b_K = property(lambda self: self._bias(1), doc="head d_head")
+    b_V = property(lambda self: self._bias(2), doc="head d_head")
+
+    @property
+    def W_O(self) -> Float[Tensor, "head d_head d_model"]:
+        return self.out_weight.view(self.d_model, self.n_heads, self.d_head).permute(1, 2, 0)
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        return FactoredMatrix(self.W_V, self.W_O)
+
+    def project(self, part: slice, x: Tensor) -> tuple[Float[Tensor, "pair pos head d_head"], ...]:
+        """Some of q, k, v (`part` of the three) of an input that all heads share, `pair pos d_model`."""
+        rows = slice(part.start * self.d_model, part.stop * self.d_model)
+        packed = F.linear(x, self.qkv_weight[rows], self.qkv_bias[rows])
+        return packed.unflatten(-1, (part.stop - part.start, self.n_heads, self.d_head)).unbind(2)
+
+    def project_split(self, part: int, x: Float[Tensor, "pair pos head d_model"]) -> Float[Tensor, "pair pos head d_head"]:
+        """q, k or v of an input that each head has for itself."""
+        return torch.einsum("bphd,hde->bphe", x, self._weight(part)) + self._bias(part)
+
+    def forward(
+        self,
+        q: Float[Tensor, "pair query head d_head"],
+        k: Float[Tensor, "pair pos head d_head"],
+        v: Float[Tensor, "pair pos head d_head"],
+        at: Int[Tensor, "pair query"] | Int[Tensor, "1 query"],
+        past: tuple[Tensor, Tensor] | None,
+    ) -> Float[Tensor, "pair query d_model"]:
+        q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
+        if past is not None:
+            k, v = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
+        scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) / sqrt(self.d_head)
+        if self.causal:
+            ahead = torch.arange(k.shape[1], device=k.device) > at[:, None, :, None]
+            scores = scores.masked_fill(ahead, float("-inf"))
+        pattern = self.hook_pattern(self.hook_attn_scores(scores).softmax(-1))
+        z = self.hook_z((pattern @ v.transpose(1, 2)).transpose(1, 2))
+        if self.hook_result.has_hooks():
+            return self.hook_result(torch.einsum("bphe,hed->bphd", z, self.W_O)).sum(2) + self.b_O
+        return F.linear(z.flatten(2), self.out_weight, self.b_O)
+
+
+class MLP(nn.Module):
+    """`act(x W_in + b_in) W_out + b_out`."""
+
+    def __init__(self, fc: nn.Linear, act: nn.Module, out_weight: Tensor, out_bias: Tensor):
+        super().__init__()
+        self.in_weight, self.b_in = _frozen(fc.weight), _frozen(fc.bias)
+        self.out_weight, self.b_out = _frozen(out_weight), _frozen(out_bias)
+        self.act = act
+        self.hook_pre, self.hook_post = HookPoint(), HookPoint()
+
+    W_in = property(lambda self: self.in_weight.T, doc="d_model d_mlp")
+    W_out = property(lambda self: self.out_weight.T, doc="d_mlp d_model")
+
+    def forward(self, x: Float[Tensor, "pair pos d_model"]) -> Float[Tensor, "pair pos d_model"]:
+        post = self.hook_post(self.act(self.hook_pre(F.linear(x, self.in_weight, self.b_in))))
+        return F.linear(post, self.out_weight, self.b_out)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then MLP."""
+
+    def __init__(self, ln1: LayerNorm, attn: Attention, ln2: LayerNorm, mlp: MLP):
+        super().__init__()
+        self.ln1, self.attn, self.ln2, self.mlp = ln1, attn, ln2, mlp
+        self.hook_resid_pre, self.hook_resid_mid, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
+        self.hook_q_input, self.hook_k_input, self.hook_v_input = HookPoint(), HookPoint(), HookPoint()
+        self.hook_attn_out, self.hook_mlp_in, self.hook_mlp_out = HookPoint(), HookPoint(), HookPoint()
+
+    def _qkv(self, x: Tensor, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        splits = (self.hook_q_input, self.hook_k_input, self.hook_v_input)
+        if any(hook.has_hooks() for hook in splits):
+            heads = lambda y: y.unsqueeze(2).expand(-1, -1, self.attn.n_heads, -1)
+            inputs = (heads(queries), heads(x), heads(x))
+            q, k, v = (
+                self.attn.project_split(part, self.ln1(hook(y))) for part, (hook, y) in enumerate(zip(splits, inputs))
+            )
+            return q, k, v
+        normalized = self.ln1(x)
+        if queries is x:
+            q, k, v = self.attn.project(slice(0, 3), normalized)
+        else:
+            (q,), (k, v) = self.attn.project(slice(0, 1), self.ln1(queries)), self.attn.project(slice(1, 3), normalized)
+        return q, k, v
+
+    def forward(
+        self,
+        x: Float[Tensor, "pair pos d_model"],
+        at: Int[Tensor, "1 pos"],
+        past: tuple[Tensor, Tensor] | None = None,
+        read: Int[Tensor, "pair"] | None = None,
+    ) -> Float[Tensor, "pair query d_model"]:
+        """The residual stream behind the block, at every position or (`read`) at one position of each row only."""
+        x = self.hook_resid_pre(x)
+        queries = x
+        if read is not None:
+            queries = x[torch.arange(len(x), device=x.device), read].unsqueeze(1)
+            at = at[0, read].unsqueeze(1)
+        q, k, v = self._qkv(x, queries)
+        mid = self.hook_resid_mid(queries + self.hook_attn_out(self.attn(q, k, v, at, past)))
+        mlp_in = self.hook_mlp_in(mid.clone()) if self.hook_mlp_in.has_hooks() else mid
+        return self.hook_resid_post(mid + self.hook_mlp_out(self.mlp(self.ln2(mlp_in))))
+
+
+class HookedTextTower(HookedRootModule):
+    """CLIP's text tower: tokens in, `pair pos d_embed` out, unpooled and unnormalised.
+
+        tokens -> embed + pos_embed -> resid 0 -> [ln1 -> attn (+) -> resid_mid -> ln2 -> mlp (+)] x L -> ln_final -> W_U
+
+    Notebook code written for HookedTransformer runs on it: `run_with_cache` gives an `ActivationCache`, `run_with_hooks`
+    and `hooks()` take the same arguments. What differs: the output is an embedding, so `W_U` is the text projection
+    (d_model x d_embed), a "logit" is a direction in the joint space, and `return_type="loss"` does not exist. Weights
+    are frozen: for gradients, make the embedding (`hook_embed`) a leaf.
+    """
+
+    def __init__(
+        self,
+        cfg: TransformerBridgeConfig,
+        W_E: Float[Tensor, "d_vocab d_model"],
+        W_pos: Float[Tensor, "n_ctx d_model"],
+        blocks: Sequence[Block],
+        ln_final: LayerNorm,
+        W_U: Float[Tensor, "d_model d_embed"],
+        b_U: Float[Tensor, "d_embed"],
+        tokenizer: Callable[..., Tensor] | None = None,
+    ):
+        super().__init__()
+        self.cfg, self.tokenizer = cfg, tokenizer
+        self.W_E, self.W_pos, self.W_U, self.b_U = _frozen(W_E), _frozen(W_pos), _frozen(W_U), _frozen(b_U)
+        self.blocks, self.ln_final = nn.ModuleList(blocks), ln_final
+        self.hook_embed, self.hook_pos_embed = HookPoint(), HookPoint()
+        self.eval()
+        self.setup()
+
+    @property
+    def causal(self) -> bool:
+        return self.cfg.attention_dir == "causal"
+
+    def embed(self, tokens: Int[Tensor, "pair pos"]) -> Float[Tensor, "pair pos d_model"]:
+        """The residual stream that enters block 0: token plus position embedding."""
+        positions = self.W_pos[: tokens.shape[1]].expand(len(tokens), -1, -1)
+        return self.hook_embed(self.W_E[tokens]) + self.hook_pos_embed(positions)
+
+    def unembed(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_embed"]:
+        """The text projection of a normalised residual stream."""
+        return x @ self.W_U + self.b_U
+
+    def forward(
+        self,
+        input: str | list[str] | Tensor,
+        return_type: Literal["logits"] | None = "logits",
+        *,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+        past: Mapping[str, Float[Tensor, "pair past head d_head"]] | None = None,
+        read: Int[Tensor, "pair"] | None = None,
+    ) -> Float[Tensor, "pair pos d_embed"] | Float[Tensor, "pair pos d_model"] | None:
+        """The text embedding at every position, or the residual stream that enters block `stop_at_layer`.
+
+        `input` is text, tokens or, with `start_at_layer=l`, the residual stream that enters block l: the blocks below
+        are skipped. `past` (causal towers) gives `blocks.{l}.attn.hook_k` and `hook_v` of positions to the left of
+        `input`, which then starts behind them. `read` computes the last block at that position of each row only, and
+        the output has one position.
+
+        Raises:
+            ValueError: tokens longer than the context, a return type that CLIP has not, `past` on a bidirectional tower.
+
+        Example:
+            >>> tower = clip_lens.load().tower
+            >>> tower("There are no circles.").shape, tower("There are no circles.", stop_at_layer=2).shape
+            (torch.Size([1, 77, 128]), torch.Size([1, 77, 128]))
+        """
+        if return_type not in ("logits", None):
+            raise ValueError(f"return_type={return_type!r}: CLIP's text tower has no loss; give 'logits' or None")
+        if past is not None and not self.causal:
+            raise ValueError("past= needs a causal tower; in a bidirectional one every position depends on every other")
+        n_layers = self.cfg.n_layers
+        offset = next(iter(past.values())).shape[1] if past else 0
+        x = input if start_at_layer is not None and isinstance(input, Tensor) else self.embed(self._tokens(input))
+        at = torch.arange(offset, offset + x.shape[1], device=x.device).unsqueeze(0)
+        layers = range(n_layers)[start_at_layer or 0 : stop_at_layer]
+        for layer in layers:
+            names = (f"blocks.{layer}.attn.hook_k", f"blocks.{layer}.attn.hook_v")
+            left = (past[names[0]], past[names[1]]) if past else None
+            x = self.blocks[layer](x, at, left, read if layer == n_layers - 1 else None)
+        if stop_at_layer is not None:
+            return x
+        if read is not None and not layers:
+            x = x[torch.arange(len(x), device=x.device), read].unsqueeze(1)
+        return self.unembed(self.ln_final(x)) if return_type == "logits" else None
+
+    def _tokens(self, input: str | list[str] | Tensor) -> Int[Tensor, "pair pos"]:
+        tokens = input if isinstance(input, Tensor) else self.to_tokens(input)
+        if tokens.ndim == 1:
+            tokens = tokens.unsqueeze(0)
+        if tokens.shape[1] > self.cfg.n_ctx:
+            raise ValueError(f"{tokens.shape[1]} positions given, the tower's context has {self.cfg.n_ctx}")
+        return tokens.to(self.W_E.device)
+
+    def run_with_cache(
+        self, *args: Any, names_filter: Any = None, return_cache_object: bool = True, **kwargs: Any
+    ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
+        """The output and the cache of a run, an `ActivationCache`; `names_filter=None` caches all but the hooks on demand.
+
+        Example:
+            >>> _, cache = clip_lens.load().tower.run_with_cache("There are no circles.")
+            >>> cache["pattern", 2].shape, cache["blocks.2.hook_mlp_out"].shape
+            (torch.Size([1, 4, 77, 77]), torch.Size([1, 77, 128]))
+        """
+        chosen = (lambda name: not name.endswith(ON_DEMAND)) if names_filter is None else names_filter
+        if isinstance(chosen, tuple | set | frozenset):
+            chosen = list(chosen)
+        remove_batch_dim = kwargs.get("remove_batch_dim", False)
+        output, cache = super().run_with_cache(*args, names_filter=chosen, **kwargs)
+        return output, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim) if return_cache_object else cache
+
+    def to(self, *args: Any, **kwargs: Any) -> HookedTextTower:
+        super().to(*args, **kwargs)
+        self.cfg.device, self.cfg.dtype = str(self.W_E.device), self.W_E.dtype
+        return self
+
+    def to_tokens(self, input: str | list[str], **ignored: Any) -> Int[Tensor, "pair pos"]:
+        """The token ids of texts, padded to the context; the tokenizer adds start and end of text by itself.
+
+        Raises:
+            ValueError: the tower came without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError("this tower has no tokenizer; give tokens, or load(module, tokenizer=...)")
+        return self.tokenizer([input] if isinstance(input, str) else list(input)).to(self.W_E.device)
+
+    def to_str_tokens(self, input: str | Int[Tensor, "pos"] | Int[Tensor, "1 pos"], **ignored: Any) -> list[str]:
+        """One string per token of one text."""
+        tokens = self.to_tokens(input)[0] if isinstance(input, str) else input.flatten()
+        decode = getattr(self.tokenizer, "decode", None) or self.tokenizer.tokenizer.decode  # type: ignore[union-attr]
+        return [decode([int(token)]).strip() or f"<{int(token)}>" for token in tokens]
+
+    def to_single_token(self, string: str) -> int:
+        """The id of a text that is one token.
+
+        Raises:
+            ValueError: the text is none or several.
+        """
+        row, empty = self.to_tokens([string, ""]).tolist()
+        ids = [token for token in row if token not in set(empty)]
+        if len(ids) != 1:
+            raise ValueError(f"{string!r} is not one token but {len(ids)}: {self.to_str_tokens(torch.tensor(ids))}")
+        return ids[0]
+
+    def tokens_to_residual_directions(
+        self, direction: Float[Tensor, "*batch d_embed"]
+    ) -> Float[Tensor, "*batch d_model"]:
+        """What a direction of the joint space reads in the final, normalised residual stream: `W_U @ direction`.
+
+        Raises:
+            TypeError: tokens were given: CLIP has no vocabulary to unembed to.
+        """
+        if not isinstance(direction, Tensor) or not direction.is_floating_point():
+            raise TypeError(f"CLIP's output is an embedding: give a direction with {self.cfg.d_vocab_out} components")
+        return direction @ self.W_U.T
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, "d_model"]:
+        """The sum of the output biases that blocks below `layer` write (and, `mlp_input`, this layer's attention)."""
+        total = torch.zeros_like(self.blocks[0].attn.b_O)
+        for index in range(layer):
+            total = total + self.blocks[index].attn.b_O
+            total = total + self.blocks[index].mlp.b_out if include_mlp_biases else total
+        return total + self.blocks[layer].attn.b_O if mlp_input else total
+
+    def _stacked(self, part: str, name: str) -> Tensor:
+        return torch.stack([getattr(getattr(block, part), name) for block in self.blocks])
+
+    W_Q = property(lambda self: self._stacked("attn", "W_Q"), doc="layer head d_model d_head")
+    W_K = property(lambda self: self._stacked("attn", "W_K"), doc="layer head d_model d_head")
+    W_V = property(lambda self: self._stacked("attn", "W_V"), doc="layer head d_model d_head")
+    W_O = property(lambda self: self._stacked("attn", "W_O"), doc="layer head d_head d_model")
+    b_Q = property(lambda self: self._stacked("attn", "b_Q"), doc="layer head d_head")
+    b_K = property(lambda self: self._stacked("attn", "b_K"), doc="layer head d_head")
+    b_V = property(lambda self: self._stacked("attn", "b_V"), doc="layer head d_head")
+    b_O = property(lambda self: self._stacked("attn", "b_O"), doc="layer d_model")
+    W_in = property(lambda self: self._stacked("mlp", "W_in"), doc="layer d_model d_mlp")
+    W_out = property(lambda self: self._stacked("mlp", "W_out"), doc="layer d_mlp d_model")
+    b_in = property(lambda self: self._stacked("mlp", "b_in"), doc="layer d_mlp")
+    b_out = property(lambda self: self._stacked("mlp", "b_out"), doc="layer d_model")
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """Every head's query-key circuit, layer head d_model d_model."""
+        return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        """Every head's value-output circuit, layer head d_model d_model."""
+        return FactoredMatrix(self.W_V, self.W_O)
