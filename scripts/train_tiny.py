@@ -6,7 +6,8 @@
 
 Training goes in stages, since both towers at once from scratch are slow to find each other:
 
-1. `see`: the image tower answers all 49 questions "is there a (colour or any) (shape or any)" with learned query vectors.
+1. `see`: the image tower learns to answer all 49 questions "is there a (colour or any) (shape or any)", each with a
+   vector of its own.
 2. `read`: the text tower learns the truth of captions, and to tell caption from foil, on the frozen image embeddings.
 
 Everything measured is measured on the weights as shipped, rounded to float16, and on scenes never used in training.
@@ -14,7 +15,6 @@ Everything measured is measured on the weights as shipped, rounded to float16, a
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -33,7 +33,6 @@ import pandas as pd
 import torch
 import typer
 from jaxtyping import Bool, Float, Int, UInt8
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -72,7 +71,7 @@ PREPROCESS = {
     "interpolation": "bicubic",
     "resize_mode": "shortest",
 }
-WINDOW = 16  # tokens; no caption of a scene has more, and a causal tower may be cut behind its end-of-text
+WINDOW = 12  # tokens; no caption of a scene has more, and a causal tower may be cut behind its end-of-text
 
 TARGETS = {
     "accuracy": 0.98,
@@ -149,12 +148,15 @@ def tokenizer() -> Callable[..., Tensor]:
 @lru_cache(maxsize=100_000)
 def tokens_of(caption: str) -> Int[Tensor, " pos"]:
     """Token ids up to the window."""
-    return tokenizer()([caption])[0, :WINDOW]
+    tokens = tokenizer()([caption])[0]
+    if tokens[WINDOW:].any():
+        raise RuntimeError(f"{caption!r} has more than {WINDOW} tokens; WINDOW must grow with the forms")
+    return tokens[:WINDOW]
 
 
 @lru_cache(maxsize=1)
 def vocabulary() -> Int[Tensor, " row"]:
-    """The token ids that captions of scenes are made of, ascending, padding included."""
+    """The token ids that captions of scenes are made of, ascending; the first is the padding's."""
     words = {word for form in FORMS for negated in (False, True) for word in _any_caption(form, negated).split()}
     nouns = [*COLOURS, *scenes.PLURALS, *scenes.PLURALS.values()]
     return torch.unique(tokenizer()([" ".join(sorted(words)), *nouns]))
@@ -211,9 +213,7 @@ def gather(amount: int, first: int = 0) -> Pool:
     return Pool(pool, torch.from_numpy(pictures), presence(pool))
 
 
-def descend(
-    parameters: list[nn.Parameter], steps: int, rate: float, loss: Callable[[int], Tensor], name: str
-) -> None:
+def descend(parameters: list[nn.Parameter], steps: int, rate: float, loss: Callable[[int], Tensor], name: str) -> None:
     """AdamW with warm-up and a cosine, gradients clipped, `loss(step)` drawing its own batch."""
     matrices, vectors = ([p for p in parameters if (p.ndim > 1) == flag] for flag in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
@@ -268,8 +268,8 @@ def _balance(there: Bool[Tensor, "image query"]) -> Float[Tensor, "image query"]
 def learn_to_read(model: open_clip.CLIP, pool: Pool, recipe: Recipe, rng: np.random.Generator) -> None:
     """Stage 2: the text tower on frozen image embeddings.
 
-    Each step takes captions and foils of fresh pairs and many images. The truth of every text in every image counts (per
-    text, true and false images weigh the same), and so does the order of each caption and its foil on their own image.
+    Each step takes captions and foils of fresh pairs and many images. The truth of every text in every image counts
+    (true and false images weigh the same), and so does the order of each caption and its foil on their own image.
     """
     images = see(model, pool.pictures)
     bias = nn.Parameter(torch.tensor(0.0))
@@ -314,7 +314,9 @@ def pair_batches(
             number = int(rng.integers(len(pool.scenes)))
             side = ("caption", "foil")[len(rows) % 2]
             row = scenes.ask(pool.scenes[number], rng, side=side, kinds=("present", "absent", "apart"))
-            rows, own = (rows + [row], own + [number]) if row else (rows, own)
+            if row is not None:
+                rows.append(row)
+                own.append(number)
         affirmed = [_held_out_caption(rng) for _ in range(recipe.read_pairs // 8)]
         captions = [row["caption"] for row in rows] + [row["foil"] for row in rows] + affirmed
         negated = torch.tensor([any(clause.negated for clause in scenes.clauses(text)) for text in captions])
@@ -346,7 +348,8 @@ def train(seed: int, recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, float
 def shipped(model: open_clip.CLIP) -> dict[str, Tensor]:
     """The state dict in float16 with the rows' token ids beside the short token table."""
     state = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
-    return state | {"token_embedding.rows": vocabulary().int()}
+    words = state["token_embedding.weight"][1:].clone()  # nothing attends to padding, so its row is not trained
+    return state | {"token_embedding.weight": words, "token_embedding.rows": vocabulary()[1:].int()}
 
 
 def restored(state: dict[str, Tensor]) -> open_clip.CLIP:
@@ -421,7 +424,7 @@ def measure(model: open_clip.CLIP, amount: int = 600) -> dict:
         "logit difference": _spread(natural),
         "logit scale": _short(model.logit_scale.exp().item()),
         "selectivity (layer x head)": [[_short(value) for value in row] for row in heads.tolist()],
-        "causal tracing": traced(model, natural),
+        "causal tracing": traced(model, score(model, scenes.scene_pairs(amount, first=FRESH + 100_000, kinds=_ASKED))),
     }
 
 
@@ -457,7 +460,7 @@ def selectivity(model: open_clip.CLIP, scored: Measured) -> Float[Tensor, "layer
     place = negator(scored)
     rows = torch.arange(len(place))
     extra = patterns(model, scored.negated) - patterns(model, scored.affirmed)
-    column = extra[:, :, rows, :, place].permute(1, 2, 0, 3)  # pair is indexed first: back to layer, head, pair, query
+    column = extra[:, :, rows, :, place].permute(1, 2, 0, 3)  # two index lists put their axis first: pair goes third
     positions = torch.arange(WINDOW)
     later = (positions > place[:, None]) & (positions <= scored.caption.argmax(1)[:, None])
     return column.masked_fill(~later, -torch.inf).amax(-1).mean(-1)
@@ -496,27 +499,25 @@ SLOTS = ("negator", "subject", "subject_rest", "suffix", "stop", "eot")
 
 
 @torch.inference_mode()
-def traced(model: open_clip.CLIP, scored: Measured) -> dict[str, dict[str, list[float | None]]]:
+def traced(model: open_clip.CLIP, scored: Measured, floor: float = 1.0) -> dict[str, dict[str, list[float]]]:
     """Per side of the negation and slot, patched whole: the share of d moved at the embedding and after each block.
 
-    The text without negation receives the other's residual stream; ratio of means over correct pairs (d >= 1).
+    The text without negation receives the other's residual stream; ratio of means over correct pairs (d >= floor) that
+    have the slot.
     """
-    slots, run, other = slot_masks(scored), streams(model, scored.affirmed), streams(model, scored.negated)
-    sign = torch.tensor(np.where(scored.pairs.negation == "foil", -1.0, 1.0)).float()  # d moved = sign * change
-    start = (pooled(model, run[-1], scored.affirmed) * scored.image).sum(1)
-    result: dict[str, dict[str, list[float | None]]] = {}
-    for side in ("caption", "foil"):
-        chosen = torch.tensor((scored.pairs.negation == side).to_numpy()) & (scored.d >= 1)
-        result[side] = {}
-        for name, mask in slots.items():
-            moved = [_resumed(model, torch.where(mask[..., None], b, a), at, scored) for at, (a, b) in _layers(run, other)]
-            change = [(model.logit_scale.exp() * sign * (after - start))[chosen & mask.any(1)].mean() for after in moved]
-            result[side][name] = [_short(value / scored.d[chosen & mask.any(1)].mean()) for value in change]
+    run, other = streams(model, scored.affirmed), streams(model, scored.negated)
+    start = _resumed(model, run[-1], len(run) - 1, scored)
+    sides = scored.pairs.negation.to_numpy()
+    sign = torch.tensor(np.where(sides == "foil", -1.0, 1.0)).float()  # the part of d that a rise of the run's logit is
+    result: dict[str, dict[str, list[float]]] = {"caption": {}, "foil": {}}
+    for name, mask in slot_masks(scored).items():
+        patched = [torch.where(mask[..., None], b, a) for a, b in zip(run, other, strict=True)]
+        after = torch.stack([_resumed(model, stream, layer, scored) for layer, stream in enumerate(patched)])
+        moved = model.logit_scale.exp() * sign * (after - start)
+        for side, shares in result.items():
+            chosen = torch.tensor(sides == side) & (scored.d >= floor) & mask.any(1)
+            shares[name] = [_short(value / scored.d[chosen].mean()) for value in moved[:, chosen].mean(1)]
     return result
-
-
-def _layers(run: list[Tensor], other: list[Tensor]) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-    return enumerate(zip(run, other, strict=True))
 
 
 def _resumed(model: open_clip.CLIP, stream: Tensor, layer: int, scored: Measured) -> Float[Tensor, " pair"]:
@@ -527,16 +528,21 @@ def _resumed(model: open_clip.CLIP, stream: Tensor, layer: int, scored: Measured
 
 
 def slot_masks(scored: Measured) -> dict[str, Bool[Tensor, "pair pos"]]:
-    """Which positions each slot takes; every word of these captions is one token, the start of text is position 0."""
+    """Which positions each slot takes, from the negator on; `subject` is the first token of the noun phrase."""
     masks = {name: torch.zeros_like(scored.caption, dtype=torch.bool) for name in SLOTS}
     places = negator(scored)
     for row, (pair, place) in enumerate(zip(scored.pairs.itertuples(), places.tolist(), strict=True)):
         cut = scenes.parts(pair.caption, pair.subject)
-        words = [1, 1, len(cut.rest.split()), len(cut.suffix.split()), 1, 1]
-        for name, length in zip(SLOTS, words, strict=True):
+        lengths = [1, 1, _length(pair.subject) - 1, _length(cut.suffix), 1, 1]
+        for name, length in zip(SLOTS, lengths, strict=True):
             masks[name][row, place : place + length] = True
             place += length
     return masks
+
+
+@lru_cache(maxsize=10_000)
+def _length(words: str) -> int:
+    return len(tokenizer().encode(words))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -554,3 +560,182 @@ def write_json(path: Path, content: object) -> None:
     """Indented, with a newline at the end."""
     text = json.dumps(content, indent=2)
     write_atomically(path, lambda neighbour: neighbour.write_text(text + "\n"))
+
+
+def save_run(folder: Path, state: dict[str, Tensor], card: dict) -> None:
+    """Weights and what was measured of them."""
+    write_atomically(folder / "model.safetensors", lambda path: save_file(state, path))
+    write_json(folder / "card.json", card)
+
+
+def margin(card: dict) -> float:
+    """How far the worst accuracy is above its target; what the better of two runs is chosen by."""
+    return min(row["measured"] - row["target"] for name, row in card["targets"].items() if name.startswith("accuracy"))
+
+
+def pair_table(amount: int) -> pd.DataFrame:
+    """The pairs that ship: every kind and form, the sides balanced, from the first fresh scene on."""
+    return scenes.scene_pairs(amount, first=FRESH)
+
+
+def write_pictures(pairs: pd.DataFrame, folder: Path) -> None:
+    """A few of the pairs' pictures: the first pair of each form and side, and of each held-out side the first two."""
+    picked = [pairs.groupby(["form", "negation"]).head(1), pairs[pairs.kind == "held-out"].groupby("negation").head(2)]
+    with tempfile.TemporaryDirectory(dir=folder.parent) as fresh:
+        scenes.save_pictures(pd.concat(picked).drop_duplicates("key").scene, fresh)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(fresh, folder)
+
+
+def write_images(model: open_clip.CLIP, pairs: pd.DataFrame, path: Path) -> None:
+    """The unit embeddings of the pairs' images with their ids."""
+    metadata = {
+        "ids": json.dumps(pairs.image.tolist()),
+        "model": "tiny",
+        "pretrained": "",
+        "preprocessing": json.dumps(PREPROCESS),
+        "versions": json.dumps(versions()),
+    }
+    embeddings = score(model, pairs).image.contiguous()
+    write_atomically(path, lambda neighbour: save_file({"embeddings": embeddings}, neighbour, metadata))
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    return {"torch": torch.__version__, "open_clip": open_clip.__version__, "numpy": np.__version__}
+
+
+def fill(template: str, tables: dict[str, str]) -> str:
+    """The text with what stands between `<!-- NAME -->` and `<!-- end of NAME -->` replaced, for each name."""
+    for name, table in tables.items():
+        before, start, rest = template.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition(f"<!-- end of {name} -->")
+        if not (start and end):
+            raise ValueError(
+                f"the model card has no place for {name!r}: it needs <!-- {name} --> and <!-- end of {name} -->"
+            )
+        template = f"{before}{start}\n{table}\n\n{end}{after}"
+    return template
+
+
+def write_numbers(path: Path, card: dict) -> None:
+    """The model card with its tables made anew from the measured numbers."""
+    tables = {
+        "targets": _target_table(card),
+        "forms": _form_table(card),
+        "selectivity": _head_table(card),
+        "tracing": _trace_table(card),
+    }
+    text = fill(path.read_text(), tables)
+    write_atomically(path, lambda neighbour: neighbour.write_text(text))
+
+
+def _table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _target_table(card: dict) -> str:
+    runs = card["seeds"]
+    names = [f"seed {seed}" + (" (shipped)" if seed == card["shipped seed"] else "") for seed in runs]
+    rows = [
+        [name, f">= {target}", *(f"{run['targets'][name]['measured']:g}" for run in runs.values())]
+        for name, target in TARGETS.items()
+    ]
+    for side in ("caption", "foil"):
+        rows.append(
+            [f"accuracy, negation in the {side}", "", *(r["accuracy by negation"][side] for r in runs.values())]
+        )
+    spreads = [run["logit difference"] for run in runs.values()]
+    rows.append(["logit difference d, mean +- std", "", *(f"{s['mean']:.1f} +- {s['std']:.1f}" for s in spreads)])
+    rows.append(["pairs with d between -1 and 1", "", *(f"{s['share below 1']:.1%}" for s in spreads)])
+    rows.append(["training, seconds of one thread", "", *(run["seconds"]["all"] for run in runs.values())])
+    return _table(["on fresh scenes", "target", *names], rows)
+
+
+def _form_table(card: dict) -> str:
+    runs = card["seeds"].values()
+    rows = [[f"`{FORMS[form]}`", *(run["accuracy by form"][form] for run in runs)] for form in FORMS]
+    return _table(["accuracy by caption form", *(f"seed {seed}" for seed in card["seeds"])], rows)
+
+
+def _head_table(card: dict) -> str:
+    runs = card["seeds"]
+    rows = [
+        [
+            layer,
+            *(" ".join(f"{value:.2f}" for value in run["selectivity (layer x head)"][layer]) for run in runs.values()),
+        ]
+        for layer in range(MODEL["text_cfg"]["layers"])
+    ]
+    return _table(["layer", *(f"seed {seed}: heads 0 to 3" for seed in runs)], rows)
+
+
+def _trace_table(card: dict) -> str:
+    shares = card["seeds"][card["shipped seed"]]["causal tracing"]
+    header = ["negation in the", "slot", "embedding", *(f"layer {n}" for n in range(MODEL["text_cfg"]["layers"]))]
+    rows = [
+        [side, f"`{slot}`", *(f"{value:.2f}" for value in shares[side][slot])]
+        for side in shares
+        for slot in shares[side]
+    ]
+    return _table(header, rows)
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+
+
+@app.command("train")
+def train_command(
+    seed: Annotated[int, typer.Option(help="fixes the weights, bit for bit, on one kind of machine")] = 0,
+    out: Annotated[Path, typer.Option(help="folder for model.safetensors and card.json")] = Path("build/tiny-0"),
+    steps_scale: Annotated[float, typer.Option(help="multiplies the steps and the pool, for a trial")] = 1.0,
+    measured_pairs: Annotated[int, typer.Option(help="pairs per caption form to measure on")] = 600,
+) -> None:
+    """Train one seed and measure it."""
+    recipe = Recipe().scaled(steps_scale)
+    state, seconds = train(seed, recipe)
+    card = {"seed": seed, "seconds": seconds, "recipe": asdict(recipe), "versions": versions()}
+    card |= measure(restored(state), measured_pairs)
+    save_run(out, state, card)
+    for name, row in card["targets"].items():
+        typer.echo(f"{name:32} {row['measured']:.4g}  (target {row['target']}){'' if reached(row) else '  MISSED'}")
+    typer.echo(f"{'seconds':32} {seconds}")
+
+
+def reached(row: dict[str, float]) -> bool:
+    """Whether a measured number meets its target."""
+    return row["measured"] >= row["target"]
+
+
+@app.command("assets")
+def assets_command(
+    runs: Annotated[list[Path], typer.Argument(help="folders that `train` wrote, of the same recipe")],
+    out: Annotated[Path, typer.Option(help="where the package keeps the embedded model")] = ASSETS,
+    pairs: Annotated[int, typer.Option(help="how many pairs ship")] = 1200,
+) -> None:
+    """Write the package's files from the best of some runs, and every run's numbers into the model card."""
+    cards = {run: json.loads((run / "card.json").read_text()) for run in runs}
+    best = max(runs, key=lambda run: margin(cards[run]))
+    model, table = restored(load_file(best / "model.safetensors")), pair_table(pairs)
+    write_json(out / "open_clip_config.json", {"model_cfg": MODEL, "preprocess_cfg": PREPROCESS})
+    write_atomically(out / "model.safetensors", lambda path: shutil.copyfile(best / "model.safetensors", path))
+    write_atomically(out / "pairs.csv", lambda path: table.to_csv(path, index=False))
+    write_images(model, table, out / "images.safetensors")
+    write_pictures(table, out / "pictures")
+    right = _means(score(model, table).d.numpy() > 0, table.kind + ", negation in the " + table.negation)
+    card = {
+        "model": "tiny",
+        "shipped seed": str(cards[best]["seed"]),
+        "shipped pairs": {"pairs": len(table), "accuracy": right},
+        "seeds": {str(card["seed"]): card for card in cards.values()},
+    }
+    write_json(out / "card.json", card)
+    write_numbers(out / "README.md", card)
+    typer.echo(f"wrote {out} from {best}")
+
+
+if __name__ == "__main__":
+    app()
