@@ -1,0 +1,828 @@
+"""The one result of every method: what each place moves, for each pair.
+
+`values[place, pair]` is a change of the metric, `index` says what the rows are, `pairs` what the columns are, `meta`
+how they came about. Everything else here is a view of these: fractions, intervals, grids, files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float, Int
+from pandas import DataFrame
+from torch import Tensor
+
+from clip_lens.model.site import KINDS, Place, Site, index_rows, sites_of
+
+INDEX = ("place", "kind", "layer", "unit", "slot")
+PAIRS = ("key", "caption", "foil", "image", "side", "sigma", "d", "segment")
+SIDES = ("caption", "foil", "none", "pooled")  # "pooled" is never in `pairs`, only in tables
+SEGMENTS = ("incorrect", "ambiguous", "correct")
+SLOTS = ("sot", "prefix", "there", "be", "negator", "subject", "subject_rest", "suffix", "stop", "eot")
+LOCALISED = SLOTS[SLOTS.index("negator") :]
+POINTS = ("fraction", "effect", "n", "dropped")
+BOUNDS = ("lower", "upper", "effect_lower", "effect_upper")
+SHOWN = ("fraction", "lower", "upper", "effect", "effect_lower", "effect_upper", "n", "dropped")
+
+Of = Literal["means", "ratios"]
+
+
+class Slotted(Protocol):
+    """What `by_slot` reads of a Batch: the slot of each position, the slots' names, the pairs' keys."""
+
+    @property
+    def slot(self) -> Int[Tensor, "pair pos"]: ...
+    @property
+    def slots(self) -> tuple[str, ...]: ...
+    @property
+    def pairs(self) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Effects:
+    """What each place moves, for each pair, in units of the metric (logits at the model's scale unless `meta` differs).
+
+    `values = metric(patched) - metric(run)`, NaN where the pair has no counterpart at that place;
+    `total = metric(every edge patched) - metric(run)`, for a counterpart `metric(other) - metric(run)`;
+    `baseline = metric(run)`. `pairs` has a row per column of `values`: key, caption, foil, image, side (which text has
+    the negation: caption, foil or none), sigma (+1 where the run is the foil, -1 where it is the caption), d (logit
+    difference S(caption) - S(foil)), segment, and whatever else is known of the pair. Tensors are kept on the CPU.
+
+    Raises:
+        ValueError: shapes that don't fit each other, a missing column of `pairs`, a sigma other than -1 and 1.
+
+    Example:
+        >>> effects = toy_effects()
+        >>> effects
+        Effects(4 places x 3 pairs; 1 caption, 2 foil; toy)
+        >>> effects.grid(side="foil")
+        layer      0    1
+        slot
+        negator  1.0  0.3
+        eot      0.0  0.7
+    """
+
+    values: Float[Tensor, "place pair"]
+    total: Float[Tensor, " pair"]
+    baseline: Float[Tensor, " pair"]
+    places: tuple[Place, ...]
+    pairs: DataFrame
+    meta: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("values", "total", "baseline"):
+            object.__setattr__(self, name, getattr(self, name).detach().cpu())
+        object.__setattr__(self, "places", tuple(self.places))
+        object.__setattr__(self, "pairs", self.pairs.reset_index(drop=True))
+        object.__setattr__(self, "meta", {str(name): str(value) for name, value in self.meta.items()})
+        _check_shapes(self)
+        _check_pairs(self.pairs)
+
+    @cached_property
+    def index(self) -> DataFrame:
+        """One row per place: place (its label), kind, layer, unit, slot; a named slot is a str, a position an int.
+
+        Example:
+            >>> toy_effects().index.tail(2)
+                             place   kind  layer  unit     slot
+            2  resid 1 @negator  resid      1  <NA>  negator
+            3      resid 1 @eot  resid      1  <NA>      eot
+        """
+        rows = index_rows(self.places)
+        types = {"layer": "Int64", "unit": "Int64", "slot": object}
+        return DataFrame({name: pd.Series([row[name] for row in rows], dtype=types.get(name, "str")) for name in INDEX})
+
+    def signed(self) -> Float[Tensor, "place pair"]:
+        """`sigma * values`: the part of d that each patch moves, so that sides of opposite direction can be averaged.
+
+        `sigma * total = d` for a counterpart (method section 1, "Sign").
+
+        Example:
+            >>> toy_effects().signed()[0]
+            tensor([2., 4., 1.])
+        """
+        return self.values * self._sigma
+
+    @property
+    def _sigma(self) -> Float[Tensor, " pair"]:
+        return torch.tensor(self.pairs["sigma"].to_numpy(dtype=np.float64), dtype=self.values.dtype)
+
+    def fraction(self, of: Of = "means", floor: float = 0.0, pooled: bool = False) -> DataFrame:
+        """The recovered fraction of every place: 0 = nothing moved, 1 = all of it. One row per place and side.
+
+        `of="means"`: sum of signed values / sum of signed totals, over the same pairs, those with a value at that
+        place. `of="ratios"`: the mean over pairs of value / total (method section 4). Within a side all pairs have one
+        sigma, and signing changes nothing; `pooled=True` takes both sides together, where unsigned totals of opposite
+        sign would cancel in the denominator.
+
+        Columns: `INDEX`, side, fraction, effect (mean signed effect, metric units), n (pairs, by key, that entered),
+        dropped (pairs without a value there, with |total| < floor, or with a ratio that does not exist). Where
+        the denominator is 0 or no pair is left the fraction is NaN and n is 0.
+
+        Example:
+            >>> toy_effects().fraction()[["place", "side", "fraction", "effect", "n", "dropped"]].tail(2)
+                             place  side  fraction  effect  n  dropped
+            6  resid 1 @negator  foil       0.3    0.75  2        0
+            7      resid 1 @eot  foil       0.7    1.75  2        0
+        """
+        return _tabulate(self, of, floor, pooled, draws=None)
+
+    def table(
+        self,
+        interval: float = 0.95,
+        *,
+        of: Of = "means",
+        floor: float = 0.0,
+        pooled: bool = False,
+        resamples: int = 1000,
+        seed: int = 0,
+    ) -> DataFrame:
+        """The rows of `fraction` with a bootstrap interval: lower, upper (of it), effect_lower, effect_upper.
+
+        Percentile bootstrap over pairs. A resample draws whole pairs, so that columns with the same `key` move
+        together. A side's draws depend on `seed`, on the side and on its number of pairs alone: the same place has
+        the same interval whatever other places and sides the result holds.
+
+        Raises:
+            ValueError: an interval outside of (0, 1), or fewer than one resample.
+
+        Example:
+            >>> toy_effects().table(resamples=50)[["place", "side", "fraction", "lower", "upper"]].tail(1)
+                         place  side  fraction  lower  upper
+            7  resid 1 @eot  foil       0.7    0.5   0.75
+        """
+        if not 0 < interval < 1:
+            raise ValueError(f"interval must lie between 0 and 1, as .95 does. Got {interval}")
+        if resamples < 1:
+            raise ValueError(f"resamples must be at least 1. Got {resamples}")
+        return _tabulate(self, of, floor, pooled, draws=_Draws(interval, resamples, seed))
+
+    def by_slot(self, batch: Slotted) -> Effects:
+        """Positions regrouped as named slots, a column per (pair, token): the k-th token of that slot in that pair.
+
+        Averages over its columns weigh a slot of several tokens by their number, as the paper's category means do
+        (method section 2); patching a named slot moves its tokens together and answers another question. NaN where a
+        pair's slot has fewer tokens than its longest. `pairs` gets the column `token`. Slots without a token
+        in any pair are left out; pairs are found in the batch by their key.
+
+        Raises:
+            ValueError: a place is not at a position, two places are the same, or a pair is not in the batch.
+
+        Example:
+            >>> from types import SimpleNamespace
+            >>> raw = replace(toy_effects(), places=tuple(Site("resid", l, slot=p) for l in (0, 1) for p in (0, 1)))
+            >>> slot = torch.tensor([[0, 0], [0, -1], [1, 0]])
+            >>> batch = SimpleNamespace(slot=slot, slots=("subject", "eot"), pairs=raw.pairs)
+            >>> named = raw.by_slot(batch)
+            >>> named.pairs[["key", "token"]].to_numpy().tolist()
+            [['a', 0], ['a', 1], ['b', 0], ['c', 0]]
+            >>> named.values[:2]
+            tensor([[ 2.,  0., -4.,  0.],
+                    [nan, nan, nan, -1.]])
+        """
+        bases, row_at = _positions(self.places)
+        slot = batch.slot[_rows_of(list(self.pairs["key"]), list(batch.pairs.key))].cpu()
+        instances = _instances(slot, len(batch.slots))
+        used = [number for number in range(len(batch.slots)) if (instances.position[number] >= 0).any()]
+        values = [_gather(self.values, row_at, instances, number) for number in used]
+        columns = instances.pair.numpy()
+        return replace(
+            self,
+            values=torch.stack(values, 1).flatten(0, 1) if values else self.values[:0, columns],
+            total=self.total[instances.pair],
+            baseline=self.baseline[instances.pair],
+            places=tuple(_at(base, batch.slots[number]) for base in bases for number in used),
+            pairs=self.pairs.iloc[columns].assign(token=instances.token.numpy()),
+        )
+
+    def grid(
+        self,
+        rows: str = "slot",
+        columns: str = "layer",
+        value: str = "fraction",
+        side: str | None = None,
+        **how: Any,
+    ) -> DataFrame:
+        """One column of the table, laid out by two columns of the index.
+
+        Slots come in the order of the text, layers ascending. `side=None` is the only side there is. `how` goes to
+        `table`.
+
+        Raises:
+            ValueError: no such column or side, several sides to choose from, or two places that fall in one cell.
+
+        Example:
+            >>> toy_effects().grid(value="effect", side="caption")
+            layer      0    1
+            slot
+            negator  2.0  1.0
+            eot      0.0  1.0
+        """
+        return pivot(one_side(self._table_for(value, how), side), rows, columns, value)
+
+    def _table_for(self, value: str, how: Mapping[str, Any]) -> DataFrame:
+        if value not in POINTS + BOUNDS:
+            raise ValueError(f"no value {value!r} in the table; it has {', '.join(POINTS + BOUNDS)}")
+        if value in BOUNDS:
+            return self.table(**how)
+        return self.fraction(**{name: how[name] for name in how if name not in ("interval", "resamples", "seed")})
+
+    def localisation(self, slots: Sequence[str] = LOCALISED, **how: Any) -> DataFrame:
+        """How unevenly d is spread over the text: per layer and side the standard deviation of the slots' fractions.
+
+        With ddof 0, from `negator` to `eot` (method section 4). Columns: kind, layer, unit, side, localisation, slots
+        (how many have a fraction). `how` goes to `fraction`.
+
+        Raises:
+            ValueError: no place is at one of these slots.
+
+        Example:
+            >>> toy_effects().localisation()[["layer", "side", "localisation"]].round(3).tail(2)
+               layer  side  localisation
+            2      0  foil           0.5
+            3      1  foil           0.2
+        """
+        table = self.fraction(**how)
+        table = table[table["slot"].isin(list(slots))]
+        if table.empty:
+            raise ValueError(f"no place is at one of {', '.join(slots)}; positions get names with by_slot(batch)")
+        grouped = table.groupby(["kind", "layer", "unit", "side"], dropna=False, sort=False)["fraction"]
+        spread = grouped.agg(localisation=lambda fractions: fractions.std(ddof=0), slots="count").reset_index()
+        return spread.sort_values(["side", "layer"], kind="stable", ignore_index=True)
+
+    def top(self, n: int = 10, by: str = "effect", **how: Any) -> DataFrame:
+        """The n rows per side of `table` with the largest absolute mean signed effect, the largest first.
+
+        Example:
+            >>> toy_effects().top(1)[["place", "side", "effect"]]
+                             place     side  effect
+            0  resid 0 @negator  caption     2.0
+            1  resid 0 @negator     foil     2.5
+        """
+        points = self._table_for(by, how)
+        found = []
+        for side in _sides(self, how.get("pooled", False)):
+            rows = points.index[points["side"] == side]
+            order = points.loc[rows, by].abs().sort_values(ascending=False, kind="stable").index[:n] - rows[0]
+            chosen = self if side == "pooled" else self.where(side=side)
+            chosen = replace(chosen, values=chosen.values[order], places=tuple(self.places[row] for row in order))
+            found.append(chosen.table(**how))
+        return pd.concat(found, ignore_index=True)
+
+    def where(self, **filters: Any) -> Effects:
+        """The places and pairs that match: each filter names a column of `index` or of `pairs`.
+
+        A filter is a value, a collection of values, or a predicate on one value. A name in both means the index.
+
+        Raises:
+            ValueError: no column has that name.
+
+        Example:
+            >>> toy_effects().where(slot="negator", layer=[0], d=lambda d: d > 1)
+            Effects(1 places x 2 pairs; 1 caption, 1 foil; toy)
+        """
+        rows, columns = np.ones(len(self.places), bool), np.ones(len(self.pairs), bool)
+        for name, wanted in filters.items():
+            if name in INDEX:
+                rows &= _matches(self.index[name], wanted)
+            elif name in self.pairs:
+                columns &= _matches(self.pairs[name], wanted)
+            else:
+                names = ", ".join([*INDEX, *map(str, self.pairs.columns)])
+                raise ValueError(f"no column {name!r} to filter by; there are {names}")
+        kept = torch.from_numpy(columns)
+        return replace(
+            self,
+            values=self.values[torch.from_numpy(rows)][:, kept],
+            total=self.total[kept],
+            baseline=self.baseline[kept],
+            places=tuple(place for place, keep in zip(self.places, rows, strict=True) if keep),
+            pairs=self.pairs[columns],
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one Parquet file: a row per place, a float column per pair, the rest as JSON in the schema's metadata.
+
+        `pandas.read_parquet` opens it without this package. Raw positions in a column that also has names are written
+        as text there; `load` gives them back as they were. An interrupted call leaves an existing file as it was.
+
+        Example:
+            >>> folder = getfixture("tmp_path")
+            >>> toy_effects().save(folder / "toy.parquet")
+            >>> list(pd.read_parquet(folder / "toy.parquet").columns)
+            ['place', 'kind', 'layer', 'unit', 'slot', 'a', 'b', 'c']
+        """
+        index = self.index.assign(slot=_column_of_slots(self.index["slot"]))
+        numbers = self.values if self.values.dtype == torch.float64 else self.values.float()
+        columns = DataFrame(numbers.numpy(), columns=_column_names(self.pairs["key"]))
+        table = pa.Table.from_pandas(pd.concat([index, columns], axis=1), preserve_index=False)
+        note = json.dumps(_note(self), default=_as_json).encode()
+        with written_whole(path) as temporary:
+            pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"clip_lens": note}), temporary)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Effects:
+        """The result that `save` wrote, equal in every value, type and place.
+
+        Raises:
+            ValueError: the file is truncated, not Parquet, or not written by `save`.
+
+        Example:
+            >>> path = getfixture("tmp_path") / "toy.parquet"
+            >>> toy_effects().save(path)
+            >>> Effects.load(path)
+            Effects(4 places x 3 pairs; 1 caption, 2 foil; toy)
+        """
+        return cls(**_read(Path(path)))
+
+    def __repr__(self) -> str:
+        keys = self.pairs.groupby("side")["key"].nunique()
+        sides = ", ".join(f"{keys[side]} {side}" for side in SIDES if side in keys)
+        kind = " ".join(filter(None, (self.meta.get("method"), self.meta.get("model"))))
+        parts = [f"{len(self.places)} places x {self.pairs['key'].nunique()} pairs", sides, kind]
+        return f"Effects({'; '.join(filter(None, parts))})"
+
+    def _repr_html_(self) -> str:
+        said = "".join(
+            f"<dt>{escape(name)}</dt><dd>{escape(self.meta[name])}</dd>"
+            for name in ("method", "model", "data", "metric", "source", "dropped")
+            if name in self.meta
+        )
+        top = self.top(5, resamples=200) if self.places and len(self.pairs) else self.fraction()
+        table = top.reindex(columns=["place", "side", *SHOWN]).to_html(
+            index=False, float_format="{:.3f}".format, na_rep="", border=0
+        )
+        return f"<p>{escape(repr(self))}</p><dl>{said}</dl>{table}"
+
+
+def segments(d: Iterable[float] | Float[Tensor, " pair"], thresholds: tuple[float, float] = (-1.0, 1.0)) -> list[str]:
+    """The segment of each pair: `incorrect` d < low, `ambiguous` low <= d < high, `correct` d >= high, d in logits.
+
+    From method section 2; the thresholds are for scale 100 (OpenAI's models).
+
+    Raises:
+        ValueError: the thresholds are not in order, or a d is NaN.
+
+    Example:
+        >>> segments([-2.0, -1.0, 0.99, 1.0])
+        ['incorrect', 'ambiguous', 'ambiguous', 'correct']
+    """
+    low, high = thresholds
+    if not low <= high:
+        raise ValueError(f"thresholds must be (low, high) with low <= high. Got {thresholds}")
+    numbers = np.asarray(d.detach().cpu() if isinstance(d, Tensor) else list(d), dtype=np.float64)
+    if np.isnan(numbers).any():
+        raise ValueError(f"d is NaN for {int(np.isnan(numbers).sum())} of {len(numbers)} pairs; they have no segment")
+    return [SEGMENTS[int(number >= low) + int(number >= high)] for number in numbers]
+
+
+def one_side(table: DataFrame, side: str | None) -> DataFrame:
+    """The rows of one side of a table; None = the only side there is.
+
+    Raises:
+        ValueError: the side does not occur, or there are several and none is named.
+
+    Example:
+        >>> len(one_side(toy_effects().fraction(), "foil"))
+        4
+    """
+    sides = list(dict.fromkeys(table["side"]))
+    if side is None and len(sides) > 1:
+        choices = " or ".join(f"side={name!r}" for name in sides)
+        raise ValueError(f"the result has several sides; choose {choices}, or pool them with pooled=True")
+    if side is not None and side not in sides:
+        raise ValueError(f"no side {side!r} in the result; it has {', '.join(map(repr, sides))}")
+    return table if side is None else table[table["side"] == side]
+
+
+def pivot(table: DataFrame, rows: str, columns: str, value: str) -> DataFrame:
+    """A column of a table of one side, laid out by two columns of the index; NaN where there is no place.
+
+    Raises:
+        ValueError: no such columns, or two places that fall in one cell.
+
+    Example:
+        >>> pivot(one_side(toy_effects().fraction(), "foil"), "place", "side", "fraction").shape
+        (4, 1)
+    """
+    for name in (rows, columns, value):
+        if name not in table:
+            raise ValueError(f"no column {name!r} in the table; it has {', '.join(table.columns)}")
+    row_labels, column_labels = _ordered(rows, table[rows]), _ordered(columns, table[columns])
+    row_at = {label: number for number, label in enumerate(row_labels)}
+    column_at = {label: number for number, label in enumerate(column_labels)}
+    cells = np.full((len(row_labels), len(column_labels)), np.nan)
+    taken: dict[tuple[int, int], int] = {}
+    keys = zip(_plain(table[rows]), _plain(table[columns]), table[value].to_numpy(), strict=True)
+    for number, (row, column, content) in enumerate(keys):
+        cell = row_at[row], column_at[column]
+        if cell in taken:
+            raise ValueError(_collision(table.iloc[[taken[cell], number]], rows, columns))
+        taken[cell] = number
+        cells[cell] = content
+    return DataFrame(cells, index=_axis(rows, row_labels), columns=_axis(columns, column_labels))
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when the block ends well, and vanishes when it does not.
+
+    Example:
+        >>> path = getfixture("tmp_path") / "a.txt"
+        >>> with written_whole(path) as temporary:
+        ...     _ = temporary.write_text("all of it")
+        >>> path.read_text()
+        'all of it'
+    """
+    target = Path(path)
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # mkstemp makes files that only their owner may read
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def toy_effects() -> Effects:
+    """A small result made by hand, for examples: resid at two layers and two slots, three pairs, d = 2, 4, 1 logits.
+
+    Example:
+        >>> toy_effects().total
+        tensor([ 2., -4., -1.])
+    """
+    d = [2.0, 4.0, 1.0]
+    pairs = DataFrame(
+        {
+            "key": ["a", "b", "c"],
+            "caption": ["There is no dog.", "There is a cat.", "There are some people."],
+            "foil": ["There is a dog.", "There is no cat.", "There are no people."],
+            "image": ["1.png", "2.png", "3.png"],
+            "side": ["caption", "foil", "foil"],
+            "sigma": [1, -1, -1],
+            "d": d,
+            "segment": segments(d),
+        }
+    )
+    return Effects(
+        values=torch.tensor([[2.0, -4.0, -1.0], [0.0, 0.0, 0.0], [1.0, -1.0, -0.5], [1.0, -3.0, -0.5]]),
+        total=torch.tensor([2.0, -4.0, -1.0]),
+        baseline=torch.tensor([20.0, 21.0, 22.0]),
+        places=tuple(Site("resid", layer, slot=slot) for layer in (0, 1) for slot in ("negator", "eot")),
+        pairs=pairs,
+        meta={"model": "toy"},
+    )
+
+
+def _check_shapes(effects: Effects) -> None:
+    values, n_pairs = effects.values, len(effects.pairs)
+    if values.ndim != 2 or not values.is_floating_point():
+        raise ValueError(f"values must be floats [place, pair]. Got {values.dtype} of shape {tuple(values.shape)}")
+    if values.shape != (len(effects.places), n_pairs):
+        raise ValueError(
+            f"values must be [place, pair] = [{len(effects.places)}, {n_pairs}], a row per place and a column per row "
+            f"of pairs. Got {tuple(values.shape)}"
+        )
+    for name in ("total", "baseline"):
+        shape = tuple(getattr(effects, name).shape)
+        if shape != (n_pairs,):
+            raise ValueError(f"{name} must have one number for each of {n_pairs} pairs. Got the shape {shape}")
+
+
+def _check_pairs(pairs: DataFrame) -> None:
+    missing = [name for name in PAIRS if name not in pairs]
+    if missing:
+        raise ValueError(f"pairs lacks {', '.join(missing)}; it must have {', '.join(PAIRS)}")
+    strange = sorted(set(pairs["sigma"]) - {-1, 1})
+    if strange:
+        raise ValueError(f"sigma must be +1 (the run is the foil) or -1 (it is the caption). Got {strange[0]!r}")
+    strange = sorted(set(map(str, pairs["side"])) - set(SIDES[:3]))
+    if strange:
+        raise ValueError(f"side must be 'caption', 'foil' or 'none'. Got {strange[0]!r}")
+
+
+# Fractions and the bootstrap
+
+
+class _Draws(NamedTuple):
+    """How to resample pairs: the interval's level, how often, from which seed."""
+
+    interval: float
+    resamples: int
+    seed: int
+
+    def counts(self, side: str, n_keys: int) -> Float[Tensor, "key resample"]:
+        """How often each pair is drawn in each resample; a side has a stream of its own."""
+        stream = np.random.default_rng([self.seed, SIDES.index(side)])
+        drawn = stream.multinomial(n_keys, np.full(n_keys, 1 / n_keys), self.resamples)
+        return torch.from_numpy(drawn.T.astype(np.float64))
+
+
+class _Sums(NamedTuple):
+    """What each pair adds to a place's fraction = numerator / denominator and to its mean effect = effect / entered."""
+
+    effect: Float[Tensor, "place key"]
+    entered: Float[Tensor, "place key"]
+    numerator: Float[Tensor, "place key"]
+    denominator: Float[Tensor, "place key"]
+
+
+def _sides(effects: Effects, pooled: bool) -> list[str]:
+    present = set(effects.pairs["side"])
+    return ["pooled"] if pooled else [side for side in SIDES if side in present] or ["none"]
+
+
+def _tabulate(effects: Effects, of: str, floor: float, pooled: bool, draws: _Draws | None) -> DataFrame:
+    if of not in ("means", "ratios"):
+        raise ValueError(f"of must be 'means' (a ratio of means) or 'ratios' (a mean of ratios). Got {of!r}")
+    frames = []
+    for side in _sides(effects, pooled):
+        chosen = effects.pairs if pooled else effects.pairs[effects.pairs["side"] == side]
+        columns = torch.tensor(chosen.index.to_numpy(), dtype=torch.long)
+        codes, keys = pd.factorize(chosen["key"])
+        counts = draws.counts(side, len(keys)) if draws and len(keys) else None
+        size = max(1, 2**21 // max(len(columns), draws.resamples if draws else 1))  # bounds memory to tens of MB
+        parts = []
+        for rows in torch.arange(len(effects.places)).split(size):
+            sums = _sums(effects, rows, columns, torch.from_numpy(codes), len(keys), of, floor)
+            parts.append({**_points(sums, len(keys)), **(_bounds(sums, counts, draws) if draws else {})})
+        names = POINTS + BOUNDS if draws else POINTS
+        found: dict[str, Any] = {
+            name: torch.cat([part[name] for part in parts]).numpy() if parts else [] for name in names
+        }
+        frames.append(effects.index.assign(side=side, **found))
+    table = pd.concat(frames, ignore_index=True)
+    return table.astype({"n": np.int64, "dropped": np.int64})
+
+
+def _sums(effects: Effects, rows: Tensor, columns: Tensor, codes: Tensor, n_keys: int, of: str, floor: float) -> _Sums:
+    """Sums over each key's columns, in float64; a column enters where it has a value and its total is large enough."""
+    sigma = effects._sigma[columns].double()
+    values, total = effects.values[rows][:, columns].double() * sigma, effects.total[columns].double() * sigma
+    enters = ~values.isnan() & (total.abs() >= floor)  # a NaN total is never >= floor
+    if of == "ratios":
+        enters &= total != 0
+    zero = torch.zeros((), dtype=torch.float64)
+
+    def per_key(numbers: Tensor) -> Tensor:
+        kept = torch.where(enters, numbers, zero)
+        return kept.new_zeros(len(rows), n_keys).index_add_(1, codes, kept)
+
+    effect, count = per_key(values), per_key(torch.ones_like(total))
+    if of == "ratios":
+        return _Sums(effect, count, per_key(values / total), count)
+    return _Sums(effect, count, effect, per_key(total))
+
+
+def _points(sums: _Sums, n_keys: int) -> dict[str, Tensor]:
+    fraction, effect = _estimates(sums, torch.ones(n_keys, 1, dtype=torch.float64))
+    n = torch.where(fraction[:, 0].isnan(), 0, (sums.entered > 0).sum(1))
+    return {"fraction": fraction[:, 0], "effect": effect[:, 0], "n": n, "dropped": n_keys - n}
+
+
+def _bounds(sums: _Sums, counts: Tensor | None, draws: _Draws) -> dict[str, Tensor]:
+    if counts is None:
+        return dict.fromkeys(BOUNDS, torch.full((len(sums.effect),), torch.nan, dtype=torch.float64))
+    tail = (1 - draws.interval) / 2
+    levels = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    bounds = [bound for drawn in _estimates(sums, counts) for bound in drawn.nanquantile(levels, dim=1)]
+    return dict(zip(BOUNDS, bounds, strict=True))
+
+
+def _estimates(sums: _Sums, weights: Float[Tensor, "key resample"]) -> tuple[Tensor, Tensor]:
+    """Fraction and mean signed effect, [place, resample], of pairs that count `weights` times."""
+    fraction = _divide(sums.numerator @ weights, _weigh(sums.denominator, weights))
+    return fraction, _divide(sums.effect @ weights, _weigh(sums.entered, weights))
+
+
+def _weigh(parts: Tensor, weights: Tensor) -> Tensor:
+    """`parts @ weights`; without NaN values every place has the same denominator, and one row does for all."""
+    return (parts[:1] if len(parts) and bool((parts == parts[:1]).all()) else parts) @ weights
+
+
+def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    return torch.where(denominator == 0, torch.nan, numerator / denominator)
+
+
+# Grids and filters
+
+
+def _plain(column: pd.Series) -> list[Any]:
+    """A column's entries as Python values, None for what is missing."""
+    return [None if missing else value for value, missing in zip(column.astype(object), column.isna(), strict=True)]
+
+
+def _ordered(name: str, column: pd.Series) -> list[Any]:
+    """The distinct entries in reading order: slots as in the text, kinds as listed, numbers ascending, None last."""
+    known: tuple[str, ...] = {"slot": SLOTS, "kind": KINDS}.get(name, ())
+    seen = list(dict.fromkeys(_plain(column)))
+
+    def rank(entry: Any) -> tuple[int, int]:
+        if entry is None:
+            return 3, 0
+        if isinstance(entry, int | np.integer):
+            return 2, int(entry)
+        return (0, known.index(entry)) if entry in known else (1, seen.index(entry))
+
+    return sorted(seen, key=rank)
+
+
+def _axis(name: str, labels: list[Any]) -> pd.Index:
+    plain = len({type(label) for label in labels}) == 1 and None not in labels
+    return pd.Index(labels, name=name) if plain else pd.Index(labels, name=name, dtype=object)
+
+
+def _collision(two: DataFrame, rows: str, columns: str) -> str:
+    cell = ", ".join(f"{name}={_plain(two[name])[0]!r}" for name in (rows, columns))
+    further = [name for name in INDEX[1:] if name not in (rows, columns) and len(set(_plain(two[name]))) > 1]
+    if not further:
+        return f"two places fall on {cell}: {' and '.join(two['place'])}, the same in every column"
+    name = further[0]
+    values = " and ".join(repr(value) for value in _plain(two[name]))
+    return f"two places fall on {cell} and differ in {name} ({values}); choose with where({name}=...), or lay out by it"
+
+
+def _matches(column: pd.Series, wanted: Any) -> np.ndarray:
+    entries = _plain(column)
+    if callable(wanted):
+        return np.array([bool(wanted(entry)) for entry in entries], dtype=bool)
+    several = isinstance(wanted, Collection | pd.Series | np.ndarray | Tensor) and not isinstance(wanted, str | bytes)
+    choices = [value.item() if isinstance(value, Tensor) else value for value in wanted] if several else [wanted]
+    return np.array([entry in choices for entry in entries], dtype=bool)
+
+
+# Slots
+
+
+class _Instances(NamedTuple):
+    """The (pair, token) columns of by_slot: which pair, which token of its slot, and at which position (-1 = none)."""
+
+    pair: Int[Tensor, " instance"]
+    token: Int[Tensor, " instance"]
+    position: Int[Tensor, "slot instance"]
+
+
+def _instances(slot: Int[Tensor, "pair pos"], n_slots: int) -> _Instances:
+    one_hot = slot.unsqueeze(-1) == torch.arange(n_slots)
+    rank = one_hot.cumsum(1) - 1  # the how-manieth token of its slot a position holds
+    longest = one_hot.sum(1).amax(1).clamp(min=1) if n_slots else torch.ones(len(slot), dtype=torch.long)
+    start = longest.cumsum(0) - longest
+    pair = torch.arange(len(slot)).repeat_interleave(longest)
+    position = torch.full((n_slots, len(pair)), -1)
+    row, pos, number = one_hot.nonzero(as_tuple=True)
+    position[number, start[row] + rank[row, pos, number]] = pos
+    return _Instances(pair, torch.arange(len(pair)) - start[pair], position)
+
+
+def _positions(places: Sequence[Place]) -> tuple[list[Place], Int[Tensor, "base pos"]]:
+    """The places without their position, in order, and for each the row of `values` at each position (-1 = none)."""
+    rows: dict[Place, dict[int, int]] = {}
+    for number, place in enumerate(places):
+        slots = {site.slot for site in sites_of(place)}
+        position = slots.pop()
+        if slots or not isinstance(position, int | np.integer):
+            raise ValueError(f"by_slot regroups raw positions, such as Site('resid', 3, slot=5). Got {place}")
+        base = rows.setdefault(_at(place, None), {})
+        if int(position) in base:
+            raise ValueError(f"by_slot needs each place once. Got {place} twice")
+        base[int(position)] = number
+    width = 1 + max((position for base in rows.values() for position in base), default=-1)
+    row_at = torch.tensor([[base.get(position, -1) for position in range(width)] for base in rows.values()])
+    return list(rows), row_at.reshape(len(rows), width).long()
+
+
+def _at(place: Place, slot: str | None) -> Place:
+    return tuple(replace(site, slot=slot) for site in place) if isinstance(place, tuple) else replace(place, slot=slot)
+
+
+def _gather(values: Tensor, row_at: Tensor, instances: _Instances, number: int) -> Float[Tensor, "base instance"]:
+    position = instances.position[number]
+    known = (position >= 0) & (position < row_at.shape[1])
+    if not known.any():
+        return values.new_full((len(row_at), len(position)), torch.nan)
+    rows = row_at[:, position.where(known, 0)].where(known, -1)
+    return values[rows.clamp(min=0), instances.pair].where(rows >= 0, torch.nan)
+
+
+def _rows_of(keys: list[Any], batch_keys: list[Any]) -> list[int]:
+    if keys == batch_keys:
+        return list(range(len(keys)))
+    row = {key: number for number, key in enumerate(batch_keys)}
+    missing = [key for key in keys if key not in row]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} pairs of the result are not in the batch, such as {missing[0]!r}; give the one patched"
+        )
+    return [row[key] for key in keys]
+
+
+# Files
+
+
+def _column_of_slots(slots: pd.Series) -> pd.Series:
+    """A Parquet column has one type: positions stay numbers, names stay text, a mixture becomes text."""
+    found = _plain(slots)
+    if all(slot is None or not isinstance(slot, str) for slot in found):
+        return pd.Series(found, dtype="Int64")
+    return pd.Series([None if slot is None else str(slot) for slot in found], dtype="str")
+
+
+def _column_names(keys: Iterable[Any]) -> list[str]:
+    taken = set(INDEX)
+    names = []
+    for key in keys:
+        name, number = str(key), 0
+        while name in taken:
+            number += 1
+            name = f"{key}#{number}"
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The fields of a saved result."""
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is no whole Parquet file, it may be truncated: {error}") from error
+    note = json.loads((table.schema.metadata or {}).get(b"clip_lens", b"null"))
+    if note is None or note.get("format") != 1:
+        raise ValueError(f"{path} is a Parquet file, but not one that this version's Effects.save wrote")
+    dtype, pairs = getattr(torch, note["dtype"]), _frame(note["pairs"])
+    stored = np.float64 if dtype == torch.float64 else np.float32
+    values = table.drop_columns(list(INDEX)).to_pandas().to_numpy(dtype=stored)
+    return {
+        "values": torch.tensor(values).reshape(len(note["places"]), len(pairs)).to(dtype),
+        "total": _tensor(note["total"], dtype),
+        "baseline": _tensor(note["baseline"], dtype),
+        "places": tuple(_place(entry) for entry in note["places"]),
+        "pairs": pairs,
+        "meta": note["meta"],
+    }
+
+
+def _note(effects: Effects) -> dict[str, Any]:
+    """All but index and values, as JSON; a site is [kind, layer, unit, slot], a tuple of sites a list of those."""
+    sites = [[[s.kind, s.layer, s.unit, s.slot] for s in sites_of(place)] for place in effects.places]
+    return {
+        "format": 1,
+        "dtype": str(effects.values.dtype).removeprefix("torch."),
+        "places": [
+            entry if isinstance(place, tuple) else entry[0] for place, entry in zip(effects.places, sites, strict=True)
+        ],
+        "total": _numbers(effects.total),
+        "baseline": _numbers(effects.baseline),
+        "pairs": [
+            {"name": str(name), "dtype": _dtype_name(column), "values": _plain(column)}
+            for name, column in effects.pairs.items()
+        ],
+        "meta": dict(effects.meta),
+    }
+
+
+def _numbers(numbers: Float[Tensor, " pair"]) -> list[float | None]:
+    return [None if number != number else number for number in numbers.double().tolist()]
+
+
+def _tensor(numbers: list[float | None], dtype: torch.dtype) -> Float[Tensor, " pair"]:
+    exact = [torch.nan if number is None else number for number in numbers]
+    return torch.tensor(exact, dtype=torch.float64).to(dtype)
+
+
+def _place(entry: list[Any]) -> Place:
+    return Site(*entry) if isinstance(entry[0], str) else tuple(Site(*site) for site in entry)
+
+
+def _dtype_name(column: pd.Series) -> str:
+    return "str" if isinstance(column.dtype, pd.StringDtype) else str(column.dtype)
+
+
+def _frame(columns: list[dict[str, Any]]) -> DataFrame:
+    return DataFrame({column["name"]: pd.Series(column["values"], dtype=column["dtype"]) for column in columns})
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, pd.Timestamp):
+        return value.isoformat()
+    raise TypeError(f"a pair's information must be text, numbers, lists or mappings to be saved. Got {value!r}")
