@@ -1,0 +1,513 @@
+"""Pairs: captions, their foils and the ids of their images, as read from a file. No tensors, no model.
+
+A pair is (caption c, foil f, image i); the caption is true of the image and the foil is not. What can't be used is
+listed with its key and a reason in `Pairs.dropped`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import html
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+NEGATORS = ("no", "not", "without", "n't", "never", "none", "nobody", "nothing")
+TINY = Path(str(files("clip_lens"))) / "assets" / "tiny" / "pairs.csv"
+SIDES = ("caption", "foil", "none")
+TEXTS = ("caption", "foil", "image")
+VALSE_VOTES = 2  # of three annotators; Parcalabescu et al. 2022, section 4.4
+VALSE_SIDES = {"zero_to_something": "caption", "something_to_zero": "foil"}
+
+_NEGATOR = re.compile(r"\b(?:no|not|without|never|none|nobody|nothing)\b|n't\b", re.IGNORECASE)
+_THERE_ARE = re.compile(r"there are\b", re.IGNORECASE)
+_THERE_IS = re.compile(r"there is\b", re.IGNORECASE)
+
+Dropped = list[tuple[str, str]]
+
+
+def _nothing_dropped() -> pd.DataFrame:
+    return pd.DataFrame({"key": [], "reason": []}, dtype=str)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Pairs:
+    """Pairs of a caption and a foil about one image, in the order of the file.
+
+    `info` has a row per pair for every further column of the file. `dropped` (columns key, reason) lists what was lost
+    on the way here; what a caller asked to leave out, by an index, `where` or `split`, is not a loss.
+
+    Raises:
+        ValueError: the columns differ in length, keys repeat, a column of `info` has a reserved name (key, caption,
+            foil, image, side), or its column `negation` says something else than caption, foil or none.
+
+    Example:
+        >>> pairs = Pairs(["a"], ["There are no cats."], ["There are some cats."], ["1.jpg"])
+        >>> pairs.side
+        ('caption',)
+    """
+
+    key: Sequence[str]
+    caption: Sequence[str]
+    foil: Sequence[str]
+    image: Sequence[str]
+    info: pd.DataFrame = field(default_factory=pd.DataFrame)
+    name: str = "pairs"
+    dropped: pd.DataFrame = field(default_factory=_nothing_dropped)
+
+    def __post_init__(self) -> None:
+        for name in ("key", *TEXTS):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        info = self.info.reset_index(drop=True) if len(self.info.columns) else pd.DataFrame(index=range(len(self.key)))
+        object.__setattr__(self, "info", info)
+        lengths = {name: len(getattr(self, name)) for name in ("key", *TEXTS, "info")}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"key, caption, foil, image and info must have one entry per pair, got {lengths}")
+        reserved = {"key", *TEXTS, "side"} & set(info.columns)
+        if reserved:
+            raise ValueError(f"info can't have columns named {sorted(reserved)}: pairs have their own; rename them")
+        _unique_keys(self.key, self.name)
+        _negation(self)
+
+    @classmethod
+    def from_frame(cls, frame: pd.DataFrame, name: str = "frame") -> Pairs:
+        """The pairs of a DataFrame with columns caption, foil, image, read by the rules of `read_pairs`.
+
+        Example:
+            >>> read = Pairs.from_frame(read_pairs("tiny").to_frame().head(3))
+            >>> len(read)
+            3
+        """
+        return _pairs(frame.reset_index(drop=True), name, [])
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Pairs) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"Pairs({self.name}: {_summary(self)})"
+
+    def _repr_html_(self) -> str:
+        shown = self.to_frame().head(5)[["key", "caption", "foil", "image", "side"]]
+        return f"<p><b>{html.escape(self.name)}</b>: {_summary(self)}</p>{shown.to_html(index=False)}"
+
+    def __getitem__(self, index: Any) -> Pairs:
+        """The pairs at an index, a slice, a sequence of indices or a boolean mask; always `Pairs`, also for one.
+
+        Raises:
+            IndexError: an index is out of range, or a mask has another length than the pairs.
+
+        Example:
+            >>> len(read_pairs("tiny")[:10])
+            10
+        """
+        rows = _rows(index, len(self))
+        columns = {name: [getattr(self, name)[row] for row in rows] for name in ("key", *TEXTS)}
+        return Pairs(**columns, info=self.info.iloc[rows], name=self.name, dropped=self.dropped)
+
+    @cached_property
+    def side(self) -> tuple[str, ...]:
+        """Where the negation stands in each pair: "caption", "foil" or "none".
+
+        The column `negation` if there is one; else VALSE's `provenance_of_foils`; else the one text that has more
+        tokens of `NEGATORS`; otherwise none.
+        """
+        stated = _negation(self)
+        if stated is not None:
+            return stated
+        provenance = self.info.get("provenance_of_foils", pd.Series("", index=self.info.index))
+        return tuple(
+            VALSE_SIDES.get(origin) or _counted_side(caption, foil)
+            for origin, caption, foil in zip(provenance, self.caption, self.foil, strict=True)
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hexadecimal digits of a sha256 over the pairs and their info: the same content gives the same digest."""
+        texts = json.dumps([self.key, self.caption, self.foil, self.image])
+        return hashlib.sha256((texts + self.info.to_csv(index=False, lineterminator="\n")).encode()).hexdigest()[:16]
+
+    def to_frame(self) -> pd.DataFrame:
+        """A DataFrame with a row per pair: key, caption, foil, image, side, and the columns of `info`.
+
+        Example:
+            >>> list(read_pairs("tiny").to_frame().columns[:5])
+            ['key', 'caption', 'foil', 'image', 'side']
+        """
+        columns = {name: list(getattr(self, name)) for name in ("key", *TEXTS, "side")}
+        return pd.concat([pd.DataFrame(columns, dtype=str), self.info], axis=1)
+
+    def where(self, **filters: Any) -> Pairs:
+        """The pairs whose columns have the given values: one value, or a collection of those that fit.
+
+        Columns are those of `to_frame()`.
+
+        Raises:
+            ValueError: there is no such column, or no pair is left; the message lists what there is.
+
+        Example:
+            >>> set(read_pairs("tiny").where(side="foil").side)
+            {'foil'}
+        """
+        frame = self.to_frame()
+        mask = np.ones(len(self), dtype=bool)
+        for column, wanted in filters.items():
+            if column not in frame:
+                raise ValueError(f"pairs have no column {column!r}{_close(column, frame.columns)}")
+            mask &= frame[column].isin(_collection(wanted)).to_numpy()
+        if len(self) and not mask.any():
+            there = "; ".join(f"{column} has {_some(frame[column].unique())}" for column in filters)
+            asked = ", ".join(f"{column}={wanted!r}" for column, wanted in filters.items())
+            raise ValueError(f"no pair of {self.name} has {asked}: {there}")
+        return self[mask]
+
+    def split(self, fraction: float = 0.5, seed: int = 0) -> tuple[Pairs, Pairs]:
+        """Two parts, the first with about `fraction` of the pairs; pairs of one image stay together.
+
+        Images are drawn at random by `seed`; within a part the order stays.
+
+        Raises:
+            ValueError: `fraction` isn't between 0 and 1, or all pairs are of one image.
+
+        Example:
+            >>> first, second = read_pairs("tiny").split(0.3, seed=1)
+            >>> set(first.image) & set(second.image)
+            set()
+        """
+        if not 0 < fraction < 1:
+            raise ValueError(f"fraction must lie between 0 and 1, got {fraction}")
+        images, codes = np.unique(np.array(self.image, dtype=object), return_inverse=True)
+        if len(images) < 2:
+            raise ValueError(f"a split needs pairs of at least 2 images, got {len(self)} pairs of {len(images)}")
+        order = np.random.default_rng(seed).permutation(len(images))
+        reached = np.cumsum(np.bincount(codes)[order])
+        cut = int(np.clip(np.abs(reached - fraction * len(self)).argmin() + 1, 1, len(images) - 1))
+        first = np.isin(codes, order[:cut])
+        return self[first], self[~first]
+
+    def rephrased(self) -> Pairs:
+        """The pairs with caption and foil equally long, as in Quantmeyer et al. 2024.
+
+        Where the caption starts with "There are", "some" is put after "are" in the text without the negation, if it
+        isn't there; captions that start with "There is" stay. All other pairs are listed in `dropped`, with the reason.
+
+        Raises:
+            ValueError: no pair fits.
+
+        Example:
+            >>> Pairs(["a"], ["There are no cats."], ["There are cats."], ["1.jpg"]).rephrased().foil
+            ('There are some cats.',)
+        """
+        texts = [_rephrase(*pair) for pair in zip(self.caption, self.foil, self.side, strict=True)]
+        lost = [(key, text) for key, text in zip(self.key, texts, strict=True) if isinstance(text, str)]
+        if len(lost) == len(self):
+            raise ValueError(f"no pair of {self.name} can be rephrased; {_listed(lost)}")
+        kept = self[[row for row, text in enumerate(texts) if not isinstance(text, str)]]
+        caption, foil = zip(*(text for text in texts if not isinstance(text, str)), strict=True)
+        dropped = pd.concat([self.dropped, _dropped(lost)], ignore_index=True)
+        return replace(kept, caption=caption, foil=foil, name=f"{self.name} (rephrased)", dropped=dropped)
+
+
+def read_pairs(path: str | Path = "tiny") -> Pairs:
+    """The pairs of a file, in its order: a csv, a json list of objects, json lines, or any file of VALSE's.
+
+    "tiny" reads the embedded pairs about rendered scenes. The columns caption, foil, image are needed and stay text
+    ("00123" is not 123); `key` names a pair, else its row number does ("0", "1", ...); every other column goes to
+    `info`, nested values as json text. A column `negation` (or `side`) of caption | foil | none says where the
+    negation stands.
+
+    VALSE (Parcalabescu et al. 2022) is recognised by its content, a dict of items with `image_file`: the dict's keys
+    become keys, and items that fewer than two annotators confirmed (`mturk["caption"] < 2`) are dropped. Pairs with an
+    empty text or image, or with equal texts, are dropped as well; `dropped` lists them all.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is of another kind, empty, broken, lacks a column, repeats a key, or has no usable pair.
+
+    Example:
+        >>> pairs = read_pairs("tiny")
+        >>> sorted(set(pairs.side) - {"none"})
+        ['caption', 'foil']
+    """
+    file = TINY if str(path) == "tiny" else Path(path)
+    reader = _READERS.get(file.suffix.lower())
+    if not file.is_file():
+        what = "is a folder, not a file" if file.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{file} {what}; give a {_KINDS} file of pairs, or 'tiny' for the embedded ones")
+    if reader is None:
+        raise ValueError(f"can't read pairs from {file}: its name ends in {file.suffix!r}, known are {_KINDS}")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} isn't UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    if not text.strip():
+        raise ValueError(f"{file} is empty; it must have columns caption, foil, image and a pair per row")
+    frame, dropped = reader(text, file)
+    return _pairs(frame, "tiny" if file == TINY else file.name, dropped)
+
+
+def _read_csv(text: str, file: Path) -> tuple[pd.DataFrame, Dropped]:
+    from io import StringIO
+
+    header = pd.read_csv(StringIO(text), nrows=0, dtype=str).columns
+    # An empty field is missing; "None" or "NA" is a text like any other.
+    missing = {column: [""] for column in header if column not in ("key", *TEXTS)}
+    try:
+        frame = pd.read_csv(
+            StringIO(text), dtype=dict.fromkeys(("key", *TEXTS), str), keep_default_na=False, na_values=missing
+        )
+    except pd.errors.ParserError as error:
+        reason = str(error).removeprefix("Error tokenizing data. C error: ").strip()
+        raise ValueError(f"{file} is not a readable csv: {reason}; put quotes around texts with commas") from error
+    if not isinstance(frame.index, pd.RangeIndex):
+        raise ValueError(f"{file}: rows have more fields than the header's {len(header)}; quote texts with commas")
+    return frame, []
+
+
+def _read_jsonl(text: str, file: Path) -> tuple[pd.DataFrame, Dropped]:
+    items = [
+        (f"line {number}", _parse(line, f"{file}, line {number}"))
+        for number, line in enumerate(text.split("\n"), start=1)
+        if line.strip()
+    ]
+    return _frame(items, file), []
+
+
+def _read_json(text: str, file: Path) -> tuple[pd.DataFrame, Dropped]:
+    content = _parse(text, str(file))
+    if isinstance(content, Mapping) and content and all(isinstance(item, Mapping) for item in content.values()):
+        return _read_items(content, file)
+    if isinstance(content, list):
+        return _frame([(f"entry {number}", item) for number, item in enumerate(content)], file), []
+    raise ValueError(
+        f"{file} holds {_kind(content)}; it must hold a list of objects with caption, foil, image, "
+        "or VALSE's dict of items with caption, foil, image_file"
+    )
+
+
+_READERS: dict[str, Callable[[str, Path], tuple[pd.DataFrame, Dropped]]] = {
+    ".csv": _read_csv,
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+}
+_KINDS = ", ".join(_READERS)
+
+
+def _read_items(content: Mapping[str, Mapping[str, Any]], file: Path) -> tuple[pd.DataFrame, Dropped]:
+    """VALSE's form: items under their keys, with the annotators' votes."""
+    dropped, kept = [], []
+    for key, item in content.items():
+        votes = item["mturk"].get("caption", 0) if isinstance(item.get("mturk"), Mapping) else VALSE_VOTES
+        if votes < VALSE_VOTES:
+            dropped.append((key, f"not valid: {votes} annotators chose the caption, VALSE asks for {VALSE_VOTES}"))
+        else:
+            kept.append((key, {**_renamed(item, "image_file", "image"), "key": key}))
+    if not kept:
+        raise ValueError(f"no pair of {file} is left; {_listed(dropped)}")
+    return _frame(kept, file), dropped
+
+
+def _renamed(item: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
+    return {new if name == old and new not in item else name: value for name, value in item.items()}
+
+
+def _parse(text: str, where: str) -> Any:
+    def unique(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+        repeated = _repeated([name for name, _ in entries])
+        if repeated:
+            raise ValueError(f"{where}: an object repeats {_some(repeated)}; every key may stand once")
+        return dict(entries)
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        position = f"line {error.lineno}, column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"
+        raise ValueError(f"{where} is broken json: {error.msg} at {position}; mend or remove it") from error
+
+
+def _frame(items: list[tuple[str, Any]], file: Path) -> pd.DataFrame:
+    for where, item in items:
+        if not isinstance(item, Mapping):
+            raise ValueError(f"{file}, {where}, is {_kind(item)}; it must be an object with caption, foil, image")
+    records = [{name: _flat(name, value) for name, value in item.items()} for _, item in items]
+    # As objects: a column of integers with a gap would turn into floats, and an image's id with it.
+    return pd.DataFrame(records, dtype=object)
+
+
+def _flat(name: str, value: Any) -> Any:
+    nested = isinstance(value, (Mapping, list)) and name not in ("key", *TEXTS)
+    return json.dumps(value, ensure_ascii=False) if nested else value
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", str: "a text", bool: "a boolean", type(None): "null"}
+    return kinds.get(type(value), "a number")
+
+
+def _pairs(frame: pd.DataFrame, name: str, dropped: Dropped) -> Pairs:
+    absent = [column for column in TEXTS if column not in frame.columns]
+    if absent and len(frame.columns):
+        raise ValueError(
+            f"{name} has no column {', '.join(absent)}; found {_some(frame.columns, 12)}; "
+            "name the columns caption, foil, image"
+        )
+    frame = _one_negation_column(frame, name)
+    keys = _keys(frame, name)
+    texts = {column: [_text(value) for value in frame[column]] for column in TEXTS if not absent}
+    reasons = [_reason(*row) for row in zip(*texts.values(), strict=True)]
+    dropped = dropped + [(key, reason) for key, reason in zip(keys, reasons, strict=True) if reason]
+    kept = [row for row, reason in enumerate(reasons) if reason is None]
+    if not kept:
+        raise ValueError(f"no pair of {name} is left; {_listed(dropped) if dropped else 'it has no rows'}")
+    info = frame.iloc[kept].drop(columns=[column for column in ("key", *TEXTS) if column in frame])
+    columns = {column: [values[row] for row in kept] for column, values in texts.items()}
+    key = [keys[row] for row in kept]
+    return Pairs(key, **columns, info=info.infer_objects(), name=name, dropped=_dropped(dropped))
+
+
+def _one_negation_column(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    """`to_frame()` writes the side as `side`; read back it is the column `negation`."""
+    if "side" not in frame:
+        return frame
+    if "negation" not in frame:
+        return frame.rename(columns={"side": "negation"})
+    if [_stated(value) for value in frame["side"]] != [_stated(value) for value in frame["negation"]]:
+        raise ValueError(f"{name} has the columns side and negation and they differ; keep the one that is right")
+    return frame.drop(columns="side")
+
+
+def _keys(frame: pd.DataFrame, name: str) -> list[str]:
+    if "key" not in frame:
+        return [str(row) for row in range(len(frame))]
+    keys = [_text(value) for value in frame["key"]]
+    empty = [str(row) for row, key in enumerate(keys) if not key.strip()]
+    if empty:
+        raise ValueError(f"{name} has no key in rows {_some(empty)} (from 0); fill the column key or leave it out")
+    _unique_keys(keys, name)
+    return keys
+
+
+def _unique_keys(keys: Sequence[str], name: str) -> None:
+    repeated = _repeated(keys)
+    if repeated:
+        raise ValueError(f"{name} repeats {len(repeated)} keys: {_some(repeated)}; every pair needs a key of its own")
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    series = pd.Series(list(names), dtype=str)
+    return list(series[series.duplicated()].unique())
+
+
+def _text(value: Any) -> str:
+    """A cell as text; whole numbers keep their digits, what is missing or no text becomes empty."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return str(int(value))
+    return ""
+
+
+def _reason(caption: str, foil: str, image: str) -> str | None:
+    for column, value in (("caption", caption), ("foil", foil), ("image", image)):
+        if not value.strip():
+            return f"{column} is empty or not text"
+    return "caption and foil are equal" if caption == foil else None
+
+
+def _negation(pairs: Pairs) -> tuple[str, ...] | None:
+    if "negation" not in pairs.info:
+        return None
+    stated = tuple(_stated(value) for value in pairs.info["negation"])
+    unknown = sorted(set(stated) - set(SIDES))
+    if unknown:
+        raise ValueError(
+            f"the column negation of {pairs.name} says {_some(unknown)}; it must say caption, foil or none, "
+            "the text with the negation; rename the column if it means something else"
+        )
+    return stated
+
+
+def _stated(value: Any) -> str:
+    missing = value is None or (not isinstance(value, str) and bool(pd.isna(value)))
+    return "none" if missing else str(value).strip().lower() or "none"
+
+
+def _counted_side(caption: str, foil: str) -> str:
+    in_caption, in_foil = (len(_NEGATOR.findall(text.replace("\u2019", "'"))) for text in (caption, foil))
+    return "none" if in_caption == in_foil else "caption" if in_caption > in_foil else "foil"
+
+
+def _rephrase(caption: str, foil: str, side: str) -> tuple[str, str] | str:
+    """The rephrased texts, or the reason why there are none."""
+    if side == "none":
+        return "can't be rephrased: no side has the negation"
+    if _THERE_IS.match(caption):
+        return caption, foil
+    if not _THERE_ARE.match(caption):
+        return 'can\'t be rephrased: starts neither with "There is" nor with "There are"'
+    affirmative = foil if side == "caption" else caption
+    if not _THERE_ARE.match(affirmative):
+        return "can't be rephrased: the text without negation doesn't start with \"There are\""
+    there_are, rest = affirmative[:9], affirmative[9:]
+    longer = affirmative if re.match(r"\s+some\b", rest, re.IGNORECASE) else f"{there_are} some{rest}"
+    return (caption, longer) if side == "caption" else (longer, foil)
+
+
+def _rows(index: Any, length: int) -> list[int]:
+    if isinstance(index, slice):
+        return list(range(length)[index])
+    rows = np.atleast_1d(np.asarray(index))
+    if rows.dtype == bool:
+        if len(rows) != length:
+            raise IndexError(f"the mask has {len(rows)} entries for {length} pairs; give one per pair")
+        return list(np.flatnonzero(rows))
+    if rows.size and not np.issubdtype(rows.dtype, np.integer):
+        raise IndexError(f"pairs are indexed by numbers, slices and masks, got {index!r}; use where(key=...) for keys")
+    outside = [int(row) for row in rows if not -length <= row < length]
+    if outside:
+        raise IndexError(f"there are {length} pairs, got index {_some(outside)}")
+    return [int(row) for row in rows]
+
+
+def _collection(wanted: Any) -> list[Any]:
+    return list(wanted) if isinstance(wanted, Iterable) and not isinstance(wanted, (str, bytes)) else [wanted]
+
+
+def _summary(pairs: Pairs) -> str:
+    counts = ", ".join(f"{pairs.side.count(side)} {side}" for side in SIDES)
+    lost = f"; {len(pairs.dropped)} dropped" if len(pairs.dropped) else ""
+    return f"{len(pairs)} pair{'s' if len(pairs) != 1 else ''}, negation in {counts}{lost}"
+
+
+def _dropped(rows: Dropped) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=["key", "reason"], dtype=str)
+
+
+def _listed(dropped: Dropped) -> str:
+    return f"{len(dropped)} were dropped: " + _some([f"{key} ({reason})" for key, reason in dropped], 3, quote=False)
+
+
+def _some(values: Iterable[Any], most: int = 5, *, quote: bool = True) -> str:
+    every = [value.item() if isinstance(value, np.generic) else value for value in values]
+    rest = f" and {len(every) - most} more" if len(every) > most else ""
+    return ", ".join(repr(value) if quote else str(value) for value in every[:most]) + rest
+
+
+def _close(name: str, names: Iterable[str]) -> str:
+    every = [str(each) for each in names]
+    close = difflib.get_close_matches(name, every, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; it has {_some(every, 20)}"
