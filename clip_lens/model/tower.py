@@ -17,7 +17,7 @@ Split inputs, `hook_mlp_in` and `hook_result` need no flag: they are computed wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from math import sqrt
 from typing import Any, Literal
 
@@ -36,6 +36,21 @@ ON_DEMAND = ("hook_q_input", "hook_k_input", "hook_v_input", "hook_mlp_in", "hoo
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach().clone(), requires_grad=False)
+
+
+def _pick(x: Float[Tensor, "pair pos d_model"], only: Int[Tensor, "pair 1"]) -> Float[Tensor, "pair 1 d_model"]:
+    return x.gather(1, only.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def _filled(
+    layer: int, at: Int[Tensor, "#pair pos"], rest: Callable[[str], Tensor] | None
+) -> Callable[[Tensor, str], Tensor]:
+    """Keys or values at some positions -> at all positions, the others' taken from `rest`."""
+    if rest is None:
+        return lambda here, part: here
+    return lambda here, part: rest(f"blocks.{layer}.attn.hook_{part}").scatter(
+        1, at[:, :, None, None].expand_as(here), here
+    )
 
 
 class LayerNorm(nn.Module):
@@ -108,12 +123,10 @@ class Attention(nn.Module):
         q: Float[Tensor, "pair query head d_head"],
         k: Float[Tensor, "pair pos head d_head"],
         v: Float[Tensor, "pair pos head d_head"],
-        at: Int[Tensor, "pair query"] | Int[Tensor, "1 query"],
-        past: tuple[Tensor, Tensor] | None,
+        at: Int[Tensor, "#pair query"],
+        rest: Callable[[Tensor, str], Tensor],
     ) -> Float[Tensor, "pair query d_model"]:
-        q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
-        if past is not None:
-            k, v = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
+        q, k, v = self.hook_q(q), rest(self.hook_k(k), "k"), rest(self.hook_v(v), "v")
         scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) / sqrt(self.d_head)
         if self.causal:
             ahead = torch.arange(k.shape[1], device=k.device) > at[:, None, :, None]
@@ -172,18 +185,16 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "pair pos d_model"],
-        at: Int[Tensor, "1 pos"],
-        past: tuple[Tensor, Tensor] | None = None,
-        read: Int[Tensor, "pair"] | None = None,
+        at: Int[Tensor, "#pair pos"],
+        rest: Callable[[Tensor, str], Tensor],
+        only: Int[Tensor, "pair 1"] | None = None,
     ) -> Float[Tensor, "pair query d_model"]:
-        """The residual stream behind the block, at every position or (`read`) at one position of each row only."""
+        """The residual stream behind the block, at every position or (`only`) at one of `x`'s positions in each row."""
         x = self.hook_resid_pre(x)
-        queries = x
-        if read is not None:
-            queries = x[torch.arange(len(x), device=x.device), read].unsqueeze(1)
-            at = at[0, read].unsqueeze(1)
+        queries = x if only is None else _pick(x, only)
+        at = at if only is None else at.expand(len(x), -1).gather(1, only)
         q, k, v = self._qkv(x, queries)
-        mid = self.hook_resid_mid(queries + self.hook_attn_out(self.attn(q, k, v, at, past)))
+        mid = self.hook_resid_mid(queries + self.hook_attn_out(self.attn(q, k, v, at, rest)))
         mlp_in = self.hook_mlp_in(mid.clone()) if self.hook_mlp_in.has_hooks() else mid
         return self.hook_resid_post(mid + self.hook_mlp_out(self.mlp(self.ln2(mlp_in))))
 
@@ -238,18 +249,20 @@ class HookedTextTower(HookedRootModule):
         *,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
-        past: Mapping[str, Float[Tensor, "pair past head d_head"]] | None = None,
+        at: Int[Tensor, "pair pos"] | None = None,
+        rest: Callable[[str], Float[Tensor, "pair every head d_head"]] | None = None,
         read: Int[Tensor, "pair"] | None = None,
     ) -> Float[Tensor, "pair pos d_embed"] | Float[Tensor, "pair pos d_model"] | None:
         """The text embedding at every position, or the residual stream that enters block `stop_at_layer`.
 
         `input` is text, tokens or, with `start_at_layer=l`, the residual stream that enters block l: the blocks below
-        are skipped. `past` (causal towers) gives `blocks.{l}.attn.hook_k` and `hook_v` of positions to the left of
-        `input`, which then starts behind them. `read` computes the last block at that position of each row only, and
-        the output has one position.
+        are skipped. It may hold some positions of each row only: `at` says which, and `rest("blocks.{l}.attn.hook_k")`,
+        `...hook_v` give keys and values at every position, of which those at `at` are replaced. That is exact when
+        nothing at the other positions depends on what changed: in a causal tower, for all positions from the change on.
+        `read` says which of the context's positions the last block and the output are computed at, one in each row.
 
         Raises:
-            ValueError: tokens longer than the context, a return type that CLIP has not, `past` on a bidirectional tower.
+            ValueError: tokens longer than the context, a return type that CLIP has not, `at` without `rest`.
 
         Example:
             >>> tower = clip_lens.load().tower
@@ -258,21 +271,19 @@ class HookedTextTower(HookedRootModule):
         """
         if return_type not in ("logits", None):
             raise ValueError(f"return_type={return_type!r}: CLIP's text tower has no loss; give 'logits' or None")
-        if past is not None and not self.causal:
-            raise ValueError("past= needs a causal tower; in a bidirectional one every position depends on every other")
-        n_layers = self.cfg.n_layers
-        offset = next(iter(past.values())).shape[1] if past else 0
+        if (at is None) != (rest is None):
+            raise ValueError("at= and rest= go together: some positions of each row, and keys and values of the others")
         x = input if start_at_layer is not None and isinstance(input, Tensor) else self.embed(self._tokens(input))
-        at = torch.arange(offset, offset + x.shape[1], device=x.device).unsqueeze(0)
-        layers = range(n_layers)[start_at_layer or 0 : stop_at_layer]
+        if at is None:
+            at = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
+        only = None if read is None else (at == read[:, None]).int().argmax(1, keepdim=True)
+        last = self.cfg.n_layers - 1
+        layers = range(self.cfg.n_layers)[start_at_layer or 0 : stop_at_layer]
         for layer in layers:
-            names = (f"blocks.{layer}.attn.hook_k", f"blocks.{layer}.attn.hook_v")
-            left = (past[names[0]], past[names[1]]) if past else None
-            x = self.blocks[layer](x, at, left, read if layer == n_layers - 1 else None)
+            x = self.blocks[layer](x, at, _filled(layer, at, rest), only if layer == last else None)
         if stop_at_layer is not None:
             return x
-        if read is not None and not layers:
-            x = x[torch.arange(len(x), device=x.device), read].unsqueeze(1)
+        x = _pick(x, only) if only is not None and not layers else x
         return self.unembed(self.ln_final(x)) if return_type == "logits" else None
 
     def _tokens(self, input: str | list[str] | Tensor) -> Int[Tensor, "pair pos"]:

@@ -1,0 +1,421 @@
+"""`align`: pairs + image embeddings + an encoder -> `Batch`, in which every run knows its counterpart position by position."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from typing import Literal, Protocol, TypeAlias, get_args
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from clip_lens.data.images import ImageStore
+from clip_lens.data.pairs import Pairs
+
+SLOTS = ("sot", "prefix", "there", "be", "negator", "subject", "subject_rest", "suffix", "stop", "eot")
+DETERMINERS = "no|some|an?|any"
+
+Run = Literal["affirmative", "negated", "caption", "foil"]
+Spans: TypeAlias = Sequence[tuple[int, str | None]]
+SlotFunction: TypeAlias = Callable[[str, str | None], Spans | None]
+"""(text, subject phrase if the pairs name one) -> where each slot's characters end, left to right; None = no template fits."""
+
+
+class Encoder(Protocol):
+    """What `align` needs of an encoder; `HookedTextEncoder` fulfils it."""
+
+    name: str
+    pretrained: str | None
+    scale: float
+    image_digest: str | None
+
+    @property
+    def causal(self) -> bool: ...
+    @property
+    def d_embed(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def pool(self) -> Callable[[Int[Tensor, "pair pos"]], Int[Tensor, "pair"]]: ...
+    def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "pair pos"]: ...
+    def fits(self, texts: Sequence[str]) -> list[bool]: ...
+    def length(self, tokens: Int[Tensor, "pair pos"]) -> Int[Tensor, "pair"]: ...
+    def cut(self, tokens: Int[Tensor, "pair pos"]) -> Int[Tensor, "pair pos"]: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Directed pairs: a run, its counterpart, and the direction of the joint space along which they are judged.
+
+    `tokens` is what is run and patched, `other` supplies activations. `origin[n, p]` is the position in `other` that
+    matches position p of the run, -1 = no counterpart. `slot[n, p]` indexes `slots`, -1 = no slot. `length` counts the
+    positions that the tower reads: up to the text's end in a causal one, all in a bidirectional one. `direction` is
+    `scale * v_image`: `<u, direction>` is CLIP's logit. `sigma` is +1 where the run is the foil, -1 where it is the
+    caption. `dropped` lists the pairs that did not make it, with the reason.
+    """
+
+    tokens: Int[Tensor, "pair pos"]
+    other: Int[Tensor, "pair pos_other"]
+    origin: Int[Tensor, "pair pos"]
+    slot: Int[Tensor, "pair pos"]
+    other_slot: Int[Tensor, "pair pos_other"]
+    slots: tuple[str, ...]
+    length: Int[Tensor, "pair"]
+    other_length: Int[Tensor, "pair"]
+    direction: Float[Tensor, "pair d_embed"]
+    sigma: Int[Tensor, "pair"]
+    pairs: Pairs
+    dropped: pd.DataFrame
+    run: str
+    images: str = ""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def flip(self) -> Batch:
+        """The batch with run and other swapped: what was denoised is noised.
+
+        Example:
+            >>> encoder, pairs, store = clip_lens.load(), clip_lens.read_pairs()[:4], clip_lens.ImageStore.open("tiny")
+            >>> batch = clip_lens.align(pairs, store, encoder, run="foil")
+            >>> batch.flip().run, batch.flip().sigma.tolist()
+            ('caption', [-1, -1, -1, -1])
+        """
+        names = {"caption": "foil", "affirmative": "negated"}
+        names |= {other: run for run, other in names.items()}
+        return replace(
+            self,
+            tokens=self.other,
+            other=self.tokens,
+            origin=_inverse(self.origin, self.other.shape[1]),
+            slot=self.other_slot,
+            other_slot=self.slot,
+            length=self.other_length,
+            other_length=self.length,
+            sigma=-self.sigma,
+            run=names.get(self.run, f"other of {self.run}"),
+        )
+
+    def along(self, w: Float[Tensor, "d_embed"] | Float[Tensor, "pair d_embed"]) -> Batch:
+        """The batch judged along another direction of the joint space, one for all pairs or one each.
+
+        Raises:
+            ValueError: a direction of another shape, or one that is not finite.
+        """
+        w = torch.as_tensor(w).to(self.direction)
+        if w.shape not in (self.direction.shape, self.direction.shape[1:]):
+            raise ValueError(f"a direction has the shape {tuple(self.direction.shape)} or one row of it, got {tuple(w.shape)}")
+        if not w.isfinite().all():
+            raise ValueError("the direction has components that are not finite")
+        return replace(self, direction=w.expand_as(self.direction).clone())
+
+    def __getitem__(self, index: Tensor | slice | Sequence[int]) -> Batch:
+        """Some of the pairs."""
+        rows = torch.arange(len(self), device=self.tokens.device)[index]
+        parts = ("tokens", "other", "origin", "slot", "other_slot", "length", "other_length", "direction", "sigma")
+        return replace(self, pairs=self.pairs[rows.tolist()], **{name: getattr(self, name)[rows] for name in parts})
+
+    @property
+    def unaligned(self) -> Int[Tensor, "pair"]:
+        """For each pair, how many positions of the run have no counterpart."""
+        return ((self.origin < 0) & self.inside).sum(1)
+
+    @property
+    def inside(self) -> Bool[Tensor, "pair pos"]:
+        """Which positions belong to the text."""
+        return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.length[:, None]
+
+    @property
+    def shared(self) -> Int[Tensor, "pair"]:
+        """For each pair, how many leading tokens the two texts have in common: a causal tower does the same at them."""
+        width = min(self.tokens.shape[1], self.other.shape[1])
+        return (self.tokens[:, :width] == self.other[:, :width]).int().cumprod(1).sum(1)
+
+    @property
+    def untemplated(self) -> int:
+        """How many runs fit no template of slots: they have `sot`, `eot` and raw positions only."""
+        ends = torch.tensor([self.slots.index("sot"), self.slots.index("eot"), -1], device=self.slot.device)
+        return int(torch.isin(self.slot, ends).all(1).sum())
+
+    def __repr__(self) -> str:
+        sides = pd.Series(list(self.pairs.side)).value_counts().to_dict()
+        return (
+            f"Batch({len(self)} pairs of {self.pairs.name}, run={self.run!r}, negation in {sides}, "
+            f"{len(self.dropped)} dropped, {self.tokens.shape[1]} positions)"
+        )
+
+    def _repr_html_(self) -> str:
+        reasons = self.dropped.reason.value_counts().to_dict()
+        listed = "".join(f"<li>{count} dropped: {escape(str(reason))}</li>" for reason, count in reasons.items())
+        return f"<code>{escape(repr(self))}</code><ul>{listed}</ul>"
+
+
+def _inverse(origin: Int[Tensor, "pair pos"], width: int) -> Int[Tensor, "pair pos_other"]:
+    inverse = origin.new_full((len(origin), width), -1)
+    rows, positions = (origin >= 0).nonzero(as_tuple=True)
+    inverse[rows, origin[rows, positions]] = positions
+    return inverse
+
+
+def template_slots(text: str, subject: str | None = None) -> Spans | None:
+    """Where the slots of "There is/are NEGATOR subject ... ." end in a text, left to right (method, section 2).
+
+    The negator's place is that of no/some/a/an/any. With `subject`, the noun phrase as it stands in the text, the negator
+    is the word before it and the words behind it are the suffix; words before the negator that are not "there is/are"
+    are `prefix`. Without it the subject runs to the full stop. None: no template fits.
+
+    Example:
+        >>> template_slots("There are no red circles.")
+        [(5, 'there'), (9, 'be'), (12, 'negator'), (16, 'subject'), (24, 'subject_rest'), (25, 'stop')]
+        >>> template_slots("We can see no stars in the picture.", "stars")[-3:]
+        [(19, 'subject'), (34, 'suffix'), (35, 'stop')]
+    """
+    if subject:
+        pattern = rf"^(?P<before>.*?)\b(?P<negator>{DETERMINERS})\s+(?P<subject>{re.escape(subject)})\b(?P<suffix>.*?)(?P<stop>[.!?]?\s*)$"
+    else:
+        pattern = rf"^(?P<before>.*?\bthere\s+(?:is|are)\s+)(?P<negator>{DETERMINERS})\s+(?P<subject>.*?)(?P<suffix>)(?P<stop>[.!?]?\s*)$"
+    match = re.match(pattern, text, re.IGNORECASE | re.DOTALL)
+    if match is None or not match["subject"].strip():
+        return None
+    first = len(match["subject"].split()[0])
+    there = re.search(r"\b(there)\s+(is|are)\b", match["before"], re.IGNORECASE)
+    before = [(match.end("before"), "prefix")]
+    if there:
+        before = [(there.start(1), "prefix"), (there.end(1), "there"), (there.end(2), "be"), *before]
+    ends = [
+        *before,
+        (match.end("negator"), "negator"),
+        (match.start("subject") + first, "subject"),
+        (match.end("subject"), "subject_rest"),
+        (match.end("suffix"), "suffix"),
+        (match.end("stop"), "stop"),
+    ]
+    return _filled(text, ends)
+
+
+def _filled(text: str, ends: Spans) -> list[tuple[int, str | None]]:
+    """The spans that hold a character that is not white space."""
+    spans, start = [], 0
+    for end, name in ends:
+        if text[start:end].strip():
+            spans.append((end, name))
+            start = end
+    return spans
+
+
+def align(
+    pairs: Pairs,
+    images: ImageStore,
+    encoder: Encoder,
+    *,
+    run: Run = "affirmative",
+    slots: SlotFunction = template_slots,
+    any_store: bool = False,
+) -> Batch:
+    """The batch in which each pair's two texts are matched token by token (method, section 3).
+
+    `run` says which text is run and patched: "caption" or "foil" (noising, denoising), or by the side of the negation
+    "affirmative" (the paper's choice) or "negated". Positions are matched by a minimum edit-distance alignment of the
+    token ids, of several the one with most equal tokens, then the leftmost. Pairs that can't be used are in
+    `batch.dropped` with the reason: no side, an image that is not in the store, a text that is too long, texts that are
+    the same to the tokenizer. `any_store=True` accepts image embeddings of another model.
+
+    Raises:
+        ValueError: no pair is left (with the reasons), the store belongs to another model, an unknown `run`.
+
+    Example:
+        >>> encoder, pairs, store = clip_lens.load(), clip_lens.read_pairs(), clip_lens.ImageStore.open("tiny")
+        >>> batch = clip_lens.align(pairs[:20], store, encoder)
+        >>> len(batch), batch.slots[:4]
+        (20, ('sot', 'prefix', 'there', 'be'))
+    """
+    if run not in get_args(Run):
+        raise ValueError(f"run={run!r}; give one of {', '.join(get_args(Run))}")
+    if len(pairs) == 0:
+        raise ValueError(f"{pairs.name} has no pairs to align")
+    if not any_store:
+        images.require(
+            model=encoder.name, pretrained=encoder.pretrained, digest=encoder.image_digest, d_embed=encoder.d_embed
+        )
+    reasons = _unusable(pairs, images, encoder, run)
+    kept = [index for index, reason in enumerate(reasons) if reason is None]
+    captions, foils = encoder.tokenize(pairs[kept].caption), encoder.tokenize(pairs[kept].foil)
+    same = (captions == foils).all(1)
+    for index in torch.tensor(kept)[same.cpu()].tolist():
+        reasons[index] = "caption and foil are the same tokens"
+    dropped = pd.DataFrame(
+        [(pairs.key[index], reason) for index, reason in enumerate(reasons) if reason], columns=["key", "reason"]
+    )
+    if len(dropped) == len(pairs):
+        counts = "; ".join(f"{count} x {reason}" for reason, count in dropped.reason.value_counts().items())
+        hint = "; run='foil' or run='caption' needs no side" if run in ("affirmative", "negated") else ""
+        raise ValueError(f"none of the {len(pairs)} pairs of {pairs.name} can be used ({counts}){hint}")
+    usable = pairs[[index for index, reason in enumerate(reasons) if reason is None]]
+    return _batch(
+        usable,
+        {"caption": captions[~same], "foil": foils[~same]},
+        (encoder.scale * images[usable.image].to(torch.float64)).to(encoder.device, encoder.dtype),
+        encoder,
+        run,
+        slots,
+        pd.concat([pairs.dropped, dropped], ignore_index=True),
+        repr(images),
+    )
+
+
+def _unusable(pairs: Pairs, images: ImageStore, encoder: Encoder, run: Run) -> list[str | None]:
+    """For each pair the first reason not to use it, or None."""
+    fits = [a and b for a, b in zip(encoder.fits(pairs.caption), encoder.fits(pairs.foil))]
+    by_side = run in ("affirmative", "negated")
+    reasons: list[str | None] = []
+    for side, image, short in zip(pairs.side, pairs.image, fits):
+        if by_side and side == "none":
+            reasons.append("no side: neither text is the negated one")
+        elif image not in images:
+            reasons.append("image not in the store")
+        else:
+            reasons.append(None if short else "a text is longer than the context")
+    return reasons
+
+
+def _batch(
+    pairs: Pairs,
+    texts: dict[str, Int[Tensor, "pair pos"]],
+    direction: Float[Tensor, "pair d_embed"],
+    encoder: Encoder,
+    run: Run,
+    slots: SlotFunction,
+    dropped: pd.DataFrame,
+    images: str,
+) -> Batch:
+    foil_runs = torch.tensor([_runs_foil(run, side) for side in pairs.side], device=direction.device)
+    named = {name: _slot_index(getattr(pairs, name), tokens, pairs, encoder, slots) for name, tokens in texts.items()}
+    tokens, other = _directed(texts, foil_runs)
+    slot, other_slot = _directed(named, foil_runs)
+    tokens, other = encoder.cut(tokens), encoder.cut(other)
+    lengths = [encoder.length(ids) if encoder.causal else torch.full_like(ids[:, 0], ids.shape[1]) for ids in (tokens, other)]
+    return Batch(
+        tokens=tokens,
+        other=other,
+        origin=_origins(tokens, other, encoder),
+        slot=slot[:, : tokens.shape[1]],
+        other_slot=other_slot[:, : other.shape[1]],
+        slots=SLOTS,
+        length=lengths[0],
+        other_length=lengths[1],
+        direction=direction,
+        sigma=torch.where(foil_runs, 1, -1),
+        pairs=pairs,
+        dropped=dropped,
+        run=run,
+        images=images,
+    )
+
+
+def _directed(texts: dict[str, Tensor], foil_runs: Bool[Tensor, "pair"]) -> tuple[Tensor, Tensor]:
+    """Caption and foil -> run and other."""
+    caption, foil = texts["caption"], texts["foil"]
+    return torch.where(foil_runs[:, None], foil, caption), torch.where(foil_runs[:, None], caption, foil)
+
+
+def _runs_foil(run: Run, side: str) -> bool:
+    if run in ("caption", "foil"):
+        return run == "foil"
+    return (side == "foil") == (run == "negated")
+
+
+def _slot_index(
+    texts: Sequence[str], whole: Int[Tensor, "pair pos"], pairs: Pairs, encoder: Encoder, slots: SlotFunction
+) -> Int[Tensor, "pair pos"]:
+    """Which slot each token belongs to: a span's tokens are those that a text cut behind it shares with the whole."""
+    subjects = pairs.info["subject"] if "subject" in pairs.info else [None] * len(texts)
+    pieces = [(row, 0, "sot") for row in range(len(texts))]
+    for row, (text, subject) in enumerate(zip(texts, subjects)):
+        spans = slots(text, subject if isinstance(subject, str) and subject else None) or ()
+        pieces += [(row, end, name) for end, name in spans]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cuts = encoder.tokenize([texts[row][:end] for row, end, _ in pieces])
+    rows = torch.tensor([row for row, _, _ in pieces], device=cuts.device)
+    common = (cuts == whole[rows]).int().cumprod(1).sum(1)
+    ends = torch.minimum(common, encoder.length(whole)[rows] - 1).tolist()
+    index, start = torch.full_like(whole, -1), [0] * len(texts)
+    for (row, _, name), end in zip(pieces, ends):
+        index[row, start[row] : end] = _slot_number(name)
+        start[row] = max(start[row], end)
+    index[torch.arange(len(index), device=index.device), encoder.pool(whole)] = SLOTS.index("eot")
+    return index
+
+
+def _slot_number(name: str | None) -> int:
+    if name is not None and name not in SLOTS:
+        raise ValueError(f"no slot {name!r}; the slots are {', '.join(SLOTS)}")
+    return -1 if name is None else SLOTS.index(name)
+
+
+def _origins(
+    tokens: Int[Tensor, "pair pos"], other: Int[Tensor, "pair pos_other"], encoder: Encoder
+) -> Int[Tensor, "pair pos"]:
+    origin = torch.full_like(tokens, -1)
+    lengths = zip(encoder.length(tokens).tolist(), encoder.length(other).tolist())
+    pooled = zip(encoder.pool(tokens).tolist(), encoder.pool(other).tolist())
+    for row, ((n, m), (p, q)) in enumerate(zip(lengths, pooled)):
+        run_ids, other_ids = tokens[row].tolist(), other[row].tolist()
+        matched = match_tokens(run_ids[:n], other_ids[:m])
+        origin[row, :n] = torch.tensor(matched, device=origin.device)
+        if not encoder.causal:
+            pads = min(tokens.shape[1] - n, other.shape[1] - m)
+            if pads:
+                origin[row, -pads:] = torch.arange(other.shape[1] - pads, other.shape[1], device=origin.device)
+        origin[row, (origin[row] == q).nonzero().flatten()] = -1
+        origin[row, p] = q
+    return origin
+
+
+def match_tokens(run: Sequence[int], other: Sequence[int]) -> list[int]:
+    """For each token of the run the position of its counterpart in `other`, -1 = none: a minimum edit-distance alignment,
+    of several the one with most equal tokens, then the leftmost (method, section 3).
+
+    Example:
+        >>> match_tokens([1, 5, 6, 9], [1, 5, 7, 6, 9])
+        [0, 1, 3, 4]
+        >>> match_tokens([1, 5, 7, 6, 9], [1, 5, 6, 9])
+        [0, 1, -1, 2, 3]
+    """
+    n, m = len(run), len(other)
+    # cost[i][j]: (edits, - equal tokens) of the best alignment of what is left of run[i:] and other[j:]
+    cost = [[(0, 0)] * (m + 1) for _ in range(n + 1)]
+    for i in range(n, -1, -1):
+        for j in range(m, -1, -1):
+            if i < n or j < m:
+                cost[i][j] = min(_steps(run, other, cost, i, j))[:2]
+    matched, i, j = [-1] * n, 0, 0
+    while i < n and j < m:
+        _, _, order = min(_steps(run, other, cost, i, j))
+        if order == 0:
+            matched[i] = j
+        i, j = i + (order != 2), j + (order != 1)
+    return matched
+
+
+def _steps(
+    run: Sequence[int], other: Sequence[int], cost: list[list[tuple[int, int]]], i: int, j: int
+) -> list[tuple[int, int, int]]:
+    """The costs of matching, of leaving a token of the run out, and of leaving one of the other out, in this order."""
+    steps = []
+    if i < len(run) and j < len(other):
+        edits, equal = cost[i + 1][j + 1]
+        same = run[i] == other[j]
+        steps.append((edits + (not same), equal - same, 0))
+    if i < len(run):
+        steps.append((cost[i + 1][j][0] + 1, cost[i + 1][j][1], 1))
+    if j < len(other):
+        steps.append((cost[i][j + 1][0] + 1, cost[i][j + 1][1], 2))
+    return steps

@@ -1,0 +1,132 @@
+"""`patch_effects`: what a metric does when places read from a source. Activation patching, causal tracing, ablation."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from clip_lens.core.effects import Effects, segments
+from clip_lens.core.metric import Metric, Readout, logit
+from clip_lens.core.patch import address
+from clip_lens.core.rows import chunk_effects, prepare
+from clip_lens.core.source import Source, counterpart
+from clip_lens.data.batch import Batch
+from clip_lens.model.encoder import HookedTextEncoder
+from clip_lens.model.site import Place, Site
+
+
+def patch_effects(
+    encoder: HookedTextEncoder,
+    batch: Batch,
+    places: Sequence[Place],
+    *,
+    source: Source = counterpart,
+    metric: Metric = logit,
+    rows: int = 256,
+    progress: bool = False,
+) -> Effects:
+    """What each place moves in each pair, in units of the metric (CLIP logits at the model's scale): an `Effects`.
+
+    `values[place, pair] = metric(patched) - metric(run)`, where the patched run reads, at that place, the source's
+    activation instead of its own (method, section 4; Vig et al. 2020, Meng et al. 2022). A tuple of sites is patched
+    together. NaN: the pair has no counterpart there, or not that slot. `rows` bounds the sequences in one forward and
+    with them the memory; it changes nothing else.
+
+    Raises:
+        ValueError: no places, a place that this encoder or batch does not have, a batch of another width than the
+            encoder's embedding, `rows` below 1, or a metric that gives something else than one number per row.
+
+    Example:
+        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+        >>> batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder)
+        >>> effects = patch_effects(encoder, batch, encoder.sites("resid", slots=("negator", "eot")))
+        >>> effects.values.shape, bool((effects.values[-1] - effects.total).abs().max() < 1e-4)
+        (torch.Size([14, 8]), True)
+    """
+    if rows < 1:
+        raise ValueError(f"rows={rows}: at least one sequence must fit into a forward")
+    if batch.direction.shape[1] != encoder.d_embed:
+        raise ValueError(f"the batch's direction has {batch.direction.shape[1]} components, {encoder.name} {encoder.d_embed}")
+    places = tuple(places)
+    everything = Site("resid", encoder.n_layers)
+    addresses = address((*places, everything), encoder, batch)
+    fetch = source(encoder, batch)
+    values = torch.zeros(len(places) + 1, len(batch), dtype=encoder.dtype)
+    baseline, d = torch.zeros(len(batch), dtype=encoder.dtype), torch.zeros(len(batch), dtype=encoder.dtype)
+    bar = tqdm(total=values.numel(), unit="row", disable=not progress or not sys.stderr.isatty(), leave=False)
+    with torch.inference_mode(), bar:
+        for index in batch.length.argsort(stable=True).split(rows):
+            chunk = prepare(encoder, batch, addresses, fetch, index)
+            readout = Readout(chunk.batch.direction, chunk.embedding, encoder(chunk.batch.other))
+            check_metric(metric(chunk.embedding, readout), index)
+            values[:, index.cpu()] = chunk_effects(chunk, metric, readout, rows, bar.update).cpu()
+            baseline[index.cpu()] = metric(chunk.embedding, readout).cpu()
+            d[index.cpu()] = (batch.sigma[index] * (logit(readout.other, readout) - logit(readout.run, readout))).cpu()
+    meta = describe(encoder, batch, method="activation patching", source=source, metric=metric)
+    return Effects(values[:-1], values[-1], baseline, places, pairs_frame(batch, d), meta)
+
+
+def check_metric(values: Tensor, index: Tensor) -> None:
+    """Refuses a metric that does not give one finite number per row."""
+    if values.shape != index.shape:
+        raise ValueError(f"a metric gives one number per row, {tuple(index.shape)}; this one gave {tuple(values.shape)}")
+    if not values.isfinite().all():
+        raise ValueError("the metric of the unpatched run is not finite: check the directions and the weights for NaN")
+
+
+def pairs_frame(batch: Batch, d: Float[Tensor, "pair"]) -> pd.DataFrame:
+    """One row per pair: key, caption, foil, image, side, sigma, d, segment, unaligned, and the pairs' own columns."""
+    pairs = batch.pairs
+    columns = {
+        "key": list(pairs.key),
+        "caption": list(pairs.caption),
+        "foil": list(pairs.foil),
+        "image": list(pairs.image),
+        "side": list(pairs.side),
+        "sigma": batch.sigma.tolist(),
+        "d": d.tolist(),
+        "segment": segments(d),
+        "unaligned": batch.unaligned.tolist(),
+    }
+    frame = pd.DataFrame(columns)
+    extra = pairs.info[[column for column in pairs.info if column not in frame]].reset_index(drop=True)
+    return pd.concat([frame, extra], axis=1)
+
+
+def describe(
+    encoder: HookedTextEncoder, batch: Batch, *, method: str, source: Source, metric: Metric
+) -> dict[str, str]:
+    """What was run, on what: the `meta` of a result."""
+    reasons = batch.dropped.reason.value_counts()
+    return {
+        "model": encoder.full_name,
+        "weights": encoder.digest,
+        "data": batch.pairs.name,
+        "data digest": batch.pairs.digest,
+        "images": batch.images,
+        "method": method,
+        "run": f"{batch.run} is run and patched",
+        "source": _name(source),
+        "metric": _name(metric),
+        "scale": f"{encoder.scale:.6g}",
+        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "pairs": str(len(batch)),
+        "pairs dropped": "; ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none",
+        "without a template of slots": str(batch.untemplated),
+        "positions without counterpart": str(int(batch.unaligned.sum())),
+        "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
+    }
+
+
+PACKAGES = ("clip_lens", "transformer_lens", "open_clip_torch", "torch")
+
+
+def _name(function: object) -> str:
+    return getattr(function, "__name__", None) or repr(function)

@@ -1,0 +1,14 @@
+"""Names that the examples in docstrings use."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _names(request: pytest.FixtureRequest) -> None:
+    if "doctest_namespace" in request.fixturenames or request.node.__class__.__name__ == "DoctestItem":
+        import torch
+
+        import clip_lens
+
+        namespace = request.getfixturevalue("doctest_namespace")
+        namespace |= {"clip_lens": clip_lens, "torch": torch}
