@@ -39,6 +39,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from clip_lens.data import scenes
+from clip_lens.data.images import embed_images
 from clip_lens.data.scenes import ANY, COLOURS, FORMS, FRESH, HELD_OUT, SHAPES, Clause, Scene
 
 ASSETS = Path(__file__).resolve().parents[1] / "clip_lens" / "assets" / "tiny"
@@ -90,10 +91,11 @@ class Recipe:
     pool: int = 48_000  # training scenes; mirrored at random in stage 1
     see_steps: int = 2_400
     see_batch: int = 128
-    read_steps: int = 900
+    read_steps: int = 1_100
     read_pairs: int = 48
     read_images: int = 512
     ramp: int = 200  # steps over which texts with a negation come in
+    drop: float = 0.3  # chance that a text skips a layer's attention, falling to 0 at 70% of stage 2
     rate: float = 1e-3
     top_scale: float = 30.0  # of the logits
 
@@ -172,11 +174,21 @@ def build(rows: int | None = None) -> open_clip.CLIP:
     return open_clip.CLIP(**MODEL | {"text_cfg": text})
 
 
-def read(model: open_clip.CLIP, tokens: Int[Tensor, "text pos"]) -> Float[Tensor, "text d_embed"]:
-    """Unit text embeddings of tokens cut behind the end of text; equal to `encode_text` of the padded ones."""
+def read(model: open_clip.CLIP, tokens: Int[Tensor, "text pos"], drop: float = 0.0) -> Float[Tensor, "text d_embed"]:
+    """Unit text embeddings of tokens cut behind the end of text; equal to `encode_text` of the padded ones.
+
+    With `drop`, each text skips each layer's attention with this chance, as in training with stochastic depth.
+    """
     length = tokens.shape[1]
+    mask = model.attn_mask[:length, :length]
     stream = model.token_embedding(tokens) + model.positional_embedding[:length]
-    stream = model.transformer(stream, attn_mask=model.attn_mask[:length, :length])
+    for block in model.transformer.resblocks:
+        if drop:
+            kept = (torch.rand(len(tokens), 1, 1) >= drop) / (1 - drop)
+            stream = stream + kept * block.attention(block.ln_1(stream), attn_mask=mask)
+            stream = stream + block.mlp(block.ln_2(stream))
+        else:
+            stream = block(stream, attn_mask=mask)
     return pooled(model, stream, tokens)
 
 
@@ -273,6 +285,7 @@ def learn_to_read(model: open_clip.CLIP, pool: Pool, recipe: Recipe, rng: np.ran
     """
     images = see(model, pool.pictures)
     bias = nn.Parameter(torch.tensor(0.0))
+    model.logit_scale.data.fill_(math.log(recipe.top_scale))
     names = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection", "logit_scale")
     parameters = [p for name, p in model.named_parameters() if name.startswith(names)]
     batches = pair_batches(pool, recipe, rng)
@@ -283,7 +296,8 @@ def learn_to_read(model: open_clip.CLIP, pool: Pool, recipe: Recipe, rng: np.ran
         rows = torch.cat([own, others])
         scale = model.logit_scale.exp().clamp(max=recipe.top_scale)
         tokens = torch.searchsorted(vocabulary(), torch.stack([tokens_of(caption) for caption in captions]))
-        logits = scale * read(model, tokens) @ images[rows].T
+        drop = recipe.drop * max(0.0, 1 - step / (0.7 * recipe.read_steps))
+        logits = scale * read(model, tokens, drop) @ images[rows].T
         rampup = min(1.0, step / recipe.ramp)
         rows_loss = _row_loss(logits + bias, truth(captions, pool.there[rows]))
         weight = torch.where(negated, rampup, 1.0)
@@ -313,7 +327,7 @@ def pair_batches(
         while len(rows) < recipe.read_pairs:
             number = int(rng.integers(len(pool.scenes)))
             side = ("caption", "foil")[len(rows) % 2]
-            row = scenes.ask(pool.scenes[number], rng, side=side, kinds=("present", "absent", "apart"))
+            row = scenes.ask(pool.scenes[number], rng, side=side, forms=_LESSONS, kinds=_ASKED)
             if row is not None:
                 rows.append(row)
                 own.append(number)
@@ -323,8 +337,12 @@ def pair_batches(
         yield captions, negated, torch.tensor(own)
 
 
+_DOUBLE = tuple(form for form in FORMS if "{other}" in FORMS[form])
+_LESSONS = (*FORMS, *_DOUBLE, *_DOUBLE)  # two clauses are the harder ones, and come more often
+
+
 def _held_out_caption(rng: np.random.Generator) -> str:
-    forms = [form for form in FORMS if "{other}" not in FORMS[form]]
+    forms = [form for form in FORMS if form not in _DOUBLE]
     form, target = forms[rng.integers(len(forms))], sorted(HELD_OUT)[rng.integers(len(HELD_OUT))]
     return scenes.write(form, scenes.phrase(*target, plural="{things}" in FORMS[form]), negated=False)
 
@@ -553,6 +571,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     neighbour = path.with_name(f".{path.name}.tmp")
     write(neighbour)
+    neighbour.chmod(0o644)
     os.replace(neighbour, path)
 
 
@@ -578,26 +597,20 @@ def pair_table(amount: int) -> pd.DataFrame:
     return scenes.scene_pairs(amount, first=FRESH)
 
 
-def write_pictures(pairs: pd.DataFrame, folder: Path) -> None:
-    """A few of the pairs' pictures: the first pair of each form and side, and of each held-out side the first two."""
-    picked = [pairs.groupby(["form", "negation"]).head(1), pairs[pairs.kind == "held-out"].groupby("negation").head(2)]
-    with tempfile.TemporaryDirectory(dir=folder.parent) as fresh:
-        scenes.save_pictures(pd.concat(picked).drop_duplicates("key").scene, fresh)
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(fresh, folder)
+def write_images(table: pd.DataFrame, folder: Path) -> None:
+    """The store of the pairs' images, embedded as a user would, and a few of their pictures."""
+    with tempfile.TemporaryDirectory() as pictures:
+        scenes.save_pictures(table.scene, pictures)
+        embed_images(pictures, model="tiny", out=folder / "images.safetensors", overwrite=True)
+    (folder / "images.safetensors").chmod(0o644)
+    shutil.rmtree(folder / "pictures", ignore_errors=True)
+    scenes.save_pictures(_shown(table).scene, folder / "pictures")
 
 
-def write_images(model: open_clip.CLIP, pairs: pd.DataFrame, path: Path) -> None:
-    """The unit embeddings of the pairs' images with their ids."""
-    metadata = {
-        "ids": json.dumps(pairs.image.tolist()),
-        "model": "tiny",
-        "pretrained": "",
-        "preprocessing": json.dumps(PREPROCESS),
-        "versions": json.dumps(versions()),
-    }
-    embeddings = score(model, pairs).image.contiguous()
-    write_atomically(path, lambda neighbour: save_file({"embeddings": embeddings}, neighbour, metadata))
+def _shown(table: pd.DataFrame) -> pd.DataFrame:
+    """The first pair of each form and side, and of each held-out side the first two."""
+    picked = [table.groupby(["form", "negation"]).head(1), table[table.kind == "held-out"].groupby("negation").head(2)]
+    return pd.concat(picked).drop_duplicates("key")
 
 
 def versions() -> dict[str, str]:
@@ -713,28 +726,32 @@ def reached(row: dict[str, float]) -> bool:
 @app.command("assets")
 def assets_command(
     runs: Annotated[list[Path], typer.Argument(help="folders that `train` wrote, of the same recipe")],
-    out: Annotated[Path, typer.Option(help="where the package keeps the embedded model")] = ASSETS,
     pairs: Annotated[int, typer.Option(help="how many pairs ship")] = 1200,
 ) -> None:
     """Write the package's files from the best of some runs, and every run's numbers into the model card."""
     cards = {run: json.loads((run / "card.json").read_text()) for run in runs}
     best = max(runs, key=lambda run: margin(cards[run]))
-    model, table = restored(load_file(best / "model.safetensors")), pair_table(pairs)
-    write_json(out / "open_clip_config.json", {"model_cfg": MODEL, "preprocess_cfg": PREPROCESS})
-    write_atomically(out / "model.safetensors", lambda path: shutil.copyfile(best / "model.safetensors", path))
-    write_atomically(out / "pairs.csv", lambda path: table.to_csv(path, index=False))
-    write_images(model, table, out / "images.safetensors")
-    write_pictures(table, out / "pictures")
-    right = _means(score(model, table).d.numpy() > 0, table.kind + ", negation in the " + table.negation)
-    card = {
+    table = pair_table(pairs)
+    write_json(ASSETS / "open_clip_config.json", {"model_cfg": MODEL, "preprocess_cfg": PREPROCESS})
+    write_atomically(ASSETS / "model.safetensors", lambda path: shutil.copyfile(best / "model.safetensors", path))
+    write_atomically(ASSETS / "pairs.csv", lambda path: table.to_csv(path, index=False))
+    write_images(table, ASSETS)
+    card = joint_card(list(cards.values()), cards[best]["seed"], table)
+    write_json(ASSETS / "card.json", card)
+    write_numbers(ASSETS / "README.md", card)
+    typer.echo(f"wrote {ASSETS} from {best}")
+
+
+def joint_card(cards: Sequence[dict], seed: int, table: pd.DataFrame) -> dict:
+    """The model card's numbers: of every seed, and of the shipped one on the shipped pairs."""
+    right = score(restored(load_file(ASSETS / "model.safetensors")), table).d.numpy() > 0
+    groups = table.kind + ", negation in the " + table.negation
+    return {
         "model": "tiny",
-        "shipped seed": str(cards[best]["seed"]),
-        "shipped pairs": {"pairs": len(table), "accuracy": right},
-        "seeds": {str(card["seed"]): card for card in cards.values()},
+        "shipped seed": str(seed),
+        "shipped pairs": {"pairs": len(table), "accuracy": _short(right.mean()), "by kind": _means(right, groups)},
+        "seeds": {str(card["seed"]): card for card in cards},
     }
-    write_json(out / "card.json", card)
-    write_numbers(out / "README.md", card)
-    typer.echo(f"wrote {out} from {best}")
 
 
 if __name__ == "__main__":
