@@ -34,9 +34,6 @@ def existence(shared):
     return read_pairs(shared / "data" / "valse" / "existence.json")
 
 
-# --- VALSE -------------------------------------------------------------------------------------------------------------
-
-
 def test_valse_counts_are_the_published_ones(existence):
     assert len(existence) + len(existence.dropped) == 534
     assert (len(existence), existence.side.count("caption"), existence.side.count("foil")) == (505, 256, 249)
@@ -77,8 +74,6 @@ def test_valse_form_without_votes_or_provenance(tmp_path):
     assert (pairs.key, pairs.image, pairs.side) == (("a",), ("1.jpg",), ("none",))
     assert pairs.dropped.values.tolist() == [["b", "not valid: 1 annotators chose the caption, VALSE asks for 2"]]
 
-
-# --- the same pairs in every format ------------------------------------------------------------------------------------
 
 FORMATS = {
     "plain.csv": as_csv(ROWS),
@@ -140,9 +135,6 @@ def test_unusable_rows_are_listed_under_the_row_number_of_the_file(tmp_path):
     assert pairs.dropped.values.tolist() == expected
 
 
-# --- side --------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("negator", [*NEGATORS, "No", "isn\u2019t", "Don't"])
 def test_every_documented_negator_counts(negator):
     negated = f"There is{negator} a cat." if negator == "n't" else f"There {negator} a cat."
@@ -155,14 +147,12 @@ def test_negators_are_whole_words_and_more_of_them_win():
 
 
 def test_negation_column_comes_first_then_provenance():
-    texts = dict(key="a", caption=["There are no cats."], foil=["There are cats."], image="1")
+    texts = {"key": "a", "caption": ["There are no cats."], "foil": ["There are cats."], "image": "1"}
     provenance = pd.DataFrame({"provenance_of_foils": ["something_to_zero"]})
     assert Pairs(**texts, info=provenance).side == ("foil",)
     assert Pairs(**texts, info=provenance.assign(negation="none")).side == ("none",)
     assert Pairs(**texts, info=pd.DataFrame({"negation": [None]})).side == ("none",)
 
-
-# --- rephrasing --------------------------------------------------------------------------------------------------------
 
 REPHRASED = [
     ("There are no cats.", "There are cats.", ("There are no cats.", "There are some cats.")),
@@ -191,9 +181,6 @@ def test_rephrasing_one_pair(caption, foil, expected):
 def test_rephrasing_nothing_says_why():
     with pytest.raises(ValueError, match=r"no pair of cats can be rephrased; 1 were dropped: a .*no side"):
         Pairs("a", ["A cat."], ["A dog."], "1", name="cats").rephrased()
-
-
-# --- indexing, where, split --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -269,9 +256,6 @@ def test_split_refuses_what_it_cannot_do(many):
         many[:3].split()
 
 
-# --- the value itself --------------------------------------------------------------------------------------------------
-
-
 def test_digest_follows_the_content_not_the_name(many):
     frame = many.to_frame().drop(columns="side")
     assert Pairs.from_frame(frame, "other").digest == many.digest
@@ -307,8 +291,6 @@ def test_importing_pairs_imports_no_model_library():
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
-
-# --- bad input ---------------------------------------------------------------------------------------------------------
 
 GOOD = json.dumps(ROWS[0])
 BAD = {
