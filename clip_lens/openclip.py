@@ -60,7 +60,7 @@ def open_original(name: str = "tiny", *, pretrained: str | None = None) -> Origi
         return _open_tiny(pretrained)
     with _quiet():
         module = _create(name, pretrained)
-    preprocess = open_clip.image_transform_v2(
+    preprocess = open_clip.transform.image_transform_v2(
         open_clip.transform.PreprocessCfg(**module.visual.preprocess_cfg), is_train=False
     )
     with _quiet():
@@ -146,7 +146,7 @@ def _open_tiny(pretrained: str | None) -> Original:
     table[rows] = state["token_embedding.weight"].to(table.dtype)
     state["token_embedding.weight"] = table.detach()
     module.load_state_dict({key: value.float() for key, value in state.items()})
-    preprocess = open_clip.image_transform_v2(open_clip.transform.PreprocessCfg(**config["preprocess_cfg"]), is_train=False)
+    preprocess = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**config["preprocess_cfg"]), is_train=False)
     return Original(module.eval(), tiny_tokenizer(), preprocess, "tiny", None, frozenset(rows.tolist()))
 
 

@@ -69,7 +69,7 @@ def patch_effects(
             values[:, index.cpu()] = chunk_effects(chunk, metric, readout, rows, bar.update).cpu()
             baseline[index.cpu()] = metric(chunk.embedding, readout).cpu()
             d[index.cpu()] = (batch.sigma[index] * (logit(readout.other, readout) - logit(readout.run, readout))).cpu()
-    meta = describe(encoder, batch, method="activation patching", source=source, metric=metric)
+    meta = describe(encoder, batch, method=METHOD, source=source, metric=metric)
     return Effects(values[:-1], values[-1], baseline, places, pairs_frame(batch, d), meta)
 
 
@@ -125,6 +125,7 @@ def describe(
     }
 
 
+METHOD = "activation patching"
 PACKAGES = ("clip_lens", "transformer_lens", "open_clip_torch", "torch")
 
 
