@@ -230,7 +230,7 @@ class ImageStore:
         if not same:
             raise ValueError(
                 f"the image embeddings were made by {here}, the encoder is {there}{why}: their spaces have nothing in "
-                f"common; {_remedy(model, pretrained)}"
+                f"common; {_remedy(model, pretrained)}, or align with any_store=True if you know better"
             )
 
     def save(self, path: PathLike) -> None:

@@ -496,6 +496,7 @@ def test_a_store_of_another_space_is_refused_with_both_names(rows, made, needed,
     with pytest.raises(ValueError, match=message) as caught:
         ImageStore.from_tensors(IDS, rows, **made).require(**needed)
     assert f"clip-lens embed IMAGES --model {needed['model']}" in str(caught.value)
+    assert ("any_store=True" in str(caught.value)) == ("d_embed" not in needed)
 
 
 def test_files_that_are_no_stores(rows, tmp_path):
