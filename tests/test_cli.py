@@ -1,0 +1,140 @@
+"""The command line, run in this process; only what must not import anything heavy gets a process of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from clip_lens.cli import main
+from clip_lens.core.effects import Effects
+from clip_lens.data.images import ImageStore
+from clip_lens.data.pairs import read_pairs
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> Path:
+    """Forty of the embedded pairs as a csv."""
+    path = tmp_path / "few.csv"
+    read_pairs()[:40].to_frame().to_csv(path, index=False)
+    return path
+
+
+def run(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+@pytest.mark.parametrize("command", [(), ("demo",), ("trace",), ("embed",), ("info",)])
+def test_help_imports_nothing_heavy(command: tuple[str, ...]) -> None:
+    code = (
+        "import sys; from clip_lens.cli import main; "
+        f"main({[*command, '--help']!r}); "
+        "sys.exit(' '.join({'torch', 'pandas', 'open_clip', 'transformer_lens', 'plotly'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: clip-lens" in done.stdout
+    assert not command or "Example" in done.stdout
+
+
+def test_trace_writes_results_that_hold_the_numbers(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out"
+    assert run("trace", "--pairs", few, "--images", "tiny", "--out", out, "--quiet") == 0
+    printed = capsys.readouterr().out
+    effects = Effects.load(out / "resid-slots.parquet")
+    assert len(effects.pairs) == 40
+    table = pd.read_csv(out / "table.csv")
+    eot = table[(table.slot == "eot") & (table.layer == 6)]
+    assert eot.fraction.tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
+    assert "negation in the caption" in printed and "negation in the foil" in printed
+    page = (out / "report.html").read_text()
+    assert "<html" in page and "There" in page
+
+
+def test_trace_reuses_what_is_finished_and_only_that(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out"
+    words = ("trace", "--pairs", few, "--images", "tiny", "--out", out, "--quiet", "--segment", "all")
+    assert run(*words) == 0
+    first = (out / "resid-slots.parquet").read_bytes()
+    capsys.readouterr()
+    assert run(*words) == 0
+    assert capsys.readouterr().out.count("reused") == 2
+    assert (out / "resid-slots.parquet").read_bytes() == first
+    assert run(*words, "--run", "foil") == 0
+    assert "reused" not in capsys.readouterr().out
+
+
+def test_trace_embeds_a_folder_of_pictures(tmp_path: Path) -> None:
+    from clip_lens.openclip import ASSETS
+
+    pictures = ASSETS / "tiny" / "pictures"
+    names = {path.name for path in pictures.iterdir()}
+    pairs = read_pairs()
+    chosen = pairs[[row for row, image in enumerate(pairs.image) if image in names]]
+    chosen.to_frame().to_csv(tmp_path / "pairs.csv", index=False)
+    out = tmp_path / "out"
+    words = ("--pairs", tmp_path / "pairs.csv", "--images", pictures, "--out", out, "--segment", "all", "--quiet")
+    assert run("trace", *words) == 0
+    store, shipped = ImageStore.open(out / "images.safetensors"), ImageStore.open("tiny")
+    torch.testing.assert_close(store[chosen.image], shipped[chosen.image], rtol=0, atol=2e-6)
+
+
+def test_kinds_with_heads_are_traced_all_heads_together(few: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("trace", "--pairs", few, "--images", "tiny", "--out", out, "--kind", "head", "--quiet") == 0
+    assert set(Effects.load(out / "head-slots.parquet").index.layer) == set(range(6))
+
+
+def test_info_says_what_a_thing_is(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    ImageStore.from_tensors(["a.png"], torch.ones(1, 4)).save(tmp_path / "store.safetensors")
+    assert run("info") == run("info", few) == run("info", tmp_path / "store.safetensors") == 0
+    printed = capsys.readouterr().out
+    assert "6 layers x 4 heads" in printed and "40 pairs" in printed and "ImageStore" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("info", "ViT-B-23"), "did you mean"),
+        (("info", "ViT-B-32"), "needs weights"),
+        (("trace", "--pairs", "none.csv", "--images", "tiny", "--out", "o"), "none.csv"),
+        (("trace", "--pairs", "tiny", "--images", "none.safetensors", "--out", "o"), "none.safetensors"),
+        (("trace", "--pairs", "tiny", "--images", "tiny", "--out", "o", "--kind", "heads"), "no kind of site"),
+        (("trace", "--pairs", "tiny", "--images", "tiny", "--out", "o", "--device", "abacus"), "abacus"),
+        (("embed", "nowhere", "--out", "o.safetensors"), "nowhere"),
+    ],
+)
+def test_an_error_is_one_line_that_names_what_was_given(
+    words: tuple[str, ...], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(*words) == 1
+    err = capsys.readouterr().err.strip()
+    assert expected in err and "\n" not in err and "Traceback" not in err
+
+
+def test_a_missing_segment_says_which_there_are(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ("trace", "--pairs", few, "--images", "tiny", "--out", tmp_path / "o", "--quiet", "--segment", "wrong")
+    assert run(*words) == 1
+    assert "'correct'" in capsys.readouterr().err
+
+
+def test_words_that_are_off_exit_with_2(capsys: pytest.CaptureFixture) -> None:
+    assert run("trace", "--pairs", "tiny") == run("nonsense") == 2
+    assert "No such command" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(ValueError, match="needs weights"):
+        run("info", "ViT-B-32", "--debug")
+
+
+def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch, few: Path, capsys: pytest.CaptureFixture) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clip_lens.data.pairs.read_pairs", interrupted)
+    assert run("info", few) == 130
+    assert "goes on" in capsys.readouterr().err
