@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import open_clip
@@ -31,7 +32,8 @@ RANDOM = "random"
 class Original:
     """An open_clip model as it came, with everything that says which one it is.
 
-    `vocabulary` holds the token ids that the model saw in training, where that is known (the embedded model); None = all.
+    `vocabulary` holds the token ids that the model saw in training, where that is known (the embedded model); None =
+    all.
     """
 
     module: nn.Module
@@ -42,12 +44,18 @@ class Original:
     vocabulary: frozenset[int] | None = None
 
 
-def open_original(name: str = "tiny", *, pretrained: str | None = None) -> Original:
+def open_original(
+    name: str = "tiny", *, pretrained: str | None = None, tokenizer: Callable[..., Tensor] | None = None
+) -> Original:
     """The open_clip model `name` with weights, both towers, float32, on the CPU, in evaluation mode.
 
-    `pretrained` is a tag of open_clip's (`open_clip.list_pretrained()`), the path of a checkpoint (.pt, .safetensors), or
-    "random" for untrained weights. `name` may also be "tiny" (the embedded model) or open_clip's `local-dir:PATH` and
-    `hf-hub:ORG/REPO`, which bring their weights with them.
+    `pretrained` is a tag of open_clip's (`open_clip.list_pretrained()`), the path of a checkpoint (.pt, .safetensors),
+    or "random" for untrained weights. `name` may also be "tiny" (the embedded model) or open_clip's `local-dir:PATH`
+    and `hf-hub:ORG/REPO`, which bring their weights with them. A `tokenizer` takes the place of the model's own, which
+    may have to be downloaded.
+
+    A tag that was trained with QuickGELU gets it, whatever the model's configuration says: "ViT-B-32" with "openai" is
+    "ViT-B-32-quickgelu". A checkpoint's file does not tell; there the name decides.
 
     Raises:
         ValueError: the model does not exist, or no weights are named, or they can't be read or don't fit.
@@ -57,15 +65,25 @@ def open_original(name: str = "tiny", *, pretrained: str | None = None) -> Origi
         'argmax'
     """
     if name == "tiny":
-        return _open_tiny(pretrained)
+        return _open_tiny(pretrained, tokenizer)
     with _quiet():
-        module = _create(name, pretrained)
+        module: Any = _create(name, pretrained)
     preprocess = open_clip.transform.image_transform_v2(
         open_clip.transform.PreprocessCfg(**module.visual.preprocess_cfg), is_train=False
     )
     with _quiet():
-        tokenizer = _tokenizer(name)
+        tokenizer = tokenizer or _tokenizer(name)
     return Original(module.eval(), tokenizer, preprocess, name, pretrained)
+
+
+def builtin_config(name: str) -> dict[str, Any]:
+    """open_clip's configuration of a built-in model; empty for any other.
+
+    Example:
+        >>> builtin_config("ViT-L-14")["text_cfg"]["heads"]
+        12
+    """
+    return open_clip.get_model_config(name) if name in open_clip.list_models() else {}
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -79,7 +97,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().to("cpu", torch.float32).contiguous()
         hasher.update(f"{name}{tuple(tensor.shape)}".encode())
-        hasher.update(memoryview(tensor.numpy()).cast("B") if tensor.numel() else b"")
+        hasher.update(memoryview(tensor.numpy()).cast("B") if tensor.numel() else b"")  # type: ignore[arg-type]
     return hasher.hexdigest()[:16]
 
 
@@ -93,21 +111,38 @@ def _create(name: str, pretrained: str | None) -> nn.Module:
             f"{name} needs weights, got pretrained=None; give a tag ({tags}), the path of a checkpoint, "
             f"or {RANDOM!r} for an untrained model"
         )
+    if hosted and pretrained is not None:
+        raise ValueError(f"{name} has its weights with it, got pretrained={pretrained!r}; leave it None")
     weights = None if pretrained == RANDOM else pretrained
+    trained = {} if hosted or weights is None else open_clip.get_pretrained_cfg(name, weights)
     try:
-        return open_clip.create_model(name, pretrained=weights, pretrained_image=False, pretrained_text=False)
+        return open_clip.create_model(
+            name,
+            pretrained=weights,
+            pretrained_image=False,
+            pretrained_text=False,
+            require_pretrained=pretrained != RANDOM,  # else a folder without weights gives an untrained model
+            force_quick_gelu=bool(trained.get("quick_gelu")),  # open_clip only warns where the two disagree
+        )
     except Exception as error:  # open_clip raises whatever its readers raise; the cause stays attached
-        raise ValueError(f"can't load {name} with pretrained={pretrained!r}: {_reason(name, pretrained, error)}") from error
+        reason = _reason(name, pretrained, error)
+        raise ValueError(f"can't load {name} with pretrained={pretrained!r}: {reason}") from error
 
 
 def _reason(name: str, pretrained: str | None, error: Exception) -> str:
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if pretrained is None or Path(pretrained).is_file():
-        return f"{first} (a truncated or foreign file?)"
+    cause = _in_one_line(error)
+    if pretrained in (None, RANDOM):
+        return cause
+    if Path(pretrained).is_file():
+        return f"{cause} (a truncated or foreign file?)"
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained in tags:
-        return f"{first} (without a network, download it elsewhere and give the file's path)"
+        return f"{cause} (without a network, download it elsewhere and give the file's path)"
     return f"neither a file nor one of its tags: {', '.join(tags) or 'it has none'}"
+
+
+def _in_one_line(error: Exception) -> str:
+    return shorten(str(error), 240, placeholder=" ...") or type(error).__name__
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:
@@ -122,7 +157,9 @@ def _tokenizer(name: str) -> Callable[..., Tensor]:
     try:
         return open_clip.get_tokenizer(name)
     except Exception as error:
-        raise ValueError(f"can't load the tokenizer of {name}: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"can't load the tokenizer of {name}: {_in_one_line(error)} (load(..., tokenizer=...) takes one of yours)"
+        ) from error
 
 
 @lru_cache(maxsize=1)
@@ -131,7 +168,7 @@ def tiny_tokenizer() -> Callable[..., Tensor]:
     return open_clip.SimpleTokenizer()
 
 
-def _open_tiny(pretrained: str | None) -> Original:
+def _open_tiny(pretrained: str | None, tokenizer: Callable[..., Tensor] | None) -> Original:
     if pretrained is not None:
         raise ValueError(f"the embedded model has its weights with it, got pretrained={pretrained!r}; leave it None")
     folder = ASSETS / "tiny"
@@ -146,8 +183,11 @@ def _open_tiny(pretrained: str | None) -> Original:
     table[rows] = state["token_embedding.weight"].to(table.dtype)
     state["token_embedding.weight"] = table.detach()
     module.load_state_dict({key: value.float() for key, value in state.items()})
-    preprocess = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**config["preprocess_cfg"]), is_train=False)
-    return Original(module.eval(), tiny_tokenizer(), preprocess, "tiny", None, frozenset(rows.tolist()))
+    preprocess = open_clip.transform.image_transform_v2(
+        open_clip.transform.PreprocessCfg(**config["preprocess_cfg"]), is_train=False
+    )
+    tokenizer = tokenizer or tiny_tokenizer()
+    return Original(module.eval(), tokenizer, preprocess, "tiny", None, frozenset(rows.tolist()))
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""An open_clip text tower -> `HookedTextTower`. Everything is read from the live module, nothing from the model's name."""
+"""An open_clip text tower -> `HookedTextTower`. All is read from the live module, nothing from the model's name."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,12 +29,14 @@ class Pool:
         if self.type == "argmax":
             return tokens.argmax(-1)
         if self.type == "eos":
-            return (tokens == self.eos_id).int().argmax(-1)
+            return tokens.eq(self.eos_id).int().argmax(-1)  # type: ignore[arg-type]
         position = 0 if self.type == "first" else tokens.shape[1] - 1
         return torch.full((len(tokens),), position, device=tokens.device)
 
 
-def convert(module: nn.Module, *, name: str, tokenizer: Callable[..., Tensor] | None = None) -> tuple[HookedTextTower, Pool]:
+def convert(
+    module: nn.Module, *, name: str, tokenizer: Callable[..., Tensor] | None = None
+) -> tuple[HookedTextTower, Pool]:
     """The hooked copy of an open_clip model's text tower, and how it pools.
 
     `module` is an `open_clip.CLIP`, a `CustomTextCLIP` or a `TextTransformer`; it is left as it is. Layer scales are
@@ -48,7 +51,7 @@ def convert(module: nn.Module, *, name: str, tokenizer: Callable[..., Tensor] | 
         >>> tower.cfg.n_layers, tower.cfg.n_heads, pool.type
         (6, 4, 'argmax')
     """
-    text = getattr(module, "text", module)
+    text: Any = getattr(module, "text", module)
     _refuse_foreign(module, text, name)
     blocks = [_block(block, text.attn_mask is not None) for block in text.transformer.resblocks]
     W_U, b_U = _projection(text)
@@ -60,7 +63,7 @@ def convert(module: nn.Module, *, name: str, tokenizer: Callable[..., Tensor] | 
     return tower, _pool(text, name)
 
 
-def _refuse_foreign(module: nn.Module, text: nn.Module, name: str) -> None:
+def _refuse_foreign(module: nn.Module, text: Any, name: str) -> None:
     kind = type(text).__name__
     if not all(hasattr(text, part) for part in ("transformer", "token_embedding", "positional_embedding", "ln_final")):
         raise ValueError(f"{name}: a {kind} is no open_clip text tower (Hugging Face text models are not supported)")
@@ -84,7 +87,7 @@ def _layer_norm(module: nn.Module) -> LayerNorm:
     return LayerNorm(module.weight, module.bias, module.eps)
 
 
-def _scaled(linear: nn.Linear, scale: nn.Module) -> tuple[Tensor, Tensor]:
+def _scaled(linear: nn.Linear, scale: Any) -> tuple[Tensor, Tensor]:
     if isinstance(scale, nn.Identity):
         return linear.weight, linear.bias
     gamma = scale.gamma
@@ -96,7 +99,7 @@ def _block(block: Any, causal: bool) -> Block:
     attention = Attention(
         attn.num_heads, attn.in_proj_weight, attn.in_proj_bias, *_scaled(attn.out_proj, block.ls_1), causal
     )
-    mlp = MLP(block.mlp.c_fc, block.mlp.gelu, *_scaled(block.mlp.c_proj, block.ls_2))
+    mlp = MLP(block.mlp.c_fc, copy.deepcopy(block.mlp.gelu), *_scaled(block.mlp.c_proj, block.ls_2))
     return Block(_layer_norm(block.ln_1), attention, _layer_norm(block.ln_2), mlp)
 
 

@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +76,7 @@ class HookedTextEncoder:
             ValueError: a text is too long for the context, or there is no tokenizer.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
-        long = [text for text, fits in zip(texts, self.fits(texts)) if not fits]
+        long = [text for text, fits in zip(texts, self.fits(texts), strict=True) if not fits]
         if long:
             raise ValueError(
                 f"{len(long)} of {len(texts)} texts have more than {self.n_ctx} tokens, the first is {long[0][:80]!r}; "
@@ -103,7 +103,8 @@ class HookedTextEncoder:
         words = sorted({word for row in rows for word in texts[row].split()})
         if not words:
             return
-        unseen = [word for word, ids in zip(words, self._raw_tokens(words)) if not torch.isin(ids, known).all()]
+        ids = self._raw_tokens(words)
+        unseen = [word for word, row in zip(words, ids, strict=True) if not torch.isin(row, known).all()]
         warnings.warn(
             f"{self.name} never saw {', '.join(map(repr, unseen))} in training: what it says of texts with "
             f"{'this word' if len(unseen) == 1 else 'these words'} means nothing",
@@ -127,7 +128,7 @@ class HookedTextEncoder:
     def tokens(self, texts: str | Sequence[str] | Tensor) -> Int[Tensor, "pair pos"]:
         """Tokens as they are run: texts tokenized, on the tower's device, cut to the longest end of text."""
         if isinstance(texts, Tensor):
-            return self.cut(texts.to(self.device))
+            return self.cut(torch.atleast_2d(texts).to(self.device))
         return self.cut(self.tokenize([texts] if isinstance(texts, str) else texts))
 
     def read(
@@ -143,12 +144,16 @@ class HookedTextEncoder:
 
         `hooks` are TransformerLens hooks, `(name, function)`, alive for this call.
 
+        Raises:
+            ValueError: a hook's name that does not exist.
+
         Example:
             >>> encoder = clip_lens.load()
             >>> zero = ("blocks.0.hook_attn_out", lambda value, hook: 0 * value)
             >>> encoder("There are no circles.", hooks=[zero]).norm().round(decimals=4)
             tensor(1.)
         """
+        self._known(name for name, _ in hooks)
         tokens = self.tokens(texts)
         return self.read(self.tower.run_with_hooks(tokens, fwd_hooks=list(hooks)), self.pool(tokens))
 
@@ -157,7 +162,7 @@ class HookedTextEncoder:
         texts: str | Sequence[str] | Int[Tensor, "pair pos"],
         hooks: Sequence[Hook] = (),
         *,
-        names: Iterable[str] | None = None,
+        names: str | Iterable[str] | None = None,
     ) -> Cache:
         """The activations of a run by hook name, at the positions up to the longest end of text.
 
@@ -168,17 +173,22 @@ class HookedTextEncoder:
 
         Example:
             >>> encoder = clip_lens.load()
-            >>> encoder.cache("There are no circles.", names=["blocks.1.attn.hook_pattern"])["blocks.1.attn.hook_pattern"].shape
+            >>> name = "blocks.1.attn.hook_pattern"
+            >>> encoder.cache("There are no circles.", names=name)[name].shape
             torch.Size([1, 4, 7, 7])
         """
-        chosen = None if names is None else set(names)
-        if unknown := (chosen or set()) - set(self.tower.hook_dict):
-            raise ValueError(f"no hook {sorted(unknown)}; encoder.tower.hook_dict lists all of them")
+        chosen = None if names is None else {names} if isinstance(names, str) else set(names)
+        self._known([*(chosen or ()), *(name for name, _ in hooks)])
         with self.tower.hooks(fwd_hooks=list(hooks)):
             _, cache = self.tower.run_with_cache(
                 self.tokens(texts), names_filter=chosen, return_cache_object=False, return_type="logits"
             )
-        return cache
+        return cast(Cache, cache)
+
+    def _known(self, names: Iterable[str | Callable[[str], bool]]) -> None:
+        unknown = {name for name in names if isinstance(name, str)} - set(self.tower.hook_dict)
+        if unknown:
+            raise ValueError(f"no hook {sorted(unknown)}; encoder.tower.hook_dict lists all of them")
 
     def sites(
         self, kind: Kind, *, layers: Iterable[int] | None = None, slots: Iterable[str | int | None] = (None,)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +13,7 @@ from torch import Tensor, nn
 from clip_lens.model.convert import Pool, convert
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.tower import HookedTextTower
-from clip_lens.openclip import Original, digest, open_original
+from clip_lens.openclip import Original, builtin_config, digest, open_original
 
 TOLERANCE = 1e-4
 PROBES = ("There are no circles.", "There is a red square and no blue star.", "A picture.", "")
@@ -26,9 +29,9 @@ def load(
 ) -> HookedTextEncoder:
     """The hooked text encoder of a CLIP model; its image tower is dropped.
 
-    `name` is "tiny" (the embedded model), a model of open_clip's (`pretrained`: a tag, a checkpoint's path, or "random"),
-    open_clip's `local-dir:PATH` and `hf-hub:ORG/REPO`, or an open_clip module in memory, which is copied and left as it is.
-    The copy is compared with the original on a few texts before it is handed out.
+    `name` is "tiny" (the embedded model), a model of open_clip's (`pretrained`: a tag, a checkpoint's path, or
+    "random"), open_clip's `local-dir:PATH` and `hf-hub:ORG/REPO`, or an open_clip module in memory, which is copied and
+    left as it is. The copy is compared with the original on a few texts before it is handed out.
 
     Raises:
         ValueError: an unknown model or tag, weights that can't be read, a tower that is not supported, or a copy that
@@ -44,21 +47,24 @@ def load(
         title = f"{type(name).__name__} in memory"
         original = Original(name, tokenizer, None, title, None)  # type: ignore[arg-type]
     else:
-        original = open_original(name, pretrained=pretrained)
-        original = original if tokenizer is None else _with_tokenizer(original, tokenizer)
+        _refuse_early(name)
+        original = open_original(name, pretrained=pretrained, tokenizer=tokenizer)
     encoder = _encoder(original)
     return encoder.to(device=torch.device(device), dtype=dtype)
 
 
-def _with_tokenizer(original: Original, tokenizer: Callable[..., Tensor]) -> Original:
-    from dataclasses import replace
-
-    return replace(original, tokenizer=tokenizer)
+def _refuse_early(name: str) -> None:
+    """The towers that `convert` refuses, before their weights are downloaded."""
+    config = builtin_config(name)
+    if "hf_model_name" in config.get("text_cfg", {}):
+        raise ValueError(f"{name}: its text tower is a Hugging Face model; only open_clip's own are supported")
+    if "multimodal_cfg" in config:
+        raise ValueError(f"{name}: CoCa's text tower (class embedding, padding mask) is not supported")
 
 
 def _encoder(original: Original) -> HookedTextEncoder:
-    module = original.module
-    visual = getattr(module, "visual", None)
+    module = _full_precision(original.module)
+    visual = getattr(original.module, "visual", None)
     tower, pool = convert(module, name=original.name, tokenizer=original.tokenizer)
     _check(module, tower, pool, original.name)
     scale = getattr(module, "logit_scale", None)
@@ -74,26 +80,54 @@ def _encoder(original: Original) -> HookedTextEncoder:
     )
 
 
-@torch.no_grad()
-def _check(module: nn.Module, tower: HookedTextTower, pool: Pool, name: str) -> None:
-    """Refuses a copy that differs from the original's own `encode_text`, relative to the largest component."""
-    tokens = _probe_tokens(tower)
-    was_training = module.training
+def _full_precision(module: nn.Module) -> nn.Module:
+    """The module itself, or a float32 copy of its text tower if it has half precision weights, which float32 holds
+    exactly: compared at half precision, nothing could be told from rounding."""
+    if all(parameter.dtype in (torch.float32, torch.float64) for parameter in module.parameters()):
+        return module
+    memo: dict[int, nn.Module] = {id(getattr(module, "visual", None)): nn.Identity()}
+    return copy.deepcopy(module, memo).float()
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    training = [part for part in module.modules() if part.training]
     module.eval()
-    expected = (module.encode_text if hasattr(module, "encode_text") else module)(tokens)
-    module.train(was_training)
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+@torch.no_grad()
+def _check(module: Any, tower: HookedTextTower, pool: Pool, name: str) -> None:
+    """Refuses a copy that differs from the original's own `encode_text`, relative to the largest component."""
+    tokens = _probe_tokens(tower, pool, name)
+    with _evaluating(module):
+        expected = (module.encode_text if hasattr(module, "encode_text") else module)(tokens)
+    if isinstance(expected, tuple):  # output_tokens: (pooled, tokens)
+        expected = expected[0]
     found = tower(tokens)[torch.arange(len(tokens), device=tokens.device), pool(tokens)]
     difference = float((found - expected).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE:
         raise ValueError(
-            f"{name}: the converted tower disagrees with open_clip's own encode_text by {difference:.2g} of the largest "
-            f"component (allowed {TOLERANCE:g}); this tower has a part that is not reproduced, please report it"
+            f"{name}: the converted tower disagrees with open_clip's own encode_text by {difference:.2g} of the "
+            f"largest component (allowed {TOLERANCE:g}); this tower has a part that is not reproduced, please report it"
         )
 
 
-def _probe_tokens(tower: HookedTextTower) -> Tensor:
+def _probe_tokens(tower: HookedTextTower, pool: Pool, name: str) -> Tensor:
+    n_ctx, d_vocab = tower.cfg.n_ctx, tower.cfg.d_vocab
     if tower.tokenizer is not None:
-        return tower.to_tokens(list(PROBES))
+        tokens = tower.to_tokens(list(PROBES))
+        if tokens.shape[1] != n_ctx or int(tokens.max()) >= d_vocab:
+            raise ValueError(
+                f"the tokenizer does not fit {name}: it gives {tokens.shape[1]} positions and ids up to "
+                f"{int(tokens.max())}, the tower has {n_ctx} positions and {d_vocab} ids"
+            )
+        return tokens
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(tower.cfg.d_vocab, (4, tower.cfg.n_ctx), generator=generator)
+    tokens = torch.randint(d_vocab, (4, n_ctx), generator=generator)
+    tokens[:, -1] = d_vocab - 1 if pool.eos_id is None else pool.eos_id  # pooled late: it reads all that can differ
     return tokens.to(tower.W_E.device)

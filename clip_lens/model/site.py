@@ -132,7 +132,7 @@ def label(place: Place) -> str:
 
 
 def index_rows(places: Iterable[Place]) -> list[dict[str, object]]:
-    """One mapping per place with the columns `place, kind, layer, unit, slot`; a tuple's columns hold what its sites share.
+    """One mapping per place: `place, kind, layer, unit, slot`; a tuple's columns hold what its sites share.
 
     Example:
         >>> index_rows([Site("mlp", 4)])

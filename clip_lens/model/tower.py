@@ -3,7 +3,8 @@
 | hook | shape |
 |---|---|
 | hook_embed, hook_pos_embed | pair pos d_model |
-| blocks.{l}.hook_resid_pre, hook_attn_out, hook_resid_mid, hook_mlp_in, hook_mlp_out, hook_resid_post | pair pos d_model |
+| blocks.{l}.hook_resid_pre, hook_resid_mid, hook_resid_post | pair pos d_model |
+| blocks.{l}.hook_attn_out, hook_mlp_in, hook_mlp_out | pair pos d_model |
 | blocks.{l}.hook_q_input, hook_k_input, hook_v_input | pair pos head d_model |
 | blocks.{l}.attn.hook_q, hook_k, hook_v, hook_z | pair pos head d_head |
 | blocks.{l}.attn.hook_attn_scores, hook_pattern | pair head query key |
@@ -114,7 +115,9 @@ class Attention(nn.Module):
         packed = F.linear(x, self.qkv_weight[rows], self.qkv_bias[rows])
         return packed.unflatten(-1, (part.stop - part.start, self.n_heads, self.d_head)).unbind(2)
 
-    def project_split(self, part: int, x: Float[Tensor, "pair pos head d_model"]) -> Float[Tensor, "pair pos head d_head"]:
+    def project_split(
+        self, part: int, x: Float[Tensor, "pair pos head d_model"]
+    ) -> Float[Tensor, "pair pos head d_head"]:
         """q, k or v of an input that each head has for itself."""
         return torch.einsum("bphd,hde->bphe", x, self._weight(part)) + self._bias(part)
 
@@ -169,10 +172,11 @@ class Block(nn.Module):
     def _qkv(self, x: Tensor, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         splits = (self.hook_q_input, self.hook_k_input, self.hook_v_input)
         if any(hook.has_hooks() for hook in splits):
-            heads = lambda y: y.unsqueeze(2).expand(-1, -1, self.attn.n_heads, -1)
+            heads = lambda y: y.unsqueeze(2).repeat(1, 1, self.attn.n_heads, 1)
             inputs = (heads(queries), heads(x), heads(x))
             q, k, v = (
-                self.attn.project_split(part, self.ln1(hook(y))) for part, (hook, y) in enumerate(zip(splits, inputs))
+                self.attn.project_split(part, self.ln1(hook(y)))
+                for part, (hook, y) in enumerate(zip(splits, inputs, strict=True))
             )
             return q, k, v
         normalized = self.ln1(x)
@@ -202,12 +206,13 @@ class Block(nn.Module):
 class HookedTextTower(HookedRootModule):
     """CLIP's text tower: tokens in, `pair pos d_embed` out, unpooled and unnormalised.
 
-        tokens -> embed + pos_embed -> resid 0 -> [ln1 -> attn (+) -> resid_mid -> ln2 -> mlp (+)] x L -> ln_final -> W_U
+        tokens -> embed + pos_embed -> resid 0
+               -> [ln1 -> attn (+) -> resid_mid -> ln2 -> mlp (+)] x L -> ln_final -> W_U
 
-    Notebook code written for HookedTransformer runs on it: `run_with_cache` gives an `ActivationCache`, `run_with_hooks`
-    and `hooks()` take the same arguments. What differs: the output is an embedding, so `W_U` is the text projection
-    (d_model x d_embed), a "logit" is a direction in the joint space, and `return_type="loss"` does not exist. Weights
-    are frozen: for gradients, make the embedding (`hook_embed`) a leaf.
+    Notebook code written for HookedTransformer runs on it: `run_with_cache` gives an `ActivationCache`,
+    `run_with_hooks` and `hooks()` take the same arguments. What differs: the output is an embedding, so `W_U` is the
+    text projection (d_model x d_embed), a "logit" is a direction in the joint space, and `return_type="loss"` does not
+    exist. Weights are frozen: for gradients, make the embedding (`hook_embed`) a leaf.
     """
 
     def __init__(
@@ -235,7 +240,7 @@ class HookedTextTower(HookedRootModule):
 
     def embed(self, tokens: Int[Tensor, "pair pos"]) -> Float[Tensor, "pair pos d_model"]:
         """The residual stream that enters block 0: token plus position embedding."""
-        positions = self.W_pos[: tokens.shape[1]].expand(len(tokens), -1, -1)
+        positions = self.W_pos[: tokens.shape[1]].repeat(len(tokens), 1, 1)  # a copy: hooks may edit in place
         return self.hook_embed(self.W_E[tokens]) + self.hook_pos_embed(positions)
 
     def unembed(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_embed"]:
@@ -262,7 +267,8 @@ class HookedTextTower(HookedRootModule):
         `read` says which of the context's positions the last block and the output are computed at, one in each row.
 
         Raises:
-            ValueError: tokens longer than the context, a return type that CLIP has not, `at` without `rest`.
+            ValueError: tokens longer than the context, a return type that CLIP has not, `at` without `rest`,
+                `start_at_layer` without a residual stream.
 
         Example:
             >>> tower = clip_lens.load().tower
@@ -273,7 +279,7 @@ class HookedTextTower(HookedRootModule):
             raise ValueError(f"return_type={return_type!r}: CLIP's text tower has no loss; give 'logits' or None")
         if (at is None) != (rest is None):
             raise ValueError("at= and rest= go together: some positions of each row, and keys and values of the others")
-        x = input if start_at_layer is not None and isinstance(input, Tensor) else self.embed(self._tokens(input))
+        x = self._entering(input, start_at_layer)
         if at is None:
             at = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
         only = None if read is None else (at == read[:, None]).int().argmax(1, keepdim=True)
@@ -286,6 +292,14 @@ class HookedTextTower(HookedRootModule):
         x = _pick(x, only) if only is not None and not layers else x
         return self.unembed(self.ln_final(x)) if return_type == "logits" else None
 
+    def _entering(self, input: str | list[str] | Tensor, layer: int | None) -> Float[Tensor, "pair pos d_model"]:
+        """The residual stream that enters the first block to run."""
+        if layer is None:
+            return self.embed(self._tokens(input))
+        if not isinstance(input, Tensor) or not input.is_floating_point():
+            raise ValueError(f"start_at_layer={layer} needs the residual stream that enters that block")
+        return input
+
     def _tokens(self, input: str | list[str] | Tensor) -> Int[Tensor, "pair pos"]:
         tokens = input if isinstance(input, Tensor) else self.to_tokens(input)
         if tokens.ndim == 1:
@@ -297,7 +311,7 @@ class HookedTextTower(HookedRootModule):
     def run_with_cache(
         self, *args: Any, names_filter: Any = None, return_cache_object: bool = True, **kwargs: Any
     ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
-        """The output and the cache of a run, an `ActivationCache`; `names_filter=None` caches all but the hooks on demand.
+        """The output and the `ActivationCache` of a run; `names_filter=None` caches all but the hooks on demand.
 
         Example:
             >>> _, cache = clip_lens.load().tower.run_with_cache("There are no circles.")
@@ -307,9 +321,10 @@ class HookedTextTower(HookedRootModule):
         chosen = (lambda name: not name.endswith(ON_DEMAND)) if names_filter is None else names_filter
         if isinstance(chosen, tuple | set | frozenset):
             chosen = list(chosen)
-        remove_batch_dim = kwargs.get("remove_batch_dim", False)
         output, cache = super().run_with_cache(*args, names_filter=chosen, **kwargs)
-        return output, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim) if return_cache_object else cache
+        if not return_cache_object:
+            return output, cache
+        return output, ActivationCache(cache, self, has_batch_dim=not kwargs.get("remove_batch_dim", False))
 
     def to(self, *args: Any, **kwargs: Any) -> HookedTextTower:
         super().to(*args, **kwargs)
@@ -360,11 +375,12 @@ class HookedTextTower(HookedRootModule):
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, "d_model"]:
         """The sum of the output biases that blocks below `layer` write (and, `mlp_input`, this layer's attention)."""
-        total = torch.zeros_like(self.blocks[0].attn.b_O)
-        for index in range(layer):
-            total = total + self.blocks[index].attn.b_O
-            total = total + self.blocks[index].mlp.b_out if include_mlp_biases else total
-        return total + self.blocks[layer].attn.b_O if mlp_input else total
+        blocks: list[Any] = list(self.blocks)
+        total = torch.zeros_like(blocks[0].attn.b_O)
+        for block in blocks[:layer]:
+            total = total + block.attn.b_O
+            total = total + block.mlp.b_out if include_mlp_biases else total
+        return total + blocks[layer].attn.b_O if mlp_input else total
 
     def _stacked(self, part: str, name: str) -> Tensor:
         return torch.stack([getattr(getattr(block, part), name) for block in self.blocks])
