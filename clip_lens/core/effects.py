@@ -77,8 +77,8 @@ class Effects:
     """
 
     values: Float[Tensor, "place pair"]
-    total: Float[Tensor, " pair"]
-    baseline: Float[Tensor, " pair"]
+    total: Float[Tensor, "pair"]
+    baseline: Float[Tensor, "pair"]
     places: tuple[Place, ...]
     pairs: DataFrame
     meta: Mapping[str, str] = field(default_factory=dict)
@@ -118,7 +118,7 @@ class Effects:
         return self.values * self._sigma
 
     @property
-    def _sigma(self) -> Float[Tensor, " pair"]:
+    def _sigma(self) -> Float[Tensor, "pair"]:
         return torch.tensor(self.pairs["sigma"].to_numpy(dtype=np.float64), dtype=self.values.dtype)
 
     def fraction(self, of: Of = "means", floor: float = 0.0, pooled: bool = False) -> DataFrame:
@@ -286,10 +286,11 @@ class Effects:
     def where(self, **filters: Any) -> Effects:
         """The places and pairs that match: each filter names a column of `index` or of `pairs`.
 
-        A filter is a value, a collection of values, or a predicate on one value. A name in both means the index.
+        A filter is a value, a collection of values, or a function from the column to a truth value per row. A name
+        that both have means the index.
 
         Raises:
-            ValueError: no column has that name.
+            ValueError: no column has that name, or a function gives something else than a truth value per row.
 
         Example:
             >>> toy_effects().where(slot="negator", layer=[0], d=lambda d: d > 1)
@@ -359,7 +360,7 @@ class Effects:
     def _repr_html_(self) -> str:
         said = "".join(
             f"<dt>{escape(name)}</dt><dd>{escape(self.meta[name])}</dd>"
-            for name in ("method", "model", "data", "metric", "source", "dropped")
+            for name in ("method", "run", "source", "metric", "model", "data", "pairs dropped")
             if name in self.meta
         )
         top = self.top(5, resamples=200) if self.places and len(self.pairs) else self.fraction()
@@ -369,7 +370,7 @@ class Effects:
         return f"<p>{escape(repr(self))}</p><dl>{said}</dl>{table}"
 
 
-def segments(d: Iterable[float] | Float[Tensor, " pair"], thresholds: tuple[float, float] = (-1.0, 1.0)) -> list[str]:
+def segments(d: Iterable[float] | Float[Tensor, "pair"], thresholds: tuple[float, float] = (-1.0, 1.0)) -> list[str]:
     """The segment of each pair: `incorrect` d < low, `ambiguous` low <= d < high, `correct` d >= high, d in logits.
 
     From method section 2; the thresholds are for scale 100 (OpenAI's models).
@@ -661,12 +662,14 @@ def _collision(two: DataFrame, rows: str, columns: str) -> str:
 
 
 def _matches(column: pd.Series, wanted: Any) -> np.ndarray:
-    entries = _plain(column)
     if callable(wanted):
-        return np.array([bool(wanted(entry)) for entry in entries], dtype=bool)
+        found = np.asarray(wanted(column))
+        if found.shape != (len(column),):
+            raise ValueError(f"a filter on {column.name!r} must give one truth value per row. Got {found!r}")
+        return found.astype(bool)
     several = isinstance(wanted, Collection | pd.Series | np.ndarray | Tensor) and not isinstance(wanted, str | bytes)
     choices = [value.item() if isinstance(value, Tensor) else value for value in wanted] if several else [wanted]
-    return np.array([entry in choices for entry in entries], dtype=bool)
+    return np.array([entry in choices for entry in _plain(column)], dtype=bool)
 
 
 # Slots
@@ -675,8 +678,8 @@ def _matches(column: pd.Series, wanted: Any) -> np.ndarray:
 class _Instances(NamedTuple):
     """The (pair, token) columns of by_slot: which pair, which token of its slot, and at which position (-1 = none)."""
 
-    pair: Int[Tensor, " instance"]
-    token: Int[Tensor, " instance"]
+    pair: Int[Tensor, "instance"]
+    token: Int[Tensor, "instance"]
     position: Int[Tensor, "slot instance"]
 
 
@@ -799,11 +802,11 @@ def _note(effects: Effects) -> dict[str, Any]:
     }
 
 
-def _numbers(numbers: Float[Tensor, " pair"]) -> list[float | None]:
+def _numbers(numbers: Float[Tensor, "pair"]) -> list[float | None]:
     return [None if number != number else number for number in numbers.double().tolist()]
 
 
-def _tensor(numbers: list[float | None], dtype: torch.dtype) -> Float[Tensor, " pair"]:
+def _tensor(numbers: list[float | None], dtype: torch.dtype) -> Float[Tensor, "pair"]:
     exact = [torch.nan if number is None else number for number in numbers]
     return torch.tensor(exact, dtype=torch.float64).to(dtype)
 

@@ -371,6 +371,10 @@ def test_where_filters_places_and_pairs():
     assert effects.where(d=lambda d: d > 1.5).total.tolist() == [t for t in effects.total.tolist() if abs(t) > 1.5]
     assert len(effects.where(unit=None).places) == 4
     assert len(effects.where(slot="nowhere").fraction()) == 0
+    assert effects.where(noun=lambda column: column.isin(["y"])).pairs["key"].tolist() == ["pair 1", "pair 4"]
+    assert effects.where(slot=lambda slot: slot == "eot", layer=lambda layer: layer > 0).places == (places[2],)
+    with pytest.raises(ValueError, match="one truth value per row"):
+        effects.where(noun=lambda column: True)
     with pytest.raises(ValueError, match=r"no column 'nuon'.*place, kind.*noun"):
         effects.where(nuon="x")
 
@@ -503,7 +507,9 @@ def test_segments_include_their_lower_bound():
 
 
 def test_notebook_view_escapes_and_counts():
-    effects = random_effects(3, 6, meta={"model": "<script>x</script>", "method": "patch", "dropped": "2: no image"})
+    effects = random_effects(
+        3, 6, meta={"model": "<script>x</script>", "method": "patch", "pairs dropped": "2: no image"}
+    )
     shown = effects._repr_html_()
     assert "<script>" not in shown and "2: no image" in shown and "3 caption, 3 foil" in shown
     assert "0 places" in effects.where(layer=9)._repr_html_()

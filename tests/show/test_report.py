@@ -1,0 +1,220 @@
+"""report: one file that loads nothing, says only what the numbers say, and lets no data become markup."""
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from plotly.offline import get_plotlyjs
+
+from clip_lens.core.effects import Effects, toy_effects
+from clip_lens.model.site import Site
+from clip_lens.show.report import report
+
+EVIL = "<script>alert('x')</script><img src=http://example.org/x.png>"
+
+
+def make(places=None, shares=None, meta=None, caption="There is no dog.", n_pairs=10, **info):
+    """Pairs of which place p moves exactly the share `shares[p]`."""
+    places = places or [Site("resid", layer, slot=slot) for layer in range(3) for slot in ("negator", "subject", "eot")]
+    shares = shares or [1.0, 0.0, 0.0, 0.5, 0.25, 0.25, 0.0, 0.0, 1.0]
+    sigma = torch.tensor([1.0, -1.0] * (n_pairs // 2))
+    d = torch.linspace(-2, 4.75, n_pairs)
+    pairs = pd.DataFrame(
+        {
+            "key": [f"pair-{i}" for i in range(n_pairs)],
+            "caption": caption,
+            "foil": [f"There is a dog {i}." for i in range(n_pairs)],
+            "image": [f"{i}.png" for i in range(n_pairs)],
+            "side": ["caption", "foil"] * (n_pairs // 2),
+            "sigma": sigma.int().tolist(),
+            "d": d.tolist(),
+            "segment": ["incorrect" if x < -1 else "ambiguous" if x < 1 else "correct" for x in d],
+            **info,
+        }
+    )
+    total = sigma * d
+    return Effects(
+        torch.tensor(shares)[:, None] * total, total, total * 0, tuple(places), pairs, meta or {"model": "toy"}
+    )
+
+
+class Page(HTMLParser):
+    """The tags of a page, with the text of all but scripts and styles."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.text, self.open = [], "", [""]
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        self.open.append("")
+
+    def handle_data(self, data):
+        if self.open[-1] not in ("script", "style"):
+            self.text += data
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def own_part(path):
+    """The page without plotly.js, whose source names addresses that it does not load."""
+    return path.read_text(encoding="utf-8").replace(get_plotlyjs(), "")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(10):
+        Image.new("RGBA", (500, 300), (20 * number, 0, 0, 128)).save(folder / f"{number}.png")
+    return folder
+
+
+def test_nothing_is_loaded_from_anywhere(tmp_path, pictures):
+    meta = {"model": EVIL, "data": "https://example.org/pairs.csv", "pairs dropped": "2 no image"}
+    path = report({"resid": make(meta=meta)}, tmp_path / "r.html", pictures=pictures)
+    page = own_part(path)
+    assert get_plotlyjs() in path.read_text(encoding="utf-8")
+    assert not re.findall(r"""(?:src|href)\s*=\s*["']?(?!data:)[^"'\s>]""", re.sub(r"&lt;.*?&gt;", "", page))
+    assert "url(" not in page and "@import" not in page
+    for tag, attributes in Page(path).tags:
+        assert tag not in ("iframe", "object", "embed", "base")
+        for name in ("src", "href", "srcset", "action", "data"):
+            assert attributes.get(name, "data:").startswith("data:"), (tag, attributes)
+    policy = Page(path).all("meta")[1]["content"]
+    assert policy.startswith("default-src 'none'")
+    assert path.stat().st_size < 6e6
+
+
+def test_data_never_becomes_markup(tmp_path):
+    places = [Site("resid", 0, slot=EVIL), Site("resid", 1, slot=EVIL)]
+    effects = make(places, [0.0, 1.0], {"model": EVIL, "pairs dropped": EVIL, EVIL: EVIL}, caption=EVIL)
+    effects.pairs["key"] = [f"{i}{EVIL}" for i in range(10)]
+    path = report({EVIL: effects}, tmp_path / "r.html", title=EVIL, summary=EVIL)
+    page = own_part(path)
+    assert "<script>alert" not in page and "<img" not in page
+    assert page.count("<script") == page.count("</script>") == 3
+    assert EVIL in Page(path).text
+
+
+def test_the_findings_are_the_numbers(tmp_path):
+    text = Page(report({"resid": make()}, tmp_path / "r.html")).text
+    words = '"negator" from layer 0 (100 %) to layer 1 (50 %), then at "end of text" in layer 2 (100 %).'
+    assert f"Negation in the caption (5 pairs): the largest share of d moves at {words}" in text
+    assert f"Negation in the foil (5 pairs): the largest share of d moves at {words}" in text
+
+
+def test_heads_are_told_by_their_largest_effect(tmp_path):
+    heads = [Site("head", layer, unit) for layer in range(2) for unit in range(3)]
+    effects = make(heads, [0.0, 0.0, 0.1, 0.0, -0.3, 0.0])
+    text = Page(report({"heads": effects}, tmp_path / "r.html")).text
+    mean = -0.3 * effects.pairs.loc[effects.pairs["side"] == "foil", "d"].mean()
+    number = f"{mean:.3f}".replace("-", "\N{MINUS SIGN}")
+    assert f"the largest mean signed effect in size is that of head 1.1: {number} [" in text
+    assert "\N{MINUS SIGN}0.300 of d (95 % interval [\N{MINUS SIGN}0.300, \N{MINUS SIGN}0.300])" in text
+
+
+def test_another_source_is_not_called_d(tmp_path):
+    text = Page(report({"resid": make(meta={"source": "zeros"})}, tmp_path / "r.html")).text
+    assert "the largest share of the total effect moves" in text and "by what the zeros gives" in text
+
+
+def test_what_was_run_pairs_and_drops_are_told(tmp_path):
+    meta = {
+        "model": "tiny",
+        "weights": "3f9a",
+        "metric": "logit",
+        "run": "foil",
+        "odd": "kept",
+        "pairs dropped": "3 no side",
+    }
+    effects = make(meta=meta)
+    path = report({"one": effects, "two": replace(effects, meta=meta | {"method": "other"})}, tmp_path / "r.html")
+    text = re.sub(r"\s+", " ", Page(path).text)
+    assert "modeltiny" in text.replace(" ", "") and "weights3f9a" in text.replace(" ", "")
+    assert "Pairs dropped before the run: 3 no side." in text
+    assert text.count("mean d") == 1  # the two results have the same pairs
+    bare = text.replace(" ", "")
+    assert "thecaption1135" in bare and "thefoil1135" in bare  # incorrect, ambiguous, correct, all
+    assert text.count("odd") == 2  # once for each result, in the details
+
+
+def test_figures_are_one_per_side_with_captions_and_words(tmp_path):
+    path = report({"resid": make()}, tmp_path / "r.html")
+    page = Page(path)
+    plots = [tag for tag in page.all("div") if tag.get("role") == "img"]
+    assert [plot["id"] for plot in plots] == ["figure-1", "figure-2"]
+    assert "The largest, 1.00, is at resid 0 @negator." in plots[0]["aria-label"]
+    assert len(page.all("figure")) == len(page.all("figcaption")) == 2
+    assert page.all("html")[0]["lang"] == "en" and len(page.all("h1")) == 1
+    assert "a slot's tokens together" in page.text
+    assert "averaged over pairs and tokens" in Page(report({"a": make(token=[0] * 10)}, tmp_path / "t.html")).text
+
+
+def test_examples_have_pictures_where_there_are_some(tmp_path, pictures):
+    (pictures / "0.png").write_bytes(b"no picture")
+    (tmp_path / "secret.png").write_bytes((pictures / "1.png").read_bytes())
+    effects = make()
+    effects.pairs.loc[9, "image"] = "../secret.png"
+    page = Page(report({"resid": effects}, tmp_path / "r.html", pictures=pictures))
+    assert len(page.all("li")) - 2 == 6  # two findings, six pairs
+    shown = page.all("img")
+    assert len(shown) == 4  # 0.png is unreadable, ../secret.png outside of the folder
+    assert all(image["alt"] and image["src"].startswith("data:image/jpeg;base64,") for image in shown)
+    mapped = Page(report({"resid": effects}, tmp_path / "m.html", pictures={"8.png": pictures / "8.png"}))
+    assert len(mapped.all("img")) == 1
+    assert not Page(report({"resid": effects}, tmp_path / "n.html")).all("img")
+
+
+PAIRED = (Site("mlp", 0), Site("head", 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("places", "figures"),
+    [
+        ([Site("resid", 0)], 2),
+        ([Site(kind, layer, slot=s) for kind in ("attn", "mlp") for layer in (0, 1) for s in ("negator", "eot")], 4),
+        ([Site("head", layer, unit, s) for layer in (0, 1) for unit in (0, 1) for s in ("negator", 4)], 4),
+        ([Site("head", 0, unit, slot) for unit in (0, 1) for slot in range(20)], 12),
+        ([Site("neuron", layer, unit) for layer in (0, 1) for unit in range(100)], 2),
+        ([PAIRED, Site("resid", 1)], 2),
+        ([Site("resid", layer, slot=slot) for layer in range(25) for slot in ("negator", "eot")], 2),
+    ],
+)
+def test_every_shape_of_result_gets_figures(tmp_path, places, figures):
+    shares = np.random.default_rng(0).normal(size=len(places)).tolist()
+    page = Page(report({"it": make(places, shares)}, tmp_path / "r.html"))
+    assert len(page.all("figure")) == figures
+    assert ("further figures are left out" in page.text) == (figures == 12)
+    assert ("Shown are the 40 of 100 units" in page.text) == (len(places) == 200)
+
+
+def test_values_that_are_all_missing_are_said(tmp_path):
+    effects = make()
+    empty = replace(effects, values=torch.full_like(effects.values, torch.nan))
+    page = Page(report({"resid": empty}, tmp_path / "r.html"))
+    assert "no place has a value" in page.text
+
+
+def test_the_file_is_written_whole_and_bad_input_refused(tmp_path, monkeypatch):
+    path = report({"resid": toy_effects()}, tmp_path / "new" / "r.html")
+    assert path == tmp_path / "new" / "r.html" and [file.name for file in path.parent.iterdir()] == ["r.html"]
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="no results"):
+        report({}, path)
+    with pytest.raises(ValueError, match="'gone' is empty"):
+        report({"gone": toy_effects().where(layer=7)}, path)
+    monkeypatch.setattr("pathlib.Path.write_text", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        report({"resid": toy_effects()}, path)
+    assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 1
