@@ -211,9 +211,7 @@ class HookedTextEncoder:
         chosen = range(depth) if layers is None else list(layers)
         if wrong := [layer for layer in chosen if not 0 <= layer < depth]:
             raise ValueError(f"{self.name} has {kind} sites at layers 0..{depth - 1}, got {wrong}")
-        return [
-            Site(kind, layer, unit, slot) for layer in chosen for unit in self.units(kind) for slot in tuple(slots)
-        ]
+        return [Site(kind, layer, unit, slot) for layer in chosen for unit in self.units(kind) for slot in tuple(slots)]
 
     def units(self, kind: Kind) -> Iterable[int | None]:
         """The units of a kind: heads, neurons, or None where it has none."""

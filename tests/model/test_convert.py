@@ -179,8 +179,8 @@ def test_config_is_read_from_the_module() -> None:
     [({}, "gelu"), ({"approximate": "tanh"}, "gelu_pytorch_tanh")],
 )
 def test_activation_names(act: dict[str, str], name: str) -> None:
-    tower, _ = convert(random_clip(causal=False, act_kwargs=act), name="it")
-    assert tower.cfg.act_fn == name
+    tower, _ = convert(random_clip(causal=False, act_kwargs=act, norm_kwargs={"eps": 1e-6}), name="it")
+    assert (tower.cfg.act_fn, tower.cfg.eps) == (name, 1e-6)
     assert tower.cfg.attention_dir == "bidirectional"
 
 

@@ -52,11 +52,14 @@ def test_unit_embeddings_are_open_clips_and_cutting_changes_nothing(dtype: torch
 
 
 def test_a_bidirectional_tower_is_not_cut(bidirectional: HookedTextEncoder) -> None:
-    tokens = bidirectional.tokenize(TEXTS[:2])
-    assert tokens.shape == (2, 16)
-    assert bidirectional.cut(tokens) is tokens
-    short = bidirectional.read(bidirectional.tower(tokens[:, :8]), -1)
-    assert (short - bidirectional(tokens)).abs().max() > 1e-3  # cutting would have changed what it says
+    at_argmax = random_encoder(layers=2, causal=False)
+    for encoder in (bidirectional, at_argmax):
+        tokens = encoder.tokenize(TEXTS[:2])
+        assert tokens.shape == (2, 16)
+        assert encoder.cut(tokens) is tokens
+        short = tokens[:, :8]  # cutting would change what it says
+        cut = encoder.read(encoder.tower(short), encoder.pool(short))
+        assert (cut - encoder(tokens)).abs().max() > 1e-3
 
 
 def test_a_causal_tower_pooled_at_the_last_position_is_not_cut() -> None:
