@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -41,6 +41,7 @@ SHOWN = ("fraction", "lower", "upper", "effect", "effect_lower", "effect_upper",
 Of = Literal["means", "ratios"]
 
 
+@runtime_checkable
 class Slotted(Protocol):
     """What `by_slot` reads of a Batch: the slot of each position, the slots' names, the pairs' keys."""
 
@@ -287,7 +288,7 @@ class Effects:
         """The places and pairs that match: each filter names a column of `index` or of `pairs`.
 
         A filter is a value, a collection of values, or a function from the column to a truth value per row. A name
-        that both have means the index.
+        that both have means the index. `meta["selected"]` records the filters that took pairs away.
 
         Raises:
             ValueError: no column has that name, or a function gives something else than a truth value per row.
@@ -313,6 +314,7 @@ class Effects:
             baseline=self.baseline[kept],
             places=tuple(place for place, keep in zip(self.places, rows, strict=True) if keep),
             pairs=self.pairs[columns],
+            meta=self.meta if columns.all() else _selected(self, filters, int(columns.sum())),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -670,6 +672,18 @@ def _matches(column: pd.Series, wanted: Any) -> np.ndarray:
     several = isinstance(wanted, Collection | pd.Series | np.ndarray | Tensor) and not isinstance(wanted, str | bytes)
     choices = [value.item() if isinstance(value, Tensor) else value for value in wanted] if several else [wanted]
     return np.array([entry in choices for entry in _plain(column)], dtype=bool)
+
+
+def _selected(effects: Effects, filters: Mapping[str, Any], kept: int) -> dict[str, str]:
+    """The meta with a line more on which pairs were taken, so that a report of a part says that it is one."""
+    words = []
+    for name in filters.keys() - set(INDEX):
+        wanted = filters[name]
+        several = isinstance(wanted, Collection) and not isinstance(wanted, str) and len(wanted) > 3
+        words.append(f"{name} filtered" if callable(wanted) or several else f"{name} = {wanted}")
+    line = f"{', '.join(sorted(words))}: {kept} of {len(effects.pairs)}"
+    before = effects.meta.get("selected")
+    return {**effects.meta, "selected": f"{before}; {line}" if before else line}
 
 
 # Slots

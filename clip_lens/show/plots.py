@@ -279,7 +279,7 @@ def _axis_name(name: str, kinds: set[Any], short: bool) -> str:
     return "" if name in ("slot", "place") else escape(name)
 
 
-def _colour_bar(height: float) -> dict[str, Any]:
+def _colour_bar(height: int) -> dict[str, Any]:
     """A flat bar at the figure's foot: beside the cells it would take a fifth of a narrow screen.
 
     Its title is an annotation, since plotly puts a flat bar's own title over the bar or below the figure's edge.

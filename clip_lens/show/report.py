@@ -20,7 +20,20 @@ from plotly.offline import get_plotlyjs
 from clip_lens.core.effects import SEGMENTS, SIDES, Effects, written_whole
 from clip_lens.show.plots import SIDE_NAMES, heatmap, largest, slot_name
 
-WHAT = ("method", "run", "source", "metric", "scale", "model", "weights", "data", "images", "pairs", "versions")
+WHAT = (
+    "method",
+    "run",
+    "source",
+    "metric",
+    "scale",
+    "model",
+    "weights",
+    "data",
+    "images",
+    "pairs",
+    "selected",
+    "versions",
+)
 NEGATION_IN = {"caption": "the caption", "foil": "the foil", "none": "neither"}
 DROPPED = ("pairs dropped", "dropped")
 KIND_NAMES = {

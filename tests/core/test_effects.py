@@ -371,6 +371,9 @@ def test_where_filters_places_and_pairs():
     assert effects.where(d=lambda d: d > 1.5).total.tolist() == [t for t in effects.total.tolist() if abs(t) > 1.5]
     assert len(effects.where(unit=None).places) == 4
     assert len(effects.where(slot="nowhere").fraction()) == 0
+    assert "selected" not in effects.where(slot=3, key=lambda key: key == key).meta
+    twice = effects.where(slot=3, noun="x", d=lambda d: d > -9).where(key=["pair 3"])
+    assert twice.meta["selected"] == "d filtered, noun = x: 2 of 6; key = ['pair 3']: 1 of 2"
     assert effects.where(noun=lambda column: column.isin(["y"])).pairs["key"].tolist() == ["pair 1", "pair 4"]
     assert effects.where(slot=lambda slot: slot == "eot", layer=lambda layer: layer > 0).places == (places[2],)
     with pytest.raises(ValueError, match="one truth value per row"):
@@ -498,10 +501,10 @@ def test_bad_input_is_refused():
 
 
 def test_segments_include_their_lower_bound():
-    assert segments([-1.01, -1, 0, 1, 1.01]) == ["incorrect", "ambiguous", "ambiguous", "correct", "correct"]
+    assert segments([-1.01, -1.0, 0.0, 1.0, 1.01]) == ["incorrect", "ambiguous", "ambiguous", "correct", "correct"]
     assert segments(torch.tensor([0.4, 0.6]), (0.5, 0.5)) == ["incorrect", "correct"]
     with pytest.raises(ValueError, match="low <= high"):
-        segments([0.0], (1, -1))
+        segments([0.0], (1.0, -1.0))
     with pytest.raises(ValueError, match="NaN for 1 of 2"):
         segments([0.0, NAN])
 
