@@ -387,7 +387,7 @@ def ask(
     """
     possible = [kind for kind in kinds if side in KINDS[kind]]
     weights = np.array([_WEIGHTS[kind] for kind in possible])
-    kind, form = possible[rng.choice(len(possible), p=weights / weights.sum())], forms[rng.integers(len(forms))]
+    kind, form = possible[rng.choice(len(possible), p=weights / weights.sum())], forms[int(rng.integers(len(forms)))]
     double = "{other}" in FORMS[form]
     target = _target(scene, rng, kind, present=side == "foil", whole=double)
     others = [thing for thing in scene.things if (thing.colour, thing.shape) != target]
