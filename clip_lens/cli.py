@@ -30,6 +30,9 @@ app = typer.Typer(
 )
 
 
+INTERRUPTED = 130
+
+
 class Run(str, Enum):
     """Which text is run and patched."""
 
@@ -182,9 +185,7 @@ def info(
         _say(f"  weights {encoder.digest}, image tower {encoder.image_digest}")
 
 
-def _open_images(
-    images: str, model: str, pretrained: str | None, out: Path, device: str, quiet: bool
-) -> ImageStore:
+def _open_images(images: str, model: str, pretrained: str | None, out: Path, device: str, quiet: bool) -> ImageStore:
     from clip_lens.data.images import ImageStore, embed_images
 
     if not Path(images).is_dir():
@@ -298,15 +299,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in given
     given = [word for word in given if word != "--debug"]
     try:
-        code = app(given, standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        code = app(given, standalone_mode=False, prog_name="clip-lens")
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted; the same command goes on from what is finished", err=True)
-        return 130
+        code = INTERRUPTED
     except Exception as error:
         if debug:
             raise
         return _complain(error)
+    if code == INTERRUPTED:
+        typer.echo("interrupted; the same command goes on from what is finished", err=True)
+    return code if isinstance(code, int) else 0
 
 
 def _complain(error: Exception) -> int:

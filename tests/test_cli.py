@@ -31,7 +31,7 @@ def test_help_imports_nothing_heavy(command: tuple[str, ...]) -> None:
     code = (
         "import sys; from clip_lens.cli import main; "
         f"main({[*command, '--help']!r}); "
-        "sys.exit(' '.join({'torch', 'pandas', 'open_clip', 'transformer_lens', 'plotly'} & set(sys.modules)))"
+        "sys.exit(' '.join({'torch', 'pandas', 'open_clip', 'transformer_lens', 'plotly'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -107,7 +107,11 @@ def test_info_says_what_a_thing_is(few: Path, tmp_path: Path, capsys: pytest.Cap
     ],
 )
 def test_an_error_is_one_line_that_names_what_was_given(
-    words: tuple[str, ...], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    words: tuple[str, ...],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(*words) == 1

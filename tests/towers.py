@@ -32,7 +32,14 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def random_clip(
-    *, layers: int = 3, width: int = 64, heads: int = 4, d_embed: int = 32, causal: bool = True, seed: int = 0, **text: object
+    *,
+    layers: int = 3,
+    width: int = 64,
+    heads: int = 4,
+    d_embed: int = 32,
+    causal: bool = True,
+    seed: int = 0,
+    **text: object,
 ) -> nn.Module:
     """A small randomised open_clip model with open_clip's tokenizer's vocabulary: CLIP, or bidirectional like SigLIP."""
     text_cfg = {"context_length": 77, "vocab_size": 49408, "width": width, "heads": heads, "layers": layers, **text}
@@ -42,9 +49,7 @@ def random_clip(
     return randomise(open_clip.CustomTextCLIP(d_embed, dict(VISION), text_cfg), seed)
 
 
-def random_encoder(
-    *, causal: bool = True, dtype: torch.dtype = torch.float32, **options: object
-) -> HookedTextEncoder:
+def random_encoder(*, causal: bool = True, dtype: torch.dtype = torch.float32, **options: object) -> HookedTextEncoder:
     """`random_clip`, loaded with open_clip's tokenizer."""
     tokenizer = open_clip.SimpleTokenizer(context_length=77 if causal else 16)
     return load(random_clip(causal=causal, **options), tokenizer=tokenizer, dtype=dtype)  # type: ignore[arg-type]
