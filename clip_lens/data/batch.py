@@ -1,4 +1,4 @@
-"""`align`: pairs + image embeddings + an encoder -> `Batch`, in which every run knows its counterpart position by position."""
+"""`align`: pairs + image embeddings + an encoder -> `Batch`: every run knows its counterpart position by position."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DETERMINERS = "no|some|an?|any"
 Run = Literal["affirmative", "negated", "caption", "foil"]
 Spans: TypeAlias = Sequence[tuple[int, str | None]]
 SlotFunction: TypeAlias = Callable[[str, str | None], Spans | None]
-"""(text, subject phrase if the pairs name one) -> where each slot's characters end, left to right; None = no template fits."""
+"""(text, subject phrase if the pairs name one) -> where the slots' characters end, left to right; None: no template."""
 
 
 class Encoder(Protocol):
@@ -111,7 +111,9 @@ class Batch:
         """
         w = torch.as_tensor(w).to(self.direction)
         if w.shape not in (self.direction.shape, self.direction.shape[1:]):
-            raise ValueError(f"a direction has the shape {tuple(self.direction.shape)} or one row of it, got {tuple(w.shape)}")
+            raise ValueError(
+                f"a direction has the shape {tuple(self.direction.shape)} or one row of it, got {tuple(w.shape)}"
+            )
         if not w.isfinite().all():
             raise ValueError("the direction has components that are not finite")
         return replace(self, direction=w.expand_as(self.direction).clone())
@@ -167,9 +169,9 @@ def _inverse(origin: Int[Tensor, "pair pos"], width: int) -> Int[Tensor, "pair p
 def template_slots(text: str, subject: str | None = None) -> Spans | None:
     """Where the slots of "There is/are NEGATOR subject ... ." end in a text, left to right (method, section 2).
 
-    The negator's place is that of no/some/a/an/any. With `subject`, the noun phrase as it stands in the text, the negator
-    is the word before it and the words behind it are the suffix; words before the negator that are not "there is/are"
-    are `prefix`. Without it the subject runs to the full stop. None: no template fits.
+    The negator's place is that of no/some/a/an/any. With `subject`, the noun phrase as it stands in the text, the
+    negator is the word before it and the words behind it are the suffix; words before the negator that are not
+    "there is/are" are `prefix`. Without it the subject runs to the full stop. None: no template fits.
 
     Example:
         >>> template_slots("There are no red circles.")
@@ -178,19 +180,20 @@ def template_slots(text: str, subject: str | None = None) -> Spans | None:
         [(19, 'subject'), (34, 'suffix'), (35, 'stop')]
     """
     if subject:
-        pattern = rf"^(?P<before>.*?)\b(?P<negator>{DETERMINERS})\s+(?P<subject>{re.escape(subject)})\b(?P<suffix>.*?)(?P<stop>[.!?]?\s*)$"
+        before, rest = r".*?", rf"(?P<subject>{re.escape(subject)})\b(?P<suffix>.*?)"
     else:
-        pattern = rf"^(?P<before>.*?\bthere\s+(?:is|are)\s+)(?P<negator>{DETERMINERS})\s+(?P<subject>.*?)(?P<suffix>)(?P<stop>[.!?]?\s*)$"
+        before, rest = r".*?\bthere\s+(?:is|are)\s+", r"(?P<subject>.*?)(?P<suffix>)"
+    pattern = rf"^(?P<before>{before})\b(?P<negator>{DETERMINERS})\s+{rest}(?P<stop>[.!?]?\s*)$"
     match = re.match(pattern, text, re.IGNORECASE | re.DOTALL)
     if match is None or not match["subject"].strip():
         return None
     first = len(match["subject"].split()[0])
     there = re.search(r"\b(there)\s+(is|are)\b", match["before"], re.IGNORECASE)
-    before = [(match.end("before"), "prefix")]
+    start = [(match.end("before"), "prefix")]
     if there:
-        before = [(there.start(1), "prefix"), (there.end(1), "there"), (there.end(2), "be"), *before]
+        start = [(there.start(1), "prefix"), (there.end(1), "there"), (there.end(2), "be"), *start]
     ends = [
-        *before,
+        *start,
         (match.end("negator"), "negator"),
         (match.start("subject") + first, "subject"),
         (match.end("subject"), "subject_rest"),
@@ -228,7 +231,8 @@ def align(
     the same to the tokenizer. `any_store=True` accepts image embeddings of another model.
 
     Raises:
-        ValueError: no pair is left (with the reasons), the store belongs to another model, an unknown `run`.
+        ValueError: no pair is left (with the reasons), the store belongs to another model or has embeddings of another
+            width, an unknown `run`.
 
     Example:
         >>> encoder, pairs, store = clip_lens.load(), clip_lens.read_pairs(), clip_lens.ImageStore.open("tiny")
@@ -240,10 +244,8 @@ def align(
         raise ValueError(f"run={run!r}; give one of {', '.join(get_args(Run))}")
     if len(pairs) == 0:
         raise ValueError(f"{pairs.name} has no pairs to align")
-    if not any_store:
-        images.require(
-            model=encoder.name, pretrained=encoder.pretrained, digest=encoder.image_digest, d_embed=encoder.d_embed
-        )
+    maker = {"model": encoder.name, "pretrained": encoder.pretrained, "digest": encoder.image_digest}
+    images.require(d_embed=encoder.d_embed, **({} if any_store else maker))
     reasons = _unusable(pairs, images, encoder, run)
     kept = [index for index, reason in enumerate(reasons) if reason is None]
     captions, foils = encoder.tokenize(pairs[kept].caption), encoder.tokenize(pairs[kept].foil)
@@ -272,10 +274,10 @@ def align(
 
 def _unusable(pairs: Pairs, images: ImageStore, encoder: Encoder, run: Run) -> list[str | None]:
     """For each pair the first reason not to use it, or None."""
-    fits = [a and b for a, b in zip(encoder.fits(pairs.caption), encoder.fits(pairs.foil))]
+    fits = [a and b for a, b in zip(encoder.fits(pairs.caption), encoder.fits(pairs.foil), strict=True)]
     by_side = run in ("affirmative", "negated")
     reasons: list[str | None] = []
-    for side, image, short in zip(pairs.side, pairs.image, fits):
+    for side, image, short in zip(pairs.side, pairs.image, fits, strict=True):
         if by_side and side == "none":
             reasons.append("no side: neither text is the negated one")
         elif image not in images:
@@ -300,7 +302,6 @@ def _batch(
     tokens, other = _directed(texts, foil_runs)
     slot, other_slot = _directed(named, foil_runs)
     tokens, other = encoder.cut(tokens), encoder.cut(other)
-    lengths = [encoder.length(ids) if encoder.causal else torch.full_like(ids[:, 0], ids.shape[1]) for ids in (tokens, other)]
     return Batch(
         tokens=tokens,
         other=other,
@@ -308,8 +309,8 @@ def _batch(
         slot=slot[:, : tokens.shape[1]],
         other_slot=other_slot[:, : other.shape[1]],
         slots=SLOTS,
-        length=lengths[0],
-        other_length=lengths[1],
+        length=_read_length(tokens, encoder),
+        other_length=_read_length(other, encoder),
         direction=direction,
         sigma=torch.where(foil_runs, 1, -1),
         pairs=pairs,
@@ -317,6 +318,14 @@ def _batch(
         run=run,
         images=images,
     )
+
+
+def _read_length(tokens: Int[Tensor, "pair pos"], encoder: Encoder) -> Int[Tensor, "pair"]:
+    """How many positions the tower reads: a text's padding too, if it looks ahead or is pooled behind the text."""
+    length = encoder.length(tokens)
+    if encoder.causal and bool((encoder.pool(tokens) < length).all()):
+        return length
+    return torch.full_like(length, tokens.shape[1])
 
 
 def _directed(texts: dict[str, Tensor], foil_runs: Bool[Tensor, "pair"]) -> tuple[Tensor, Tensor]:
@@ -336,8 +345,8 @@ def _slot_index(
 ) -> Int[Tensor, "pair pos"]:
     """Which slot each token belongs to: a span's tokens are those that a text cut behind it shares with the whole."""
     subjects = pairs.info["subject"] if "subject" in pairs.info else [None] * len(texts)
-    pieces = [(row, 0, "sot") for row in range(len(texts))]
-    for row, (text, subject) in enumerate(zip(texts, subjects)):
+    pieces: list[tuple[int, int, str | None]] = [(row, 0, "sot") for row in range(len(texts))]
+    for row, (text, subject) in enumerate(zip(texts, subjects, strict=True)):
         spans = slots(text, subject if isinstance(subject, str) and subject else None) or ()
         pieces += [(row, end, name) for end, name in spans]
     with warnings.catch_warnings():
@@ -345,9 +354,11 @@ def _slot_index(
         cuts = encoder.tokenize([texts[row][:end] for row, end, _ in pieces])
     rows = torch.tensor([row for row, _, _ in pieces], device=cuts.device)
     common = (cuts == whole[rows]).int().cumprod(1).sum(1)
-    ends = torch.minimum(common, encoder.length(whole)[rows] - 1).tolist()
+    # What the tokenizer puts behind every text stands in the tokens of the empty one, the first pieces.
+    closing = encoder.length(cuts[: len(texts)]) - common[: len(texts)]
+    ends = torch.minimum(common, (encoder.length(whole) - closing)[rows]).tolist()
     index, start = torch.full_like(whole, -1), [0] * len(texts)
-    for (row, _, name), end in zip(pieces, ends):
+    for (row, _, name), end in zip(pieces, ends, strict=True):
         index[row, start[row] : end] = _slot_number(name)
         start[row] = max(start[row], end)
     index[torch.arange(len(index), device=index.device), encoder.pool(whole)] = SLOTS.index("eot")
@@ -364,13 +375,13 @@ def _origins(
     tokens: Int[Tensor, "pair pos"], other: Int[Tensor, "pair pos_other"], encoder: Encoder
 ) -> Int[Tensor, "pair pos"]:
     origin = torch.full_like(tokens, -1)
-    lengths = zip(encoder.length(tokens).tolist(), encoder.length(other).tolist())
-    pooled = zip(encoder.pool(tokens).tolist(), encoder.pool(other).tolist())
-    for row, ((n, m), (p, q)) in enumerate(zip(lengths, pooled)):
+    lengths = zip(encoder.length(tokens).tolist(), encoder.length(other).tolist(), strict=True)
+    pooled = zip(encoder.pool(tokens).tolist(), encoder.pool(other).tolist(), strict=True)
+    for row, ((n, m), (p, q)) in enumerate(zip(lengths, pooled, strict=True)):
         run_ids, other_ids = tokens[row].tolist(), other[row].tolist()
         matched = match_tokens(run_ids[:n], other_ids[:m])
         origin[row, :n] = torch.tensor(matched, device=origin.device)
-        if not encoder.causal:
+        if not encoder.causal or p >= n or q >= m:
             pads = min(tokens.shape[1] - n, other.shape[1] - m)
             if pads:
                 origin[row, -pads:] = torch.arange(other.shape[1] - pads, other.shape[1], device=origin.device)
@@ -380,8 +391,11 @@ def _origins(
 
 
 def match_tokens(run: Sequence[int], other: Sequence[int]) -> list[int]:
-    """For each token of the run the position of its counterpart in `other`, -1 = none: a minimum edit-distance alignment,
-    of several the one with most equal tokens, then the leftmost (method, section 3).
+    """For each token of the run the position of its counterpart in `other`, -1 = none.
+
+    A minimum edit-distance alignment, of several the one with most equal tokens, then the leftmost (method, section 3).
+    Where either text could be matched further left, the lower token id is left out: swapping the texts inverts the
+    alignment.
 
     Example:
         >>> match_tokens([1, 5, 6, 9], [1, 5, 7, 6, 9])
@@ -398,24 +412,27 @@ def match_tokens(run: Sequence[int], other: Sequence[int]) -> list[int]:
                 cost[i][j] = min(_steps(run, other, cost, i, j))[:2]
     matched, i, j = [-1] * n, 0, 0
     while i < n and j < m:
-        _, _, order = min(_steps(run, other, cost, i, j))
-        if order == 0:
+        *_, in_run, in_other = min(_steps(run, other, cost, i, j))
+        if in_run and in_other:
             matched[i] = j
-        i, j = i + (order != 2), j + (order != 1)
+        i, j = i + in_run, j + in_other
     return matched
 
 
 def _steps(
     run: Sequence[int], other: Sequence[int], cost: list[list[tuple[int, int]]], i: int, j: int
-) -> list[tuple[int, int, int]]:
-    """The costs of matching, of leaving a token of the run out, and of leaving one of the other out, in this order."""
+) -> list[tuple[int, int, int, int, int]]:
+    """What it costs to match, to leave out a token of the run or one of the other, and where that leads.
+
+    (edits, - equal tokens, the token left out or -1, how far it goes in the run, in the other): the least is the best.
+    """
     steps = []
     if i < len(run) and j < len(other):
         edits, equal = cost[i + 1][j + 1]
         same = run[i] == other[j]
-        steps.append((edits + (not same), equal - same, 0))
+        steps.append((edits + (not same), equal - same, -1, 1, 1))
     if i < len(run):
-        steps.append((cost[i + 1][j][0] + 1, cost[i + 1][j][1], 1))
+        steps.append((cost[i + 1][j][0] + 1, cost[i + 1][j][1], run[i], 1, 0))
     if j < len(other):
-        steps.append((cost[i][j + 1][0] + 1, cost[i][j + 1][1], 2))
+        steps.append((cost[i][j + 1][0] + 1, cost[i][j + 1][1], other[j], 0, 1))
     return steps
