@@ -14,10 +14,11 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from clip_lens.data.batch import Batch
-from clip_lens.model.encoder import Hook, HookedTextEncoder
+from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import LAYOUTS, Kind, Place, Site, hook_name, sites_of, start_layer
 
 Slot = str | int | None
+Patch = tuple[str, Callable[..., Tensor]]
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,11 @@ def address(places: Sequence[Place], encoder: HookedTextEncoder, batch: Batch) -
     """The places' addresses in this encoder and batch.
 
     Raises:
-        ValueError: there are no places, or one has a layer, unit or slot that does not exist here.
+        ValueError: a place has a layer, unit or slot that does not exist here, or is an empty tuple.
     """
-    if not places:
-        raise ValueError("no places to patch; encoder.sites('resid') lists some")
     members = [sites_of(place) for place in places]
+    if not all(members):
+        raise ValueError("an empty tuple is no place: name at least one site")
     for site in dict.fromkeys(site for sites in members for site in sites):
         _check(site, encoder, batch)
     named = {site: hook_name(site, encoder.n_layers) for sites in members for site in sites}
@@ -56,15 +57,16 @@ def address(places: Sequence[Place], encoder: HookedTextEncoder, batch: Batch) -
             unit = -1 if site.unit is None else site.unit
             table[:, row, k] = torch.tensor([number[named[site]], unit, slot_number[type(site.slot), site.slot]])
     start = torch.tensor([start_layer(place) for place in places], device=encoder.device)
-    return Addresses(tuple(names), tuple(hooks.values()), tuple(slots), *table.to(encoder.device), start)
+    hook, unit, slot = table.to(encoder.device)
+    return Addresses(tuple(names), tuple(hooks.values()), tuple(slots), hook, unit, slot, start)
 
 
 def _check(site: Site, encoder: HookedTextEncoder, batch: Batch) -> None:
     depth = encoder.n_layers + (site.kind == "resid")
     if site.layer >= depth:
         raise ValueError(f"{site}: {encoder.name} has {site.kind} sites at layers 0..{depth - 1}")
-    if site.unit is not None and site.unit >= len(list(encoder.units(site.kind))):
-        raise ValueError(f"{site}: {encoder.name} has {site.kind} units 0..{len(list(encoder.units(site.kind))) - 1}")
+    if site.unit is not None and site.unit not in (units := encoder.units(site.kind)):
+        raise ValueError(f"{site}: {encoder.name} has {site.kind} units 0..{len(list(units)) - 1}")
     if isinstance(site.slot, str) and site.slot not in batch.slots:
         raise ValueError(f"{site}: no slot {site.slot!r}; the batch has {', '.join(batch.slots)}")
     if isinstance(site.slot, int) and site.slot >= batch.tokens.shape[1]:
@@ -99,12 +101,12 @@ def patch_hooks(
     place: Int[Tensor, "row"],
     pair: Int[Tensor, "row"],
     at: Callable[[str], Int[Tensor, "row at"]],
-) -> list[Hook]:
+) -> list[Patch]:
     """The hooks that give each row what the source has at the row's place, where it has something.
 
     `at(hook name)` says which of the text's positions the activation at that hook holds, for each row.
     """
-    hooks = []
+    hooks: list[Patch] = []
     for k in range(addresses.hook.shape[1]):
         used = addresses.hook[place, k]
         for number in used[used >= 0].unique().tolist():

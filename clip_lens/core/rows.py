@@ -1,15 +1,16 @@
 """Running rows: which of them must run at all, in what order, and from which layer and position on.
 
-What makes it fast, and exact: a row starts at the layer that it touches first, from the unpatched run's residual stream;
-in a causal tower it holds only the positions from its first change to the pooled one, the others' keys and values are the
-unpatched run's; the last block is computed at the pooled position alone; and a row whose patch is known to change nothing
-(the two texts agree up to there, or nothing reads it any more) does not run: its effect is 0.
+What makes it fast, and exact: a row starts at the layer that it touches first, from the unpatched run's residual
+stream; in a causal tower it holds only the positions from its first change to the pooled one, the others' keys and
+values are the unpatched run's; the last block is computed at the pooled position alone; and a row whose patch is known
+to change nothing (the two texts agree up to there, or nothing reads it any more) does not run: its effect is 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,6 +25,9 @@ from clip_lens.model.site import Kind
 
 READ_ONLY_AT_POOL: tuple[Kind, ...] = ("mid", "attn", "mlp", "head", "q", "pattern", "neuron")
 """Kinds that in the last block matter at the pooled position only: nothing else reads them."""
+
+WORTH_A_FORWARD = 64
+"""As many positions as fill a forward pass well, so that its fixed cost doesn't count."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def _resid_name(layer: int, n_layers: int) -> str:
 def prepare(
     encoder: HookedTextEncoder, batch: Batch, addresses: Addresses, fetch: Fetch, index: Int[Tensor, "pair"]
 ) -> Chunk:
-    """The pairs `index` of a batch, run once unpatched and once as the source; what is cached is what the places name."""
+    """The pairs `index` of a batch, run once unpatched and once as the source; cached is what the places name."""
     part = batch[index]
     tokens = encoder.cut(part.tokens)
     width = tokens.shape[1]
@@ -70,7 +74,7 @@ def prepare(
         encoder,
         addresses,
         part,
-        run,
+        cast(Cache, run),
         encoder.read(y, encoder.pool(tokens)),
         source,
         slot_positions(addresses.slots, part)[..., :width],
@@ -89,13 +93,15 @@ def needed(chunk: Chunk) -> tuple[Bool[Tensor, "place pair"], Int[Tensor, "place
     (the text's width where it changes nothing)."""
     addresses, width = chunk.addresses, chunk.positions.shape[-1]
     position = torch.arange(width, device=chunk.positions.device)
-    here = {name: present(kind, chunk.source[name]) for name, kind in zip(addresses.hooks, addresses.kinds)}
+    here = {
+        name: present(kind, chunk.source[name]) for name, kind in zip(addresses.hooks, addresses.kinds, strict=True)
+    }
     changing = (position >= chunk.first[:, None]) & ((position <= chunk.pooled[:, None]) | (not chunk.encoder.causal))
     exists = torch.zeros(len(addresses.start), len(chunk.batch), dtype=torch.bool, device=position.device)
     first = torch.full(exists.shape, width, device=position.device)
     memo: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-    for place, (hooks, slots) in enumerate(zip(addresses.hook.tolist(), addresses.slot.tolist())):
-        for hook, slot in zip(hooks, slots):
+    for place, (hooks, slots) in enumerate(zip(addresses.hook.tolist(), addresses.slot.tolist(), strict=True)):
+        for hook, slot in zip(hooks, slots, strict=True):
             if hook < 0:
                 continue
             if (hook, slot) not in memo:
@@ -139,14 +145,12 @@ def run_rows(
         hooks = []
     rest = (lambda name: chunk.run[name][pair]) if encoder.causal else None
     y = encoder.tower.run_with_hooks(
-        x, fwd_hooks=hooks, start_at_layer=layer, at=at if encoder.causal else None, rest=rest, read=pooled
+        x, fwd_hooks=list(hooks), start_at_layer=layer, at=at if encoder.causal else None, rest=rest, read=pooled
     )
     return encoder.read(y, 0)
 
 
-def _window(
-    first: Int[Tensor, "row"], pooled: Int[Tensor, "row"], width: int, causal: bool
-) -> Int[Tensor, "row at"]:
+def _window(first: Int[Tensor, "row"], pooled: Int[Tensor, "row"], width: int, causal: bool) -> Int[Tensor, "row at"]:
     """The positions that rows hold: equally many each, up to the pooled one, from the first change or earlier on."""
     if not causal:
         return torch.arange(width, device=first.device).expand(len(first), -1)
@@ -161,17 +165,34 @@ def schedule(
     """The rows that must run, up to `rows` at a time, those of one starting layer and of like length together."""
     place, pair = runs.nonzero(as_tuple=True)
     start = chunk.addresses.start.to(place.device)[place]
-    length = chunk.pooled[pair] - first[place, pair]
-    order = (start * (chunk.positions.shape[-1] + 1) + length).argsort(stable=True)
-    place, pair, start = place[order], pair[order], start[order]
+    causal, width = chunk.encoder.causal, chunk.positions.shape[-1]
+    length = chunk.pooled[pair] - first[place, pair] + 1 if causal else torch.full_like(pair, width)
+    order = (start * (width + 1) + length).argsort(stable=True)
+    place, pair, start, length = place[order], pair[order], start[order], length[order]
     for layer in start.unique().tolist():
-        yield from zip(place[start == layer].split(rows), pair[start == layer].split(rows))
+        mine = (start == layer).nonzero().flatten()
+        for group in _groups(length[mine].tolist(), rows):
+            yield place[mine[group]], pair[mine[group]]
+
+
+def _groups(lengths: list[int], rows: int) -> Iterator[slice]:
+    """Ascending lengths in groups of up to `rows`, which end where the next row is longer, unless they are tiny.
+
+    All rows of a group are computed at the length of its longest: mixing lengths costs more than one more forward.
+    """
+    begin = 0
+    for end, length in enumerate(lengths, start=1):
+        last = end == len(lengths)
+        longer = not last and lengths[end] > length and (end - begin) * length >= WORTH_A_FORWARD
+        if last or longer or end - begin == rows:
+            yield slice(begin, end)
+            begin = end
 
 
 def chunk_effects(
     chunk: Chunk, metric: Metric, readout: Readout, rows: int, advance: Callable[[int], object]
 ) -> Float[Tensor, "place pair"]:
-    """`metric(patched) - metric(run)` of every place and pair of a chunk, NaN where the source has nothing to patch with."""
+    """`metric(patched) - metric(run)` of every place and pair of a chunk, NaN where the source has nothing."""
     exists, first = needed(chunk)
     runs = exists & (first < chunk.positions.shape[-1])
     baseline = metric(chunk.embedding, readout)

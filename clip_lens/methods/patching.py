@@ -50,11 +50,15 @@ def patch_effects(
         >>> effects.values.shape, bool((effects.values[-1] - effects.total).abs().max() < 1e-4)
         (torch.Size([14, 8]), True)
     """
+    places = tuple(places)
+    if not places:
+        raise ValueError("no places to patch; encoder.sites('resid') lists some")
     if rows < 1:
         raise ValueError(f"rows={rows}: at least one sequence must fit into a forward")
     if batch.direction.shape[1] != encoder.d_embed:
-        raise ValueError(f"the batch's direction has {batch.direction.shape[1]} components, {encoder.name} {encoder.d_embed}")
-    places = tuple(places)
+        raise ValueError(
+            f"the batch's direction has {batch.direction.shape[1]} components, {encoder.name} {encoder.d_embed}"
+        )
     everything = Site("resid", encoder.n_layers)
     addresses = address((*places, everything), encoder, batch)
     fetch = source(encoder, batch)
@@ -76,7 +80,9 @@ def patch_effects(
 def check_metric(values: Tensor, index: Tensor) -> None:
     """Refuses a metric that does not give one finite number per row."""
     if values.shape != index.shape:
-        raise ValueError(f"a metric gives one number per row, {tuple(index.shape)}; this one gave {tuple(values.shape)}")
+        raise ValueError(
+            f"a metric gives one number per row, {tuple(index.shape)}; this one gave {tuple(values.shape)}"
+        )
     if not values.isfinite().all():
         raise ValueError("the metric of the unpatched run is not finite: check the directions and the weights for NaN")
 
