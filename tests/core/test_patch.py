@@ -1,0 +1,132 @@
+"""The hooks of core.patch: each row reads the source at its own place, and nothing else changes."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from towers import random_encoder, random_store
+
+from clip_lens.core.patch import address, patch_hooks, present, slot_positions
+from clip_lens.data.batch import align
+from clip_lens.data.pairs import Pairs
+from clip_lens.model.site import KINDS, LAYOUTS, Site, sites_of
+
+PAIRS, HEADS, WIDTH, POSITIONS = 3, 2, 16, 7
+SHAPES = {
+    **dict.fromkeys(("embed", "resid", "mid", "attn", "mlp"), (PAIRS, POSITIONS, WIDTH)),
+    **dict.fromkeys(("head", "q", "k", "v"), (PAIRS, POSITIONS, HEADS, WIDTH // HEADS)),
+    "pattern": (PAIRS, HEADS, POSITIONS, POSITIONS),
+    "neuron": (PAIRS, POSITIONS, 4 * WIDTH),
+}
+SITES = [
+    Site(kind, layer, unit, slot)
+    for kind in KINDS
+    for layer in {"embed": (0,), "resid": (0, 2)}.get(kind, (1,))
+    for unit in ((None,) if LAYOUTS[kind].unit_axis is None else (None, 0, 1))
+    for slot in (None, "subject", 4)
+]
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return random_encoder(layers=2, width=WIDTH, heads=HEADS, d_embed=8)
+
+
+@pytest.fixture(scope="module")
+def batch(encoder):
+    texts = [("no red dogs here", "red dogs"), ("There is a dog.", "There is no dog."), ("dogs", "no dogs")]
+    pairs = Pairs("abc", *zip(*texts, strict=True), ["a.png", "b.png", "c.png"])
+    return align(pairs, random_store(pairs, 8), encoder, run="caption")
+
+
+def test_addresses_name_hook_unit_and_slot_of_every_site(encoder, batch):
+    places = (Site("resid", 2, slot="eot"), (Site("head", 1, 1), Site("mlp", 0, slot=4)), Site("head", 1, 0, 4))
+    found = address(places, encoder, batch)
+    resid, head, mlp = "blocks.1.hook_resid_post", "blocks.1.attn.hook_z", "blocks.0.hook_mlp_out"
+    assert set(found.hooks) == {resid, head, mlp}
+    assert [found.hooks[hook] for hook in found.hook[:, 0]] == [resid, head, head]
+    assert (found.hook[:, 1] >= 0).tolist() == [False, True, False] and found.hooks[found.hook[1, 1]] == mlp
+    assert found.unit[:, 0].tolist() == [-1, 1, 0]
+    assert [found.slots[slot] for slot in found.slot[:, 0]] == ["eot", None, 4]
+    assert found.start.tolist() == [2, 0, 1]
+    assert [found.kinds[hook] for hook in found.hook[:, 0]] == ["resid", "head", "head"]
+
+
+def test_slot_positions_are_inside_the_text(encoder, batch):
+    whole, sot, beyond = slot_positions((None, "sot", 5), batch)
+    assert whole.sum(1).tolist() == batch.length.tolist() == [6, 7, 3]
+    assert sot.nonzero().tolist() == [[0, 0], [1, 0], [2, 0]]
+    assert beyond.nonzero().tolist() == [[0, 5], [1, 5]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_present_is_where_not_everything_is_nan(kind):
+    value = torch.zeros(SHAPES[kind])
+    value.movedim(LAYOUTS[kind].pos_axis, 1)[1, 3] = float("nan")
+    value.movedim(LAYOUTS[kind].pos_axis, 1)[2, 5, 0] = float("nan")
+    assert (~present(kind, value)).nonzero().tolist() == [[1, 3]]
+
+
+def by_hand(site, current, value, batch, pair, at):
+    """One row patched element by element."""
+    units = range(HEADS if site.kind != "neuron" else 4 * WIDTH)
+    for column, p in enumerate(at):
+        named = site.slot is None or site.slot == p or batch.slots[batch.slot[pair, p]] == site.slot
+        if p >= batch.length[pair] or not named or (batch.slot[pair, p] < 0 and isinstance(site.slot, str)):
+            continue
+        for unit in units if LAYOUTS[site.kind].unit_axis is not None else [0]:
+            if site.unit is not None and unit != site.unit:
+                continue
+            if site.kind == "pattern":
+                old, new = current[unit, column], value[unit, p]
+            elif LAYOUTS[site.kind].unit_axis is not None:
+                old, new = current[column, unit], value[p, unit]
+            else:
+                old, new = current[column], value[p]
+            old.copy_(torch.where(new.isnan(), old, new))
+
+
+rows = st.lists(
+    st.tuples(
+        st.one_of(st.sampled_from(SITES), st.lists(st.sampled_from(SITES), min_size=2, max_size=3).map(tuple)),
+        st.integers(0, PAIRS - 1),
+        st.integers(0, POSITIONS - 3),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(rows=rows, seed=st.integers(0, 99))
+def test_hooks_patch_each_row_at_its_own_place(encoder, batch, rows, seed):
+    """Random places, pairs and windows of positions as rows of one activation, against copying element by element."""
+    generator = torch.Generator().manual_seed(seed)
+    places, pairs, starts = zip(*rows, strict=True)
+    found = address(places, encoder, batch)
+    source, current = {}, {}
+    at = torch.tensor(starts)[:, None] + torch.arange(3)
+    for name, kind in zip(found.hooks, found.kinds, strict=True):
+        source[name] = torch.randn(SHAPES[kind], generator=generator)
+        source[name].movedim(LAYOUTS[kind].pos_axis, 1)[1, 4] = float("nan")
+        shape = list(SHAPES[kind])
+        shape[0], shape[LAYOUTS[kind].pos_axis] = len(rows), 3
+        current[name] = torch.randn(shape, generator=generator)
+    result, untouched = dict(current), {name: value.clone() for name, value in current.items()}
+    positions = slot_positions(found.slots, batch)
+    hooks = patch_hooks(found, source, positions, torch.arange(len(rows)), torch.tensor(pairs), lambda name: at)
+    for name, patch in hooks:
+        result[name] = patch(result[name], hook=None)
+    expected = {name: value.clone() for name, value in untouched.items()}
+    for row, place in enumerate(places):
+        for k, site in enumerate(sites_of(place)):
+            name = found.hooks[found.hook[row, k]]
+            by_hand(site, expected[name][row], source[name][pairs[row]], batch, pairs[row], at[row].tolist())
+    for name in current:
+        assert torch.equal(result[name], expected[name]), name
+        assert torch.equal(current[name], untouched[name]), "a hook changed a tensor in place"
+
+
+def test_units_of_every_neuron_are_checked_quickly(encoder, batch):
+    """As many places as a large tower has neurons: an address costs no list of all units."""
+    assert len(address([Site("neuron", 1, unit) for unit in range(64)] * 300, encoder, batch).start) == 19200
