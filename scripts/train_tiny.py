@@ -679,8 +679,10 @@ def _target_table(card: dict) -> str:
     spreads = [run["logit difference"] for run in runs.values()]
     rows.append(["logit difference d, mean +- std", "", *(f"{s['mean']:.1f} +- {s['std']:.1f}" for s in spreads)])
     rows.append(["pairs with d between -1 and 1", "", *(f"{s['share below 1']:.1%}" for s in spreads)])
-    rows.append(["training, seconds of one core", "", *(run["seconds"]["all"] for run in runs.values())])
-    return _table(["on fresh scenes", "target", *names], rows)
+    seconds = [f"{run['seconds']['all']:.0f}{' *' * ('note' in run['seconds'])}" for run in runs.values()]
+    rows.append(["training, seconds of one core", "", *seconds])
+    notes = [f"\n\n\\* seed {seed}: {run['seconds']['note']}" for seed, run in runs.items() if "note" in run["seconds"]]
+    return _table(["on fresh scenes", "target", *names], rows) + "".join(notes)
 
 
 def _form_table(card: dict) -> str:
