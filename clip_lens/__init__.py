@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 _HOME = {
     "Site": "model.site",
+    "Edge": "model.site",
     "Place": "model.site",
     "load": "model.load",
     "HookedTextEncoder": "model.encoder",
@@ -26,8 +27,16 @@ _HOME = {
     "template_slots": "data.batch",
     "Effects": "core.effects",
     "counterpart": "core.source",
+    "zeros": "core.source",
+    "mean": "core.source",
+    "resample": "core.source",
+    "noise": "core.source",
+    "via": "core.via",
     "logit": "core.metric",
+    "cosine": "core.metric",
+    "kl": "core.metric",
     "patch_effects": "methods.patching",
+    "path_effects": "methods.paths",
     "heatmap": "show.plots",
     "report": "show.report",
 }
@@ -36,8 +45,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from clip_lens.core.effects import Effects as Effects
+    from clip_lens.core.metric import cosine as cosine
+    from clip_lens.core.metric import kl as kl
     from clip_lens.core.metric import logit as logit
     from clip_lens.core.source import counterpart as counterpart
+    from clip_lens.core.source import mean as mean
+    from clip_lens.core.source import noise as noise
+    from clip_lens.core.source import resample as resample
+    from clip_lens.core.source import zeros as zeros
+    from clip_lens.core.via import via as via
     from clip_lens.data.batch import Batch as Batch
     from clip_lens.data.batch import align as align
     from clip_lens.data.batch import template_slots as template_slots
@@ -46,8 +62,10 @@ if TYPE_CHECKING:
     from clip_lens.data.pairs import Pairs as Pairs
     from clip_lens.data.pairs import read_pairs as read_pairs
     from clip_lens.methods.patching import patch_effects as patch_effects
+    from clip_lens.methods.paths import path_effects as path_effects
     from clip_lens.model.encoder import HookedTextEncoder as HookedTextEncoder
     from clip_lens.model.load import load as load
+    from clip_lens.model.site import Edge as Edge
     from clip_lens.model.site import Place as Place
     from clip_lens.model.site import Site as Site
     from clip_lens.model.tower import HookedTextTower as HookedTextTower

@@ -1,4 +1,4 @@
-"""The command line: one subcommand per verb. Heavy imports happen inside the commands, so that --help answers at once."""
+"""The command line: one subcommand per verb. Heavy imports happen inside the commands: --help answers at once."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import sys
 from collections.abc import Iterable, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, NamedTuple, Optional
 
 import typer
 
 if TYPE_CHECKING:
     from clip_lens.core.effects import Effects
+    from clip_lens.core.source import Source
     from clip_lens.data.batch import Batch
     from clip_lens.data.images import ImageStore
-    from clip_lens.data.pairs import Pairs
     from clip_lens.model.encoder import HookedTextEncoder
     from clip_lens.model.site import Site
 
@@ -45,8 +45,25 @@ class Run(str, Enum):
 class By(str, Enum):
     """How positions are addressed."""
 
+    text = "text"
     slot = "slot"
     position = "position"
+
+
+class Through(str, Enum):
+    """What a path may pass between sender and receiver."""
+
+    direct = "direct"
+    mlp = "mlp"
+
+
+class With(str, Enum):
+    """What an ablated activation is replaced by."""
+
+    zeros = "zeros"
+    mean = "mean"
+    resample = "resample"
+    noise = "noise"
 
 
 Model = Annotated[str, typer.Option(help="'tiny' (embedded), or a model of open_clip's.", rich_help_panel="Model")]
@@ -55,6 +72,20 @@ Pretrained = Annotated[
     typer.Option(help="A tag of open_clip's, a checkpoint file, or 'random'.", rich_help_panel="Model"),
 ]
 Device = Annotated[str, typer.Option(help="Where to compute, as torch names it.", rich_help_panel="Model")]
+PairsFile = Annotated[str, typer.Option(help="Caption-foil pairs: .csv, .json, .jsonl, a VALSE file, or 'tiny'.")]
+Images = Annotated[str, typer.Option(help="Their images: a store (.safetensors), a folder of pictures, or 'tiny'.")]
+Out = Annotated[Path, typer.Option(help="The folder to write to; results that are there already are reused.")]
+RunOption = Annotated[Run, typer.Option(help="Which text is run and patched.")]
+Segment = Annotated[str, typer.Option(help="correct, ambiguous, incorrect, or all pairs.")]
+Rephrased = Annotated[
+    bool, typer.Option("--rephrased", help="VALSE existence: make both texts equally long, as the paper does.")
+]
+AnyStore = Annotated[bool, typer.Option("--any-store", help="Accept image embeddings of another model.")]
+Rows = Annotated[int, typer.Option(help="Sequences in one forward pass; bounds the memory.", min=1)]
+Kinds = Annotated[
+    str, typer.Option("--sites", help="Kind of site: resid, mid, attn, mlp, head, q, k, v, pattern, neuron.")
+]
+ByOption = Annotated[By, typer.Option(help="Whole texts, named slots (all tokens together), or single positions.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
 
@@ -73,14 +104,8 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Trace how the embedded CLIP processes negation, and write a report. Takes half a minute, needs nothing else."""
-    from clip_lens.data.images import ImageStore
-    from clip_lens.data.pairs import read_pairs
-    from clip_lens.model.load import load
-    from clip_lens.openclip import ASSETS
-
-    _say("Loading the embedded CLIP ...")
-    encoder, pairs, store = load(), read_pairs(), ImageStore.open("tiny")
-    _trace(encoder, pairs, store, out, pictures=ASSETS / "tiny" / "pictures", progress=not quiet)
+    job = _job("tiny", "tiny", out, "tiny", None, progress=not quiet)
+    _trace(job, "resid")
 
 
 @app.command(
@@ -89,33 +114,124 @@ def demo(
     "--images v7w.safetensors --out traced",
 )
 def trace(
-    pairs: Annotated[str, typer.Option(help="Caption-foil pairs: .csv, .json, .jsonl, a VALSE file, or 'tiny'.")],
-    images: Annotated[str, typer.Option(help="Their images: a store (.safetensors), a folder of pictures, or 'tiny'.")],
-    out: Annotated[Path, typer.Option(help="The folder to write to; results that are there already are reused.")],
+    pairs: PairsFile,
+    images: Images,
+    out: Out,
     model: Model = "tiny",
     pretrained: Pretrained = None,
-    run: Annotated[Run, typer.Option(help="Which text is run and patched.")] = Run.affirmative,
-    kind: Annotated[str, typer.Option(help="Kind of site: resid, mid, attn, mlp, head, q, k, v, pattern.")] = "resid",
-    segment: Annotated[str, typer.Option(help="correct, ambiguous, incorrect, or all pairs.")] = "correct",
-    rephrased: Annotated[
-        bool, typer.Option("--rephrased", help="VALSE existence: make both texts equally long, as the paper does.")
-    ] = False,
-    any_store: Annotated[bool, typer.Option("--any-store", help="Accept image embeddings of another model.")] = False,
-    rows: Annotated[int, typer.Option(help="Sequences in one forward pass; bounds the memory.", min=1)] = 256,
+    run: RunOption = Run.affirmative,
+    kind: Kinds = "resid",
+    segment: Segment = "correct",
+    rephrased: Rephrased = False,
+    any_store: AnyStore = False,
+    rows: Rows = 256,
     device: Device = "cpu",
     quiet: Quiet = False,
 ) -> None:
     """Causal tracing on your own pairs: by layer and slot, for both sides of the negation, with a report."""
-    from clip_lens.data.pairs import read_pairs
-    from clip_lens.model.load import load
+    job = _job(pairs, images, out, model, pretrained, run.value, segment, rephrased, any_store, rows, device, not quiet)
+    _trace(job, kind)
 
-    chosen = read_pairs(pairs)
-    chosen = chosen.rephrased() if rephrased else chosen
-    store = _open_images(images, model, pretrained, out, device, quiet)
-    _say(f"Loading {model} ...")
-    encoder = load(model, pretrained=pretrained, device=device)
-    pictures = Path(images) if Path(images).is_dir() else None
-    _trace(encoder, chosen, store, out, run.value, kind, segment, rows, any_store, pictures, progress=not quiet)
+
+@app.command(
+    epilog="Examples: clip-lens patch --sites head --by slot --out heads   |   "
+    "clip-lens patch --sites pattern --pairs my.csv --images my-pictures/ --out patterns",
+)
+def patch(
+    out: Out,
+    kind: Kinds = "head",
+    by: ByOption = By.text,
+    pairs: PairsFile = "tiny",
+    images: Images = "tiny",
+    model: Model = "tiny",
+    pretrained: Pretrained = None,
+    run: RunOption = Run.affirmative,
+    segment: Segment = "correct",
+    rephrased: Rephrased = False,
+    any_store: AnyStore = False,
+    rows: Rows = 256,
+    device: Device = "cpu",
+    quiet: Quiet = False,
+) -> None:
+    """Activation patching of every head, neuron or stream, each on its own, from the other text."""
+    from clip_lens.core.source import counterpart
+
+    job = _job(pairs, images, out, model, pretrained, run.value, segment, rephrased, any_store, rows, device, not quiet)
+    _sites(job, kind, by, counterpart, f"{kind} patched from the other text")
+
+
+@app.command(
+    epilog="Examples: clip-lens ablate --sites head --with mean --out ablated   |   "
+    "clip-lens ablate --sites mlp --with noise --std 0.5 --run caption --out noisy",
+)
+def ablate(
+    out: Out,
+    kind: Kinds = "head",
+    by: ByOption = By.text,
+    replacement: Annotated[With, typer.Option("--with", help="What replaces the activation.")] = With.mean,
+    std: Annotated[float, typer.Option(help="noise: in standard deviations of the activation.", min=0.0)] = 1.0,
+    seed: Annotated[int, typer.Option(help="resample, noise: the seed.")] = 0,
+    pairs: PairsFile = "tiny",
+    images: Images = "tiny",
+    model: Model = "tiny",
+    pretrained: Pretrained = None,
+    run: RunOption = Run.caption,
+    segment: Segment = "all",
+    rephrased: Rephrased = False,
+    any_store: AnyStore = False,
+    rows: Rows = 256,
+    device: Device = "cpu",
+    quiet: Quiet = False,
+) -> None:
+    """Ablation: what the metric loses when an activation is replaced by zero, its mean, another text's, or noise."""
+    from clip_lens.core import source
+
+    job = _job(pairs, images, out, model, pretrained, run.value, segment, rephrased, any_store, rows, device, not quiet)
+    sources = {
+        With.zeros: source.zeros,
+        With.mean: source.mean,
+        With.resample: source.resample(seed),
+        With.noise: source.noise(std, seed),
+    }
+    _sites(job, kind, by, sources[replacement], f"{kind} ablated: {replacement.value}")
+
+
+@app.command(
+    epilog="Examples: clip-lens paths --from 0.1,0.2 --to q,k,v --out paths   |   "
+    "clip-lens paths --from head --to out --through mlp --out to-output",
+)
+def paths(
+    out: Out,
+    senders: Annotated[
+        str, typer.Option("--from", help="embed, head, mlp, a head (2.3), a layer (head2, mlp2); commas.")
+    ],
+    receivers: Annotated[
+        str, typer.Option("--to", help="q, k, v, mlp, out, one of them (q3.1), a layer (v3); commas.")
+    ],
+    through: Annotated[Through, typer.Option(help="The direct path, or every path through MLPs.")] = Through.direct,
+    pairs: PairsFile = "tiny",
+    images: Images = "tiny",
+    model: Model = "tiny",
+    pretrained: Pretrained = None,
+    run: RunOption = Run.affirmative,
+    segment: Segment = "correct",
+    rephrased: Rephrased = False,
+    any_store: AnyStore = False,
+    rows: Rows = 256,
+    device: Device = "cpu",
+    quiet: Quiet = False,
+) -> None:
+    """Path patching: what each sender moves through each receiver."""
+    from clip_lens.core.source import counterpart
+    from clip_lens.methods.paths import path_effects
+
+    job = _job(pairs, images, out, model, pretrained, run.value, segment, rephrased, any_store, rows, device, not quiet)
+    ends = [_ends(words, job.encoder) for words in (senders, receivers)]
+    effects = path_effects(
+        job.encoder, job.batch, *ends, through=through.value, source=counterpart, rows=rows, progress=job.progress
+    )
+    effects.save(out / "paths.parquet")
+    _write(job, {f"paths, {through.value}": _segmented(effects, segment)})
 
 
 @app.command(
@@ -197,41 +313,79 @@ def _open_images(images: str, model: str, pretrained: str | None, out: Path, dev
     )
 
 
-def _trace(
-    encoder: HookedTextEncoder,
-    pairs: Pairs,
-    store: ImageStore,
-    out: Path,
-    run: str = "affirmative",
-    kind: str = "resid",
-    segment: str = "correct",
-    rows: int = 256,
-    any_store: bool = False,
-    pictures: Path | None = None,
-    progress: bool = True,
-) -> None:
-    """Causal tracing by whole slots and by single positions: two results, a table, a report."""
-    from clip_lens.data.batch import align
-    from clip_lens.show.report import report
+class Job(NamedTuple):
+    """What every command on pairs works with."""
 
-    batch = align(pairs, store, encoder, run=run, any_store=any_store)  # type: ignore[arg-type]
+    encoder: HookedTextEncoder
+    batch: Batch
+    out: Path
+    pictures: Path | None
+    segment: str
+    rows: int
+    progress: bool
+
+
+def _job(
+    pairs: str,
+    images: str,
+    out: Path,
+    model: str,
+    pretrained: str | None,
+    run: str = "affirmative",
+    segment: str = "correct",
+    rephrased: bool = False,
+    any_store: bool = False,
+    rows: int = 256,
+    device: str = "cpu",
+    progress: bool = True,
+) -> Job:
+    from clip_lens.data.batch import align
+    from clip_lens.data.pairs import read_pairs
+    from clip_lens.model.load import load
+    from clip_lens.openclip import ASSETS
+
+    chosen = read_pairs(pairs)
+    chosen = chosen.rephrased() if rephrased else chosen
+    store = _open_images(images, model, pretrained, out, device, not progress)
+    _say(f"Loading {model} ...")
+    encoder = load(model, pretrained=pretrained, device=device)
+    batch = align(chosen, store, encoder, run=run, any_store=any_store)  # type: ignore[arg-type]
     _say(repr(batch))
     out.mkdir(parents=True, exist_ok=True)
-    present = [name for name in batch.slots if (batch.slot == batch.slots.index(name)).any()]
-    whole, single = (_layers(encoder, kind, slots) for slots in (present, range(batch.tokens.shape[1])))
-    by_slot = _sweep(encoder, batch, whole, out / f"{kind}-slots.parquet", rows, progress)
-    by_position = _sweep(encoder, batch, single, out / f"{kind}-positions.parquet", rows, progress)
-    chosen = by_slot if segment == "all" else _segment(by_slot, segment)
+    shipped = ASSETS / "tiny" / "pictures" if images == "tiny" else None
+    pictures = Path(images) if Path(images).is_dir() else shipped
+    return Job(encoder, batch, out, pictures, segment, rows, progress)
+
+
+def _trace(job: Job, kind: str) -> None:
+    """Causal tracing by whole slots and by single positions: two results, a table, a report."""
+    from clip_lens.core.source import counterpart
+
+    present, positions = _slots(job.batch, By.slot), _slots(job.batch, By.position)
+    by_slot = _sweep(job, _layers(job.encoder, kind, present), f"{kind}-slots", counterpart)
+    by_position = _sweep(job, _layers(job.encoder, kind, positions), f"{kind}-positions", counterpart)
+    chosen = _segmented(by_slot, job.segment)
     keys = set(chosen.pairs["key"])
-    positions = by_position.where(key=lambda column: column.isin(keys)).by_slot(batch)
-    results = {f"{kind}: whole slots": chosen, f"{kind}: single positions": positions}
-    chosen.table().to_csv(out / "table.csv", index=False)
-    page = report(results, out / "report.html", title=_title(encoder, batch), pictures=pictures)
-    _print_table(chosen)
-    _say(f"\nThe report is {page}; table.csv and the .parquet files beside it hold the numbers.")
+    single = by_position.where(key=lambda column: column.isin(keys)).by_slot(job.batch)
+    _write(job, {f"{kind}: whole slots": chosen, f"{kind}: single positions": single})
 
 
-def _layers(encoder: HookedTextEncoder, kind: str, slots: Iterable[str | int]) -> list[Site]:
+def _sites(job: Job, kind: str, by: By, source: Source, name: str) -> None:
+    """A sweep over the single places of a kind, a table, a report."""
+    places = job.encoder.sites(kind, slots=_slots(job.batch, by))  # type: ignore[arg-type]
+    effects = _sweep(job, places, f"{kind}-{by.value}", source)
+    _write(job, {name: _segmented(effects, job.segment)})
+
+
+def _slots(batch: Batch, by: By) -> Sequence[str | int | None]:
+    if by is By.text:
+        return (None,)
+    if by is By.position:
+        return range(batch.tokens.shape[1])
+    return [name for name in batch.slots if (batch.slot == batch.slots.index(name)).any()]
+
+
+def _layers(encoder: HookedTextEncoder, kind: str, slots: Iterable[str | int | None]) -> list[Site]:
     """One place per layer and slot: of kinds with heads or neurons, all of them together."""
     from dataclasses import replace
 
@@ -239,50 +393,93 @@ def _layers(encoder: HookedTextEncoder, kind: str, slots: Iterable[str | int]) -
     return list(dict.fromkeys(replace(site, unit=None) for site in sites))
 
 
-def _sweep(
-    encoder: HookedTextEncoder, batch: Batch, places: Sequence[Site], path: Path, rows: int, progress: bool
-) -> Effects:
+def _ends(words: str, encoder: HookedTextEncoder) -> list[Site]:
+    """Senders or receivers as the command line names them."""
+    import re
+
+    from clip_lens.model.site import Site
+
+    ends: list[Site] = []
+    for word in filter(None, (part.strip() for part in words.split(","))):
+        match = re.fullmatch(r"(embed|out|head|mlp|q|k|v)?(?:(\d+)(?:\.(\d+))?)?", word)
+        if match is None:
+            raise ValueError(
+                f"no sender or receiver {word!r}; give embed, head, mlp, q, k, v, out, 2.3, mlp2, q3.1, v3"
+            )
+        kind, layer, unit = match[1] or "head", match[2], match[3]
+        if kind in ("embed", "out"):
+            ends.append(Site(kind))  # type: ignore[arg-type]
+            continue
+        layers = None if layer is None else [int(layer)]
+        sites = encoder.sites(kind, layers=layers)  # type: ignore[arg-type]
+        ends += [site for site in sites if unit is None or site.unit == int(unit)]
+    if not ends:
+        raise ValueError(f"{words!r} names no place of {encoder.name}")
+    return ends
+
+
+def _sweep(job: Job, places: Sequence[Site], name: str, source: Source) -> Effects:
     """A sweep, or the finished one that is there already."""
     from clip_lens.core.effects import Effects
     from clip_lens.core.metric import logit
-    from clip_lens.core.source import counterpart
     from clip_lens.methods.patching import METHOD, describe, patch_effects
 
-    meta = describe(encoder, batch, method=METHOD, source=counterpart, metric=logit)
+    path = job.out / f"{name}.parquet"
+    meta = describe(job.encoder, job.batch, method=METHOD, source=source, metric=logit)
     if path.exists():
         done = Effects.load(path)
         if dict(done.meta) == meta and done.places == tuple(places):
             _say(f"{path} is there already and fits: reused")
             return done
-    effects = patch_effects(encoder, batch, places, rows=rows, progress=progress)
+    effects = patch_effects(job.encoder, job.batch, places, source=source, rows=job.rows, progress=job.progress)
     effects.save(path)
     return effects
 
 
-def _segment(effects: Effects, segment: str) -> Effects:
+def _segmented(effects: Effects, segment: str) -> Effects:
     counts = effects.pairs["segment"].value_counts().to_dict()
+    if segment == "all":
+        return effects
     if segment not in counts:
         raise ValueError(f"no pair is {segment!r}, there are {counts}; give --segment with one of these, or all")
     return effects.where(segment=segment)
 
 
-def _title(encoder: HookedTextEncoder, batch: Batch) -> str:
-    return f"Where {encoder.full_name} processes negation: {batch.pairs.name}"
+def _write(job: Job, results: dict[str, Effects]) -> None:
+    """The table of the first result on the screen and as csv, and the report of all."""
+    from clip_lens.show.report import report
+
+    first = next(iter(results.values()))
+    first.table().to_csv(job.out / "table.csv", index=False)
+    title = f"Where {job.encoder.full_name} processes negation: {job.batch.pairs.name}"
+    page = report(results, job.out / "report.html", title=title, pictures=job.pictures)
+    _print_table(first)
+    _say(f"\nThe report is {page}; table.csv and the .parquet files beside it hold the numbers.")
 
 
 def _print_table(effects: Effects) -> None:
+    """By slot and layer where each cell is one place, else the largest effects."""
     from rich.console import Console
     from rich.table import Table
 
+    index = effects.index
+    laid_out = index["slot"].notna().all() and not index.duplicated(["slot", "layer"]).any()
     for side in dict.fromkeys(effects.pairs["side"]):
-        grid = effects.grid(side=side)
         count = int((effects.pairs["side"] == side).sum())
-        table = Table(title=f"share of d that patching a whole slot moves; negation in the {side}, {count} pairs")
-        table.add_column("slot \\ layer")
-        for layer in grid.columns:
-            table.add_column(str(layer), justify="right")
-        for slot, line in grid.iterrows():
-            table.add_row(str(slot), *(f"{value:.2f}" if value == value else "" for value in line))
+        table = Table(title=f"share of d that a patch moves; negation in the {side}, {count} pairs")
+        if laid_out:
+            grid = effects.grid(side=side)
+            table.add_column("slot \\ layer")
+            for layer in grid.columns:
+                table.add_column(str(layer), justify="right")
+            for slot, line in grid.iterrows():
+                table.add_row(str(slot), *(f"{value:.2f}" if value == value else "" for value in line))
+        else:
+            for column in ("place", "share", "95% interval", "logits"):
+                table.add_column(column, justify="left" if column == "place" else "right")
+            for line in effects.where(side=side).top(10).itertuples():
+                interval = f"{line.lower:.2f} .. {line.upper:.2f}"
+                table.add_row(line.place, f"{line.fraction:.2f}", interval, f"{line.effect:+.2f}")
         Console().print(table)
 
 

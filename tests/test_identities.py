@@ -19,7 +19,7 @@ from clip_lens.data.images import ImageStore
 from clip_lens.data.pairs import Pairs, read_pairs
 from clip_lens.methods.patching import patch_effects
 from clip_lens.model.load import load
-from clip_lens.model.site import KINDS, LAYOUTS, Site, hook_name, sites_of
+from clip_lens.model.site import LAYOUTS, Site, hook_name, members
 
 TOLERANCES = {torch.float32: 2e-6, torch.float64: 1e-12}
 TOWERS = [f"{kind} {layers}" for kind in ("causal", "bidirectional", "pooled last") for layers in (1, 2, 3, 4)] + [
@@ -119,7 +119,7 @@ def unequal(name, dtype):
 
 
 def test_reading_from_the_run_itself_is_the_run(encoder, batch, unequal, dtype):
-    places = [site for kind in KINDS for site in encoder.sites(kind)[:9]]
+    places = [site for kind in LAYOUTS for site in encoder.sites(kind)[:9]]
     for some in (batch, unequal):
         assert_same(patched(encoder, some, places, itself), encoder(some.tokens), dtype)
 
@@ -129,7 +129,7 @@ def test_before_the_first_difference_a_causal_tower_gives_exactly_the_run(encode
         return
     for some in (batch, unequal):
         shared = int(some.shared.min())
-        places = [site for kind in KINDS for site in encoder.sites(kind, slots=range(shared))[: 20 * shared]]
+        places = [site for kind in LAYOUTS for site in encoder.sites(kind, slots=range(shared))[: 20 * shared]]
         assert (patch_effects(encoder, some, places).values == 0).all()
 
 
@@ -202,7 +202,7 @@ def test_places_that_must_mean_the_same(encoder, batch, unequal, dtype):
 def test_whole_site_is_all_its_positions_and_a_slot_all_its_tokens(encoder, batch, unequal, dtype):
     for some in (batch, unequal):
         every = range(some.tokens.shape[1])
-        for kind in KINDS:
+        for kind in LAYOUTS:
             last = len({site.layer for site in encoder.sites(kind)}) - 1
             left = patched(encoder, some, [Site(kind, last), Site(kind, last, slot="subject_rest")])
             number = some.slots.index("subject_rest")
@@ -264,7 +264,7 @@ def one_by_one(encoder, batch, place, pair):
     tokens = torch.nn.functional.pad(batch.tokens[pair], (0, encoder.n_ctx - batch.tokens.shape[1]))[None]
     other = torch.nn.functional.pad(batch.other[pair], (0, encoder.n_ctx - batch.other.shape[1]))[None]
     origin, hooks, found = batch.origin[pair].tolist(), [], False
-    for site in sites_of(place):
+    for site in members(place):
         name = hook_name(site, encoder.n_layers)
         slots = [batch.slots[s] if s >= 0 else None for s in batch.slot[pair].tolist()]
         fits = [site.slot in (None, p, slots[p]) for p in range(int(batch.length[pair]))]
@@ -309,7 +309,7 @@ def interventions(draw):
         slots = st.one_of(st.none(), st.sampled_from(["negator", "subject", "stop", "eot"]), positions)
         return st.builds(Site, st.just(kind), layers, units, slots)
 
-    sites = st.sampled_from(KINDS).flatmap(site)
+    sites = st.sampled_from(list(LAYOUTS)).flatmap(site)
     places = st.lists(st.one_of(sites, st.lists(sites, min_size=2, max_size=4).map(tuple)), min_size=1, max_size=6)
     return encoder, batch[:4], draw(places), draw(st.integers(1, 7))
 

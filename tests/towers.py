@@ -41,7 +41,7 @@ def random_clip(
     seed: int = 0,
     **text: object,
 ) -> nn.Module:
-    """A small randomised open_clip model with open_clip's tokenizer's vocabulary: CLIP, or bidirectional like SigLIP."""
+    """A small randomised open_clip model with its tokenizer's vocabulary: CLIP, or bidirectional like SigLIP."""
     text_cfg = {"context_length": 77, "vocab_size": 49408, "width": width, "heads": heads, "layers": layers, **text}
     if causal:
         return randomise(open_clip.CLIP(d_embed, dict(VISION), text_cfg, quick_gelu=True), seed)

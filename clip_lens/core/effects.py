@@ -26,9 +26,9 @@ from jaxtyping import Float, Int
 from pandas import DataFrame
 from torch import Tensor
 
-from clip_lens.model.site import KINDS, Place, Site, index_rows, sites_of
+from clip_lens.model.site import KINDS, Edge, Place, Site, at_slot, index_rows, members, slot_of
 
-INDEX = ("place", "kind", "layer", "unit", "slot")
+INDEX = ("place", "kind", "layer", "unit", "slot", "sender", "receiver")
 PAIRS = ("key", "caption", "foil", "image", "side", "sigma", "d", "segment")
 SIDES = ("caption", "foil", "none", "pooled")  # "pooled" is never in `pairs`, only in tables
 SEGMENTS = ("incorrect", "ambiguous", "correct")
@@ -95,10 +95,11 @@ class Effects:
 
     @cached_property
     def index(self) -> DataFrame:
-        """One row per place: place (its label), kind, layer, unit, slot; a named slot is a str, a position an int.
+        """One row per place: place (its label), kind, layer, unit, slot, sender, receiver; a named slot is a str, a position
+        an int; sender and receiver are an edge's.
 
         Example:
-            >>> toy_effects().index.tail(2)
+            >>> toy_effects().index.iloc[-2:, :5]
                              place   kind  layer  unit     slot
             2  resid 1 @negator  resid      1  <NA>  negator
             3      resid 1 @eot  resid      1  <NA>      eot
@@ -206,7 +207,7 @@ class Effects:
             values=torch.stack(values, 1).flatten(0, 1) if values else self.values[:0, columns],
             total=self.total[instances.pair],
             baseline=self.baseline[instances.pair],
-            places=tuple(_at(base, batch.slots[number]) for base in bases for number in used),
+            places=tuple(at_slot(base, batch.slots[number]) for base in bases for number in used),
             pairs=self.pairs.iloc[columns].assign(token=instances.token.numpy()),
         )
 
@@ -327,7 +328,7 @@ class Effects:
             >>> folder = getfixture("tmp_path")
             >>> toy_effects().save(folder / "toy.parquet")
             >>> list(pd.read_parquet(folder / "toy.parquet").columns)
-            ['place', 'kind', 'layer', 'unit', 'slot', 'a', 'b', 'c']
+            ['place', 'kind', 'layer', 'unit', 'slot', 'sender', 'receiver', 'a', 'b', 'c']
         """
         index = self.index.assign(slot=_column_of_slots(self.index["slot"]))
         numbers = self.values if self.values.dtype == torch.float64 else self.values.float()
@@ -713,21 +714,17 @@ def _positions(places: Sequence[Place]) -> tuple[list[Place], Int[Tensor, "base 
     """The places without their position, in order, and for each the row of `values` at each position (-1 = none)."""
     rows: dict[Place, dict[int, int]] = {}
     for number, place in enumerate(places):
-        slots = {site.slot for site in sites_of(place)}
+        slots = {slot_of(member) for member in members(place)}
         position = slots.pop()
         if slots or not isinstance(position, int | np.integer):
             raise ValueError(f"by_slot regroups raw positions, such as Site('resid', 3, slot=5). Got {place}")
-        base = rows.setdefault(_at(place, None), {})
+        base = rows.setdefault(at_slot(place, None), {})
         if int(position) in base:
             raise ValueError(f"by_slot needs each place once. Got {place} twice")
         base[int(position)] = number
     width = 1 + max((position for base in rows.values() for position in base), default=-1)
     row_at = torch.tensor([[base.get(position, -1) for position in range(width)] for base in rows.values()])
     return list(rows), row_at.reshape(len(rows), width).long()
-
-
-def _at(place: Place, slot: str | None) -> Place:
-    return tuple(replace(site, slot=slot) for site in place) if isinstance(place, tuple) else replace(place, slot=slot)
 
 
 def _gather(values: Tensor, row_at: Tensor, instances: _Instances, number: int) -> Float[Tensor, "base instance"]:
@@ -798,14 +795,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _note(effects: Effects) -> dict[str, Any]:
-    """All but index and values, as JSON; a site is [kind, layer, unit, slot], a tuple of sites a list of those."""
-    sites = [[[s.kind, s.layer, s.unit, s.slot] for s in sites_of(place)] for place in effects.places]
+    """All but index and values, as JSON: a site is [kind, layer, unit, slot], an edge {"sender": .., "receiver": ..}, a
+    tuple a list of those."""
     return {
         "format": 1,
         "dtype": str(effects.values.dtype).removeprefix("torch."),
-        "places": [
-            entry if isinstance(place, tuple) else entry[0] for place, entry in zip(effects.places, sites, strict=True)
-        ],
+        "places": [_entry(place) for place in effects.places],
         "total": _numbers(effects.total),
         "baseline": _numbers(effects.baseline),
         "pairs": [
@@ -825,8 +820,18 @@ def _tensor(numbers: list[float | None], dtype: torch.dtype) -> Float[Tensor, "p
     return torch.tensor(exact, dtype=torch.float64).to(dtype)
 
 
-def _place(entry: list[Any]) -> Place:
-    return Site(*entry) if isinstance(entry[0], str) else tuple(Site(*site) for site in entry)
+def _entry(place: Place) -> Any:
+    if isinstance(place, tuple):
+        return [_entry(member) for member in place]
+    if isinstance(place, Edge):
+        return {"sender": _entry(place.sender), "receiver": _entry(place.receiver)}
+    return [place.kind, place.layer, place.unit, place.slot]
+
+
+def _place(entry: Any) -> Any:
+    if isinstance(entry, dict):
+        return Edge(_place(entry["sender"]), _place(entry["receiver"]))
+    return Site(*entry) if isinstance(entry[0], str) else tuple(_place(member) for member in entry)
 
 
 def _dtype_name(column: pd.Series) -> str:

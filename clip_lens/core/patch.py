@@ -1,37 +1,75 @@
 """Places + a source -> hooks. What a reader reads at a patched place = what the source gives, on each row of its own.
 
 A *row* is one place of one pair: many interventions are rows of one forward pass, and each hook touches only its rows.
+Sites are patched here, edges in `edges.py`; both are flat lists of entries, one per member of a place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from clip_lens.data.batch import Batch
-from clip_lens.model.encoder import HookedTextEncoder
-from clip_lens.model.site import LAYOUTS, Kind, Place, Site, hook_name, sites_of, start_layer
+from clip_lens.model.encoder import Hook, HookedTextEncoder
+from clip_lens.model.site import LAYOUTS, Edge, Kind, Place, Site, hook_name, members, start_layer
 
-Slot = str | int | None
-Patch = tuple[str, Callable[..., Tensor]]
+Slot: TypeAlias = str | int | None
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The members of places as index columns, those of one place together: place p's are `offset[p]:offset[p + 1]`.
+
+    Columns of a site: hook, unit (-1 = all), slot. Of an edge: sender, receiver, slot.
+    """
+
+    columns: Int[Tensor, "entry 3"]
+    offset: Int[Tensor, "place_and_end"]
+
+    @classmethod
+    def of(cls, lines: Sequence[Sequence[tuple[int, int, int]]], device: torch.device) -> Entries:
+        flat = [line for place in lines for line in place]
+        columns = torch.tensor(flat, dtype=torch.long, device=device).reshape(-1, 3)
+        counts = torch.tensor([0, *map(len, lines)], device=device)
+        return cls(columns, counts.cumsum(0))
+
+    def rows(self, place: Int[Tensor, "row"]) -> tuple[Int[Tensor, "entry"], Int[Tensor, "entry 3"]]:
+        """The entries of some rows' places: which row each belongs to, and its columns."""
+        count = self.offset[place + 1] - self.offset[place]
+        row = torch.repeat_interleave(torch.arange(len(place), device=place.device), count)
+        nth = torch.arange(len(row), device=place.device) - (count.cumsum(0) - count)[row]
+        return row, self.columns[self.offset[place][row] + nth]
 
 
 @dataclass(frozen=True)
 class Addresses:
-    """Places as index tensors: the k-th site of a place is at `hooks[hook[place, k]]`, -1 = it has fewer sites."""
+    """Places as numbers: which hooks, senders, receivers and slots they name, and the block at which each starts."""
 
     hooks: tuple[str, ...]
     kinds: tuple[Kind, ...]
+    senders: tuple[Site, ...]
+    receivers: tuple[Site, ...]
     slots: tuple[Slot, ...]
-    hook: Int[Tensor, "place k"]
-    unit: Int[Tensor, "place k"]
-    slot: Int[Tensor, "place k"]
+    sites: Entries
+    edges: Entries
     start: Int[Tensor, "place"]
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+
+class _Numbers(dict[object, int]):
+    """Values -> the order in which they first came."""
+
+    def __missing__(self, value: object) -> int:
+        self[value] = len(self)
+        return self[value]
 
 
 def address(places: Sequence[Place], encoder: HookedTextEncoder, batch: Batch) -> Addresses:
@@ -40,25 +78,59 @@ def address(places: Sequence[Place], encoder: HookedTextEncoder, batch: Batch) -
     Raises:
         ValueError: a place has a layer, unit or slot that does not exist here, or is an empty tuple.
     """
-    members = [sites_of(place) for place in places]
-    if not all(members):
-        raise ValueError("an empty tuple is no place: name at least one site")
-    for site in dict.fromkeys(site for sites in members for site in sites):
+    hooks, senders, receivers, slots = _Numbers(), _Numbers(), _Numbers(), _Numbers()
+    kinds: dict[str, Kind] = {}
+    sites: list[list[tuple[int, int, int]]] = []
+    edges: list[list[tuple[int, int, int]]] = []
+    for place in places:
+        if not members(place):
+            raise ValueError("an empty tuple is no place: name at least one site or edge")
+        sites.append([])
+        edges.append([])
+        for member in members(place):
+            if isinstance(member, Edge):
+                for sender, receiver in _ends(member, encoder):
+                    bare = replace(receiver, slot=None)
+                    edges[-1].append((senders[sender], receivers[bare], slots[_typed(receiver.slot)]))
+            else:
+                if member.kind == "out":
+                    raise ValueError(
+                        f"out receives edges and is no site; Site('resid', {encoder.n_layers}) is what it reads"
+                    )
+                name = hook_name(member, encoder.n_layers)
+                kinds.setdefault(name, member.kind)
+                unit = -1 if member.unit is None else member.unit
+                sites[-1].append((hooks[name], unit, slots[_typed(member.slot)]))
+    every = [member for place in places for member in members(place)]
+    for site in dict.fromkeys(end for member in every for end in _sites(member)):
         _check(site, encoder, batch)
-    named = {site: hook_name(site, encoder.n_layers) for sites in members for site in sites}
-    hooks = {name: site.kind for site, name in named.items()}
-    names, slots = list(hooks), list(dict.fromkeys(site.slot for site in named))
-    number = {name: index for index, name in enumerate(names)}
-    width = max(map(len, members))
-    table = torch.full((3, len(members), width), -1)
-    slot_number = {(type(slot), slot): index for index, slot in enumerate(slots)}
-    for row, sites in enumerate(members):
-        for k, site in enumerate(sites):
-            unit = -1 if site.unit is None else site.unit
-            table[:, row, k] = torch.tensor([number[named[site]], unit, slot_number[type(site.slot), site.slot]])
-    start = torch.tensor([start_layer(place) for place in places], device=encoder.device)
-    hook, unit, slot = table.to(encoder.device)
-    return Addresses(tuple(names), tuple(hooks.values()), tuple(slots), hook, unit, slot, start)
+    return Addresses(
+        tuple(hooks),  # type: ignore[arg-type]
+        tuple(kinds[name] for name in hooks),  # type: ignore[index]
+        tuple(senders),  # type: ignore[arg-type]
+        tuple(receivers),  # type: ignore[arg-type]
+        tuple(pair[1] for pair in slots),  # type: ignore[index]
+        Entries.of(sites, encoder.device),
+        Entries.of(edges, encoder.device),
+        torch.tensor([start_layer(place, encoder.n_layers) for place in places], device=encoder.device),
+    )
+
+
+def _typed(slot: Slot) -> tuple[type, Slot]:
+    return type(slot), slot
+
+
+def _sites(member: Site | Edge) -> tuple[Site, ...]:
+    return (member.sender, member.receiver) if isinstance(member, Edge) else (member,)
+
+
+def _ends(edge: Edge, encoder: HookedTextEncoder) -> list[tuple[Site, Site]]:
+    """An edge as edges between single units."""
+    ends = [
+        [replace(site, unit=unit) for unit in encoder.units(site.kind)] if site.unit is None else [site]
+        for site in (edge.sender, edge.receiver)
+    ]
+    return [(sender, receiver) for sender in ends[0] for receiver in ends[1]]
 
 
 def _check(site: Site, encoder: HookedTextEncoder, batch: Batch) -> None:
@@ -101,28 +173,25 @@ def patch_hooks(
     place: Int[Tensor, "row"],
     pair: Int[Tensor, "row"],
     at: Callable[[str], Int[Tensor, "row at"]],
-) -> list[Patch]:
-    """The hooks that give each row what the source has at the row's place, where it has something.
+) -> list[Hook]:
+    """The hooks that give each row what the source has at the row's sites, where it has something.
 
     `at(hook name)` says which of the text's positions the activation at that hook holds, for each row.
     """
-    hooks: list[Patch] = []
-    for k in range(addresses.hook.shape[1]):
-        used = addresses.hook[place, k]
-        for number in used[used >= 0].unique().tolist():
-            rows = (used == number).nonzero().flatten()
-            name, kind = addresses.hooks[number], addresses.kinds[number]
-            here = at(name)[rows]
-            where = positions[addresses.slot[place[rows], k], pair[rows]].gather(1, here)
-            patch = partial(
-                _patched,
-                rows=rows,
-                where=where,
-                unit=addresses.unit[place[rows], k],
-                kind=kind,
-                value=_gathered(source[name], pair[rows], here, kind),
-            )
-            hooks.append((name, patch))
+    hooks: list[Hook] = []
+    every_row, every_column = addresses.sites.rows(place)
+    for number in every_column[:, 0].unique().tolist():
+        mine = every_column[:, 0] == number
+        rows, entry_row = every_row[mine].unique(return_inverse=True)
+        _, unit, slot = every_column[mine].unbind(1)
+        name, kind = addresses.hooks[number], addresses.kinds[number]
+        here = at(name)[rows]
+        where = positions[slot, pair[rows][entry_row]].gather(1, here[entry_row])
+        patch = partial(
+            _patched, rows=rows, entry_row=entry_row, where=where, unit=unit, kind=kind,
+            value=_gathered(source[name], pair[rows], here, kind),
+        )  # fmt: skip
+        hooks.append((name, patch))
     return hooks
 
 
@@ -140,14 +209,15 @@ def _patched(
     hook: object,
     *,
     rows: Int[Tensor, "some"],
-    where: Bool[Tensor, "some at"],
-    unit: Int[Tensor, "some"],
+    entry_row: Int[Tensor, "entry"],
+    where: Bool[Tensor, "entry at"],
+    unit: Int[Tensor, "entry"],
     kind: Kind,
     value: Shaped[Tensor, "some ..."],
 ) -> Shaped[Tensor, "row ..."]:
     every = len(rows) == len(activation)
     current = activation if every else activation[rows]
-    mask = _broadcast(where, unit, kind, current)
+    mask = _mask(entry_row, where, unit, kind, current)
     patched = torch.where(mask & ~value.isnan(), value, current)
     if every:
         return patched
@@ -156,16 +226,26 @@ def _patched(
     return result
 
 
-def _broadcast(
-    where: Bool[Tensor, "row at"], unit: Int[Tensor, "row"], kind: Kind, like: Shaped[Tensor, "row ..."]
+def _mask(
+    entry_row: Int[Tensor, "entry"],
+    where: Bool[Tensor, "entry at"],
+    unit: Int[Tensor, "entry"],
+    kind: Kind,
+    like: Shaped[Tensor, "row ..."],
 ) -> Bool[Tensor, "row ..."]:
-    """A mask over positions and a unit per row (-1 = all) -> a mask that broadcasts over an activation of a kind."""
+    """Entries' positions and units (-1 = all) -> a mask that broadcasts over an activation of a kind."""
     layout = LAYOUTS[kind]
-    mask = where.reshape([*where.shape, *[1] * (like.ndim - 2)]).movedim(1, layout.pos_axis)
-    if layout.unit_axis is None or bool((unit < 0).all()):
-        return mask
-    units = torch.arange(like.shape[layout.unit_axis], device=like.device)
-    chosen = (unit[:, None] == units) | (unit[:, None] < 0)
-    shape = [len(unit), *[1] * (like.ndim - 1)]
-    shape[layout.unit_axis] = len(units)
-    return mask & chosen.reshape(shape)
+    units = 1 if layout.unit_axis is None else like.shape[layout.unit_axis]
+    all_units = unit < 0
+    whole = _any_of(entry_row[all_units], where[all_units], len(like)).unsqueeze(1)
+    line = entry_row[~all_units] * units + unit[~all_units]
+    single = _any_of(line, where[~all_units], len(like) * units).unflatten(0, (len(like), units))
+    mask = whole | single  # row unit at
+    if layout.pos_axis == 1:
+        mask = mask.transpose(1, 2)
+    return mask.reshape([*mask.shape, *[1] * (like.ndim - mask.ndim)])
+
+
+def _any_of(line: Int[Tensor, "entry"], where: Bool[Tensor, "entry at"], n: int) -> Bool[Tensor, "line at"]:
+    """Entries joined by the line that they belong to: a position is in if any of them has it."""
+    return where.new_zeros(n, where.shape[1], dtype=torch.int32).index_add(0, line, where.int()) > 0

@@ -16,15 +16,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from clip_lens.core.edges import EdgePatch, differences, sender_hook
 from clip_lens.core.metric import Metric, Readout
 from clip_lens.core.patch import Addresses, patch_hooks, present, slot_positions
 from clip_lens.core.source import Fetch
 from clip_lens.data.batch import Batch
-from clip_lens.model.encoder import Cache, HookedTextEncoder
-from clip_lens.model.site import Kind
+from clip_lens.model.encoder import Cache, Hook, HookedTextEncoder
+from clip_lens.model.site import Kind, Site, hook_name
 
 READ_ONLY_AT_POOL: tuple[Kind, ...] = ("mid", "attn", "mlp", "head", "q", "pattern", "neuron")
 """Kinds that in the last block matter at the pooled position only: nothing else reads them."""
+
+HELD = 2**26
+"""Numbers that the senders of a chunk of pairs may write: 256 MB in float32."""
 
 WORTH_A_FORWARD = 64
 """As many positions as fill a forward pass well, so that its fixed cost doesn't count."""
@@ -40,6 +44,8 @@ class Chunk:
     run: Cache
     embedding: Float[Tensor, "pair d_embed"]
     source: Cache
+    change: Float[Tensor, "sender pair pos d_model"]
+    sends: Bool[Tensor, "sender pair pos"]
     positions: Bool[Tensor, "slot pair pos"]
     first: Int[Tensor, "pair"]
 
@@ -48,11 +54,13 @@ class Chunk:
         return self.encoder.pool(self.batch.tokens)
 
     def resid(self, layer: int) -> Float[Tensor, "pair pos d_model"]:
-        return self.run[_resid_name(layer, self.encoder.n_layers)]
+        return self.run[hook_name(Site("resid", layer), self.encoder.n_layers)]
 
 
-def _resid_name(layer: int, n_layers: int) -> str:
-    return f"blocks.{layer}.hook_resid_pre" if layer < n_layers else f"blocks.{n_layers - 1}.hook_resid_post"
+def pairs_at_once(addresses: Addresses, encoder: HookedTextEncoder, batch: Batch, rows: int) -> int:
+    """How many pairs are prepared together: `rows`, or fewer where what all senders write would not fit into `HELD`."""
+    written = len(addresses.senders) * batch.tokens.shape[1] * encoder.tower.cfg.d_model
+    return max(1, min(rows, HELD // max(1, written)))
 
 
 def prepare(
@@ -63,23 +71,21 @@ def prepare(
     tokens = encoder.cut(part.tokens)
     width = tokens.shape[1]
     starts = addresses.start.unique().tolist()
-    names = {_resid_name(layer, encoder.n_layers) for layer in starts}
+    sent = {sender_hook(sender) for sender in addresses.senders}
+    names = sent | {hook_name(Site("resid", layer), encoder.n_layers) for layer in starts}
     if encoder.causal:
         layers = range(min(starts), encoder.n_layers)
         names |= {f"blocks.{layer}.attn.hook_{part}" for layer in layers for part in "kv"}
-    y, run = encoder.tower.run_with_cache(tokens, names_filter=names, return_cache_object=False)
-    source = {name: _cut(name, value, width) for name, value in fetch(index, addresses.hooks).items()}
+    y, cached = encoder.tower.run_with_cache(tokens, names_filter=names, return_cache_object=False)
+    run = cast(Cache, cached)
+    wanted = sent.union(addresses.hooks)
+    source = {name: _cut(name, value, width) for name, value in fetch(index, wanted).items()}
     first = getattr(fetch, "first", None)
-    return Chunk(
-        encoder,
-        addresses,
-        part,
-        cast(Cache, run),
-        encoder.read(y, encoder.pool(tokens)),
-        source,
-        slot_positions(addresses.slots, part)[..., :width],
-        torch.zeros_like(part.length) if first is None else first[index],
-    )
+    first = torch.zeros_like(part.length) if first is None else first[index]
+    change, sends = differences(encoder, addresses.senders, source, run, first)
+    positions = slot_positions(addresses.slots, part)[..., :width]
+    embedding = encoder.read(y, encoder.pool(tokens))
+    return Chunk(encoder, addresses, part, run, embedding, source, change, sends, positions, first)
 
 
 def _cut(name: str, value: Tensor, width: int) -> Tensor:
@@ -92,35 +98,61 @@ def needed(chunk: Chunk) -> tuple[Bool[Tensor, "place pair"], Int[Tensor, "place
     """Whether each place has anything to patch in each pair, and the first position at which that changes something
     (the text's width where it changes nothing)."""
     addresses, width = chunk.addresses, chunk.positions.shape[-1]
+    shape, device = (len(addresses), len(chunk.batch)), chunk.positions.device
+    exists, first = torch.zeros(shape, dtype=torch.uint8, device=device), torch.full(shape, width, device=device)
+    every = torch.arange(len(addresses), device=device)
+    for entries, has, reader in ((addresses.sites, *_site_readers(chunk)), (addresses.edges, *_edge_readers(chunk))):
+        place, columns = entries.rows(every)
+        if len(place):
+            can, starts = _first_change(chunk, has, columns[:, 0], reader(columns), columns[:, 2])
+            place = place[:, None].expand_as(starts)
+            exists = exists.scatter_reduce(0, place, can.to(torch.uint8), "amax")
+            first = first.scatter_reduce(0, place, starts, "amin")
+    return exists.bool(), first
+
+
+Reader = Callable[[Int[Tensor, "entry 3"]], Bool[Tensor, "entry"]]
+
+
+def _site_readers(chunk: Chunk) -> tuple[Bool[Tensor, "hook pair pos"], Reader]:
+    """Where the source has something at each hook, and which sites are read at the pooled position only."""
+    addresses, n_layers = chunk.addresses, chunk.encoder.n_layers
+    named = list(zip(addresses.hooks, addresses.kinds, strict=True))
+    has = [present(kind, chunk.source[name]) for name, kind in named]
+    end, last = hook_name(Site("resid", n_layers), n_layers), f"blocks.{n_layers - 1}."
+    pooled = [name == end or (name.startswith(last) and kind in READ_ONLY_AT_POOL) for name, kind in named]
+    flags = torch.tensor(pooled, device=chunk.positions.device)
+    return torch.stack(has) if has else chunk.sends, lambda columns: flags[columns[:, 0]]
+
+
+def _edge_readers(chunk: Chunk) -> tuple[Bool[Tensor, "sender pair pos"], Reader]:
+    """The same for senders and the receivers of their edges."""
+    last = chunk.encoder.n_layers - 1
+    pooled = [
+        site.kind == "out" or (site.layer == last and site.kind in READ_ONLY_AT_POOL)
+        for site in chunk.addresses.receivers
+    ]
+    flags = torch.tensor(pooled, dtype=torch.bool, device=chunk.positions.device)
+    return chunk.sends, lambda columns: flags[columns[:, 1]]
+
+
+def _first_change(
+    chunk: Chunk,
+    has: Bool[Tensor, "has pair pos"],
+    number: Int[Tensor, "entry"],
+    pooled: Bool[Tensor, "entry"],
+    slot: Int[Tensor, "entry"],
+) -> tuple[Bool[Tensor, "entry pair"], Int[Tensor, "entry pair"]]:
+    """For each entry whether there is something to patch, and the first position at which that changes something."""
+    width = chunk.positions.shape[-1]
     position = torch.arange(width, device=chunk.positions.device)
-    here = {
-        name: present(kind, chunk.source[name]) for name, kind in zip(addresses.hooks, addresses.kinds, strict=True)
-    }
+    at_pool = position == chunk.pooled[:, None]
     changing = (position >= chunk.first[:, None]) & ((position <= chunk.pooled[:, None]) | (not chunk.encoder.causal))
-    exists = torch.zeros(len(addresses.start), len(chunk.batch), dtype=torch.bool, device=position.device)
-    first = torch.full(exists.shape, width, device=position.device)
-    memo: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-    for place, (hooks, slots) in enumerate(zip(addresses.hook.tolist(), addresses.slot.tolist(), strict=True)):
-        for hook, slot in zip(hooks, slots, strict=True):
-            if hook < 0:
-                continue
-            if (hook, slot) not in memo:
-                can = chunk.positions[slot] & here[addresses.hooks[hook]]
-                does = can & changing & _is_read(chunk, hook)
-                memo[hook, slot] = can.any(1), torch.where(does, position, width).amin(1)
-            exists[place] |= memo[hook, slot][0]
-            first[place] = torch.minimum(first[place], memo[hook, slot][1])
-    return exists, first
-
-
-def _is_read(chunk: Chunk, hook: int) -> Bool[Tensor, "pair pos"]:
-    """At which positions anything still reads a hook."""
-    name, kind, n_layers = chunk.addresses.hooks[hook], chunk.addresses.kinds[hook], chunk.encoder.n_layers
-    position = torch.arange(chunk.positions.shape[-1], device=chunk.positions.device)
-    in_last = name.startswith(f"blocks.{n_layers - 1}.") and kind in READ_ONLY_AT_POOL
-    if in_last or name == _resid_name(n_layers, n_layers):
-        return position == chunk.pooled[:, None]
-    return torch.ones_like(chunk.positions[0])
+    has, same = has.unique(dim=0, return_inverse=True)
+    lines, inverse = torch.stack([same[number], pooled.long(), slot], 1).unique(dim=0, return_inverse=True)
+    can = chunk.positions[lines[:, 2]] & has[lines[:, 0]]
+    does = can & changing & (at_pool | (lines[:, 1] == 0)[:, None, None])
+    return can.any(-1)[inverse], torch.where(does, position, width).amin(-1)[inverse]
 
 
 def run_rows(
@@ -138,16 +170,33 @@ def run_rows(
         queries = name.startswith(last) and not name.endswith(("hook_resid_pre", "hook_k", "hook_v"))
         return pooled[:, None] if queries and layer < n_layers else at
 
-    hooks = patch_hooks(chunk.addresses, chunk.source, chunk.positions, place, pair, where)
+    hooks = place_hooks(chunk, place, pair, layer, where)
     if layer == n_layers:
         for _, patch in hooks:
-            x = patch(x, hook=None)
+            x = cast(Tensor, patch(x, hook=None))
         hooks = []
     rest = (lambda name: chunk.run[name][pair]) if encoder.causal else None
     y = encoder.tower.run_with_hooks(
         x, fwd_hooks=list(hooks), start_at_layer=layer, at=at if encoder.causal else None, rest=rest, read=pooled
     )
     return encoder.read(y, 0)
+
+
+def place_hooks(
+    chunk: Chunk,
+    place: Int[Tensor, "row"],
+    pair: Int[Tensor, "row"],
+    layer: int,
+    at: Callable[[str], Int[Tensor, "row at"]],
+) -> list[Hook]:
+    """The hooks that patch each row at its place, sites and edges, in a run that starts at block `layer`."""
+    hooks = patch_hooks(chunk.addresses, chunk.source, chunk.positions, place, pair, at)
+    if not chunk.addresses.senders:
+        return hooks
+    edges = EdgePatch(
+        chunk.encoder, chunk.addresses, chunk.source, chunk.change, chunk.positions, place, pair, layer, at
+    )
+    return [*edges.receiving(), *hooks, *edges.capturing()]
 
 
 def _window(first: Int[Tensor, "row"], pooled: Int[Tensor, "row"], width: int, causal: bool) -> Int[Tensor, "row at"]:

@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 from clip_lens.core.effects import Effects, segments
 from clip_lens.core.metric import Metric, Readout, logit
 from clip_lens.core.patch import address
-from clip_lens.core.rows import chunk_effects, prepare
-from clip_lens.core.source import Source, counterpart
+from clip_lens.core.rows import chunk_effects, pairs_at_once, prepare
+from clip_lens.core.source import Fetch, Source, counterpart
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Place, Site
@@ -59,14 +59,13 @@ def patch_effects(
         raise ValueError(
             f"the batch's direction has {batch.direction.shape[1]} components, {encoder.name} {encoder.d_embed}"
         )
-    everything = Site("resid", encoder.n_layers)
-    addresses = address((*places, everything), encoder, batch)
     fetch = source(encoder, batch)
+    addresses = address((*places, everything(encoder, fetch)), encoder, batch)
     values = torch.zeros(len(places) + 1, len(batch), dtype=encoder.dtype)
     baseline, d = torch.zeros(len(batch), dtype=encoder.dtype), torch.zeros(len(batch), dtype=encoder.dtype)
     bar = tqdm(total=values.numel(), unit="row", disable=not progress or not sys.stderr.isatty(), leave=False)
     with torch.inference_mode(), bar:
-        for index in batch.length.argsort(stable=True).split(rows):
+        for index in batch.length.argsort(stable=True).split(pairs_at_once(addresses, encoder, batch, rows)):
             chunk = prepare(encoder, batch, addresses, fetch, index)
             readout = Readout(chunk.batch.direction, chunk.embedding, encoder(chunk.batch.other))
             check_metric(metric(chunk.embedding, readout), index)
@@ -75,6 +74,14 @@ def patch_effects(
             d[index.cpu()] = (batch.sigma[index] * (logit(readout.other, readout) - logit(readout.run, readout))).cpu()
     meta = describe(encoder, batch, method=METHOD, source=source, metric=metric)
     return Effects(values[:-1], values[-1], baseline, places, pairs_frame(batch, d), meta)
+
+
+def everything(encoder: HookedTextEncoder, fetch: Fetch) -> Place:
+    """The place that patches every edge: of a run its last residual stream, else what every sender sends to the output
+    (with every edge patched, nothing else reaches it)."""
+    if getattr(fetch, "is_run", False):
+        return Site("resid", encoder.n_layers)
+    return tuple(encoder.edges(receivers=[Site("out")]))
 
 
 def check_metric(values: Tensor, index: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from typing import Any, TypeAlias, cast
 
@@ -14,7 +15,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from clip_lens.model.convert import Pool
-from clip_lens.model.site import LAYOUTS, Kind, Site
+from clip_lens.model.site import LAYOUTS, Edge, Kind, Site, order, precedes
 from clip_lens.model.tower import HookedTextTower
 
 Hook: TypeAlias = tuple[str, Callable[..., Tensor | None]]
@@ -213,9 +214,40 @@ class HookedTextEncoder:
             raise ValueError(f"{self.name} has {kind} sites at layers 0..{depth - 1}, got {wrong}")
         return [Site(kind, layer, unit, slot) for layer in chosen for unit in self.units(kind) for slot in tuple(slots)]
 
+    def edges(self, *, senders: Iterable[Site] | None = None, receivers: Iterable[Site] | None = None) -> list[Edge]:
+        """Every edge from some senders to some receivers, single units each, receivers in the order of the tower and
+        within one the senders: 15,355 in ViT-B/32.
+
+        `None`: all there are. A site without unit stands for all heads of its layer; a receiver's slot goes with it.
+
+        Raises:
+            ValueError: no edge is among them.
+
+        Example:
+            >>> encoder = clip_lens.load()
+            >>> len(encoder.edges()), [str(edge) for edge in encoder.edges(receivers=[Site("q", 0, unit=0)])]
+            (1108, ['embed -> q 0.0'])
+        """
+        heads = [Site("head", layer, unit) for layer in range(self.n_layers) for unit in range(self.n_heads)]
+        if senders is None:
+            senders = [Site("embed"), *heads, *(Site("mlp", layer) for layer in range(self.n_layers))]
+        if receivers is None:
+            inputs = [Site(kind, head.layer, head.unit) for head in heads for kind in ("q", "k", "v")]
+            receivers = [*inputs, *(Site("mlp", layer) for layer in range(self.n_layers)), Site("out")]
+        ends = [
+            sorted({unit for site in sites for unit in self._single(site)}, key=order) for sites in (senders, receivers)
+        ]
+        edges = [Edge(sender, receiver) for receiver in ends[1] for sender in ends[0] if precedes(sender, receiver)]
+        if not edges:
+            raise ValueError("no edge runs from these senders to these receivers; a receiver comes after its sender")
+        return edges
+
+    def _single(self, site: Site) -> list[Site]:
+        return [site] if site.unit is not None else [replace(site, unit=unit) for unit in self.units(site.kind)]
+
     def units(self, kind: Kind) -> Iterable[int | None]:
         """The units of a kind: heads, neurons, or None where it has none."""
-        if LAYOUTS[kind].unit_axis is None:
+        if kind not in LAYOUTS or LAYOUTS[kind].unit_axis is None:
             return (None,)
         return range(self.tower.cfg.d_mlp if kind == "neuron" else self.n_heads)  # type: ignore[arg-type]
 

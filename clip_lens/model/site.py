@@ -11,16 +11,22 @@
 | q, k, v | blocks.{l}.attn.hook_q, hook_k, hook_v | pair pos head d_head |
 | pattern | blocks.{l}.attn.hook_pattern | pair head query key |
 | neuron | blocks.{l}.mlp.hook_post | pair pos d_mlp |
+| out | the pooled position of what ln_final reads; a receiver of edges only | pair d_model |
+
+An `Edge` is the direct path from a writer of the residual stream (embed, head, mlp) to a reader of it (a head's q, k or
+v, mlp, out).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
-Kind = Literal["embed", "resid", "mid", "attn", "mlp", "head", "q", "k", "v", "pattern", "neuron"]
+Kind = Literal["embed", "resid", "mid", "attn", "mlp", "head", "q", "k", "v", "pattern", "neuron", "out"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+SENDERS: tuple[Kind, ...] = ("embed", "head", "mlp")
+RECEIVERS: tuple[Kind, ...] = ("q", "k", "v", "mlp", "out")
 
 
 class Layout(NamedTuple):
@@ -44,6 +50,7 @@ LAYOUTS: dict[Kind, Layout] = {
     "pattern": Layout("blocks.{layer}.attn.hook_pattern", unit_axis=1, pos_axis=2),
     "neuron": Layout("blocks.{layer}.mlp.hook_post", unit_axis=2),
 }
+"""Every kind that can be patched as a site."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +77,12 @@ class Site:
     slot: str | int | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in LAYOUTS:
+        if self.kind not in KINDS:
             raise ValueError(f"no kind of site {self.kind!r}; the kinds are {', '.join(KINDS)}")
-        if self.unit is not None and LAYOUTS[self.kind].unit_axis is None:
+        if self.unit is not None and (self.kind not in LAYOUTS or LAYOUTS[self.kind].unit_axis is None):
             raise ValueError(f"a site of kind {self.kind!r} has no units, got unit={self.unit}; leave it None")
-        if self.kind == "embed" and self.layer != 0:
-            raise ValueError(f"the embedding is at layer 0, got layer={self.layer}; Site('resid', {self.layer})?")
+        if self.kind in ("embed", "out") and self.layer != 0:
+            raise ValueError(f"{self.kind} has no layer, got layer={self.layer}; Site('resid', {self.layer})?")
         for name, value in (("layer", self.layer), ("unit", self.unit), ("slot", self.slot)):
             if isinstance(value, int) and value < 0:
                 raise ValueError(f"{name} counts from 0, got {value} in a site of kind {self.kind!r}")
@@ -83,20 +90,107 @@ class Site:
     def __str__(self) -> str:
         unit = "" if self.unit is None else f".{self.unit}"
         slot = "" if self.slot is None else f" @{self.slot}"
-        return f"{self.kind}{slot}" if self.kind == "embed" else f"{self.kind} {self.layer}{unit}{slot}"
+        return f"{self.kind}{slot}" if self.kind in ("embed", "out") else f"{self.kind} {self.layer}{unit}{slot}"
 
 
-Place: TypeAlias = Site | tuple[Site, ...]
+@dataclass(frozen=True)
+class Edge:
+    """The direct path from a writer of the residual stream to a reader of it, past everything in between.
 
+    The sender is `embed`, a head or an MLP, the receiver a head's q, k or v, an MLP or `out`. A sender or receiver
+    without unit stands for all heads of its layer. An edge's slot is its receiver's: the positions that read.
 
-def sites_of(place: Place) -> tuple[Site, ...]:
-    """The sites of a place: one, or the members of a tuple that are patched together.
+    Raises:
+        ValueError: a kind that sends or receives nothing, a receiver that does not come after the sender, or a slot
+            where none can be.
 
     Example:
-        >>> sites_of(Site("mlp", 1))
+        >>> edge = Edge(Site("head", 1, 2), Site("v", 3, 0, slot="eot"))
+        >>> str(edge)
+        'head 1.2 -> v 3.0 @eot'
+    """
+
+    sender: Site
+    receiver: Site
+
+    def __post_init__(self) -> None:
+        if self.sender.kind not in SENDERS or self.receiver.kind not in RECEIVERS:
+            raise ValueError(
+                f"no edge from {self.sender} to {self.receiver}: "
+                f"{', '.join(SENDERS)} send, {', '.join(RECEIVERS)} receive"
+            )
+        if not precedes(self.sender, self.receiver):
+            raise ValueError(
+                f"no edge from {self.sender} to {self.receiver}: the receiver does not come after the sender"
+            )
+        if self.sender.slot is not None:
+            raise ValueError(f"an edge's slot is its receiver's, got one at the sender {self.sender}")
+        if self.receiver.kind == "out" and self.receiver.slot is not None:
+            raise ValueError(f"out is read at the pooled position, it has no slot; got {self.receiver}")
+
+    def __str__(self) -> str:
+        return f"{self.sender} -> {self.receiver}"
+
+
+def precedes(sender: Site, receiver: Site) -> bool:
+    """Whether a writer's output reaches a reader: blocks in order, in each attention before the MLP.
+
+    Example:
+        >>> precedes(Site("head", 2, 0), Site("mlp", 2)), precedes(Site("mlp", 2), Site("mlp", 2))
+        (True, False)
+    """
+    writes = (-1, 0) if sender.kind == "embed" else (sender.layer, 1 if sender.kind == "head" else 3)
+    return receiver.kind == "out" or writes < (receiver.layer, 2 if receiver.kind == "mlp" else 0)
+
+
+def order(site: Site) -> tuple[int, int, int, int, str]:
+    """A key that sorts senders, or receivers, as the tower computes them; q, k, v of a head together.
+
+    Example:
+        >>> [str(site) for site in sorted([Site("out"), Site("mlp", 0), Site("v", 0, 1), Site("q", 0, 1)], key=order)]
+        ['q 0.1', 'v 0.1', 'mlp 0', 'out']
+    """
+    layer = {"embed": -1, "out": 10**9}.get(site.kind, site.layer)
+    return layer, site.kind == "mlp", site.unit or 0, KINDS.index(site.kind), str(site.slot)
+
+
+Place: TypeAlias = Site | Edge | tuple[Site | Edge, ...]
+
+
+def members(place: Place) -> tuple[Site | Edge, ...]:
+    """The sites and edges of a place: one, or those of a tuple, which are patched together.
+
+    Example:
+        >>> members(Site("mlp", 1))
         (Site(kind='mlp', layer=1, unit=None, slot=None),)
     """
     return place if isinstance(place, tuple) else (place,)
+
+
+def slot_of(member: Site | Edge) -> str | int | None:
+    """The slot of a site, or of an edge's receiver.
+
+    Example:
+        >>> slot_of(Edge(Site("embed"), Site("mlp", 4, slot="negator")))
+        'negator'
+    """
+    return member.receiver.slot if isinstance(member, Edge) else member.slot
+
+
+def at_slot(place: Place, slot: str | int | None) -> Place:
+    """The same place at another slot.
+
+    Example:
+        >>> str(at_slot(Site("mlp", 4), "eot"))
+        'mlp 4 @eot'
+    """
+    moved = tuple(
+        replace(member, receiver=replace(member.receiver, slot=slot))
+        if isinstance(member, Edge)
+        else replace(member, slot=slot)
+        for member in members(place)
+    )
+    return moved if isinstance(place, tuple) else moved[0]
 
 
 def hook_name(site: Site, n_layers: int) -> str:
@@ -111,14 +205,15 @@ def hook_name(site: Site, n_layers: int) -> str:
     return LAYOUTS[site.kind].hook.format(layer=site.layer)
 
 
-def start_layer(place: Place) -> int:
+def start_layer(place: Place, n_layers: int) -> int:
     """The earliest block whose computation a place touches: everything below it is as in the unpatched run.
 
     Example:
-        >>> start_layer((Site("mlp", 4), Site("resid", 2)))
-        2
+        >>> start_layer((Site("mlp", 4), Site("resid", 2)), 6), start_layer(Edge(Site("embed"), Site("out")), 6)
+        (2, 6)
     """
-    return min(site.layer for site in sites_of(place))
+    touched = [member.receiver if isinstance(member, Edge) else member for member in members(place)]
+    return min(n_layers if site.kind == "out" else site.layer for site in touched)
 
 
 def label(place: Place) -> str:
@@ -127,23 +222,34 @@ def label(place: Place) -> str:
     Example:
         >>> label((Site("mlp", 4), Site("head", 2, 3)))
         'mlp 4 + head 2.3'
+        >>> label(tuple(Site("head", 2, head) for head in range(8)))
+        'head 2.0 + head 2.1 + ... (8 places)'
     """
-    return " + ".join(str(site) for site in sites_of(place))
+    names = [str(member) for member in members(place)]
+    if len(names) > 4:
+        return f"{names[0]} + {names[1]} + ... ({len(names)} places)"
+    return " + ".join(names)
 
 
 def index_rows(places: Iterable[Place]) -> list[dict[str, object]]:
-    """One mapping per place: `place, kind, layer, unit, slot`; a tuple's columns hold what its sites share.
+    """One mapping per place with the columns `place, kind, layer, unit, slot, sender, receiver`; what a tuple's members
+    don't share is None. An edge's layer and unit are in its sender and receiver, its slot is the receiver's.
 
     Example:
-        >>> index_rows([Site("mlp", 4)])
-        [{'place': 'mlp 4', 'kind': 'mlp', 'layer': 4, 'unit': None, 'slot': None}]
+        >>> index_rows([Edge(Site("embed"), Site("mlp", 4))])[0]["sender"]
+        'embed'
     """
     rows = []
     for place in places:
-        sites = sites_of(place)
-        shared = {
-            name: getattr(sites[0], name) if len({getattr(site, name) for site in sites}) == 1 else None
-            for name in ("kind", "layer", "unit", "slot")
-        }
-        rows.append({"place": label(place), **shared})
+        fields = [_fields(member) for member in members(place)]
+        shared = {name: value for name, value in fields[0].items() if all(line[name] == value for line in fields)}
+        rows.append({"place": label(place), **dict.fromkeys(fields[0]), **shared})
     return rows
+
+
+def _fields(member: Site | Edge) -> dict[str, object]:
+    if isinstance(member, Edge):
+        ends = {"sender": str(member.sender), "receiver": str(replace(member.receiver, slot=None))}
+        return {"kind": "edge", "layer": None, "unit": None, "slot": member.receiver.slot, **ends}
+    own = {name: getattr(member, name) for name in ("kind", "layer", "unit", "slot")}
+    return {**own, "sender": None, "receiver": None}

@@ -9,7 +9,7 @@ from towers import random_encoder, random_store
 from clip_lens.core.patch import address, patch_hooks, present, slot_positions
 from clip_lens.data.batch import align
 from clip_lens.data.pairs import Pairs
-from clip_lens.model.site import KINDS, LAYOUTS, Site, sites_of
+from clip_lens.model.site import LAYOUTS, Site, hook_name, members
 
 PAIRS, HEADS, WIDTH, POSITIONS = 3, 2, 16, 7
 SHAPES = {
@@ -20,7 +20,7 @@ SHAPES = {
 }
 SITES = [
     Site(kind, layer, unit, slot)
-    for kind in KINDS
+    for kind in LAYOUTS
     for layer in {"embed": (0,), "resid": (0, 2)}.get(kind, (1,))
     for unit in ((None,) if LAYOUTS[kind].unit_axis is None else (None, 0, 1))
     for slot in (None, "subject", 4)
@@ -44,12 +44,15 @@ def test_addresses_name_hook_unit_and_slot_of_every_site(encoder, batch):
     found = address(places, encoder, batch)
     resid, head, mlp = "blocks.1.hook_resid_post", "blocks.1.attn.hook_z", "blocks.0.hook_mlp_out"
     assert set(found.hooks) == {resid, head, mlp}
-    assert [found.hooks[hook] for hook in found.hook[:, 0]] == [resid, head, head]
-    assert (found.hook[:, 1] >= 0).tolist() == [False, True, False] and found.hooks[found.hook[1, 1]] == mlp
-    assert found.unit[:, 0].tolist() == [-1, 1, 0]
-    assert [found.slots[slot] for slot in found.slot[:, 0]] == ["eot", None, 4]
+    row, columns = found.sites.rows(torch.arange(3))
+    hook, unit, slot = columns.unbind(1)
+    assert row.tolist() == [0, 1, 1, 2]
+    assert [found.hooks[number] for number in hook] == [resid, head, mlp, head]
+    assert unit.tolist() == [-1, 1, -1, 0]
+    assert [found.slots[number] for number in slot] == ["eot", None, 4, 4]
     assert found.start.tolist() == [2, 0, 1]
-    assert [found.kinds[hook] for hook in found.hook[:, 0]] == ["resid", "head", "head"]
+    assert [found.kinds[number] for number in hook] == ["resid", "head", "mlp", "head"]
+    assert found.sites.rows(torch.tensor([2, 0]))[1].tolist() == [columns[3].tolist(), columns[0].tolist()]
 
 
 def test_slot_positions_are_inside_the_text(encoder, batch):
@@ -59,7 +62,7 @@ def test_slot_positions_are_inside_the_text(encoder, batch):
     assert beyond.nonzero().tolist() == [[0, 5], [1, 5]]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", list(LAYOUTS))
 def test_present_is_where_not_everything_is_nan(kind):
     value = torch.zeros(SHAPES[kind])
     value.movedim(LAYOUTS[kind].pos_axis, 1)[1, 3] = float("nan")
@@ -119,8 +122,8 @@ def test_hooks_patch_each_row_at_its_own_place(encoder, batch, rows, seed):
         result[name] = patch(result[name], hook=None)
     expected = {name: value.clone() for name, value in untouched.items()}
     for row, place in enumerate(places):
-        for k, site in enumerate(sites_of(place)):
-            name = found.hooks[found.hook[row, k]]
+        for site in members(place):
+            name = hook_name(site, encoder.n_layers)
             by_hand(site, expected[name][row], source[name][pairs[row]], batch, pairs[row], at[row].tolist())
     for name in current:
         assert torch.equal(result[name], expected[name]), name

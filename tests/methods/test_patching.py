@@ -22,7 +22,7 @@ from clip_lens.data.batch import align
 from clip_lens.data.pairs import Pairs
 from clip_lens.methods.patching import patch_effects
 from clip_lens.model.load import load
-from clip_lens.model.site import KINDS, Site, sites_of
+from clip_lens.model.site import LAYOUTS, Site, members
 
 NAN = float("nan")
 LAYERS, HEADS, WIDTH = 2, 4, 32
@@ -160,7 +160,7 @@ class Oracle:
         patched = []
 
         def edit(kind, layer, value):
-            for site in sites_of(place):
+            for site in members(place):
                 at = ("resid", 0) if site.kind == "embed" else (site.kind, site.layer)
                 if at == (kind, layer):
                     value, done = written(site, value, self.other[at], self.where(site.slot), self.origin)
@@ -260,7 +260,7 @@ def test_batch_has_the_alignment_and_slots_that_were_written_down(name, run):
         assert [names[slot] for slot in batch.slot[row, :inside].tolist()] == oracle.slots[:inside]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "tuples"])
+@pytest.mark.parametrize("kind", [*LAYOUTS, "tuples"])
 @pytest.mark.parametrize("run", ["caption", "foil"])
 @pytest.mark.parametrize("name", TOWERS)
 def test_effects_equal_one_forward_per_pair_and_place(name, run, kind):
@@ -321,10 +321,10 @@ def test_nan_is_where_the_method_says_and_nowhere_else():
 
 
 def fits(place, batch):
-    return all(not isinstance(site.slot, int) or site.slot < batch.tokens.shape[1] for site in sites_of(place))
+    return all(not isinstance(site.slot, int) or site.slot < batch.tokens.shape[1] for site in members(place))
 
 
-MIXED = (*TUPLES, *(site for kind in KINDS for site in places_of(kind)[::4]))
+MIXED = (*TUPLES, *(site for kind in LAYOUTS for site in places_of(kind)[::4]))
 
 
 @pytest.mark.parametrize("name", ["causal", "bidirectional"])

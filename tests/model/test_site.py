@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from towers import random_encoder
 
-from clip_lens.model.site import KINDS, LAYOUTS, Site, hook_name, index_rows, label, sites_of, start_layer
+from clip_lens.model.site import KINDS, LAYOUTS, Site, hook_name, index_rows, label, members, start_layer
 
 
 def test_every_kind_names_a_hook_whose_axes_are_its_layout() -> None:
@@ -16,8 +16,8 @@ def test_every_kind_names_a_hook_whose_axes_are_its_layout() -> None:
     tokens = encoder.tokenize(["a cat", "no dog is here"])
     n_pos = encoder.cut(tokens).shape[1]
     units = {"head": 4, "q": 4, "k": 4, "v": 4, "pattern": 4, "neuron": 256}
-    assert set(KINDS) == set(LAYOUTS)
-    for kind in KINDS:
+    assert set(KINDS) == {*LAYOUTS, "out"}
+    for kind in LAYOUTS:
         name = hook_name(Site(kind), encoder.n_layers)
         value = encoder.cache(tokens, names=[name])[name]
         layout = LAYOUTS[kind]
@@ -73,8 +73,9 @@ def test_labels(place: Any, text: str) -> None:
 
 def test_a_tuple_is_patched_together() -> None:
     pair = (Site("mlp", 4, slot="a"), Site("head", 2, 3, "a"))
-    assert sites_of(pair) == pair
-    assert start_layer(pair) == 2
-    assert start_layer(Site("resid", 12)) == 12
+    assert members(pair) == pair
+    assert start_layer(pair, 12) == 2
+    assert start_layer(Site("resid", 12), 12) == 12
     (row,) = index_rows([pair])
-    assert row == {"place": "mlp 4 @a + head 2.3 @a", "kind": None, "layer": None, "unit": None, "slot": "a"}
+    nothing = dict.fromkeys(("kind", "layer", "unit", "sender", "receiver"))
+    assert row == {"place": "mlp 4 @a + head 2.3 @a", "slot": "a", **nothing}

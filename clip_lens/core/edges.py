@@ -1,0 +1,206 @@
+"""Edges + a source -> hooks. What a receiver reads is shifted by what its senders would send instead:
+
+    shift[row, pos, receiver] = sum over the row's edges s -> receiver of (source[s] - what s gives in this row)
+
+before the receiver's LayerNorm (design, section 1; method, section 8). Senders below a row's first block are as in the
+unpatched run, so that their differences are computed once; those above are live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from clip_lens.core.patch import Addresses
+from clip_lens.model.encoder import Cache, Hook, HookedTextEncoder
+from clip_lens.model.site import Site, hook_name
+from clip_lens.model.tower import Block
+
+TILE = 2**25
+"""Numbers held at once while many senders are summed, 128 MB in float32."""
+
+
+def sender_hook(sender: Site) -> str:
+    """Where a sender's output is read: the embedding, a head's z, an MLP's output."""
+    return hook_name(sender, 0) if sender.kind != "head" else f"blocks.{sender.layer}.attn.hook_z"
+
+
+def written(
+    encoder: HookedTextEncoder, sender: Site, value: Float[Tensor, "pair pos ..."]
+) -> Float[Tensor, "pair pos d_model"]:
+    """What a sender writes into the residual stream, from the activation at its hook; a head without bias."""
+    if sender.kind != "head":
+        return value
+    block = cast(Block, encoder.tower.blocks[sender.layer])
+    return value[:, :, sender.unit] @ block.attn.W_O[sender.unit]
+
+
+def differences(
+    encoder: HookedTextEncoder, senders: Sequence[Site], source: Cache, run: Cache, first: Int[Tensor, "pair"]
+) -> tuple[Float[Tensor, "sender pair pos d_model"], Bool[Tensor, "sender pair pos"]]:
+    """What each sender would send, source minus unpatched run, and where the source has something; 0 elsewhere and
+    before `first`, where the source is known to be the run."""
+    if not senders:
+        nothing = torch.zeros(0, len(first), 0, device=first.device)
+        return nothing.unsqueeze(-1), nothing.bool()
+    values, present = [], []
+    for sender in senders:
+        name = sender_hook(sender)
+        change = source[name] - run[name]
+        present.append(~change.flatten(2).isnan().all(-1))
+        values.append(written(encoder, sender, change.nan_to_num(0.0)))
+    differs = torch.arange(values[0].shape[1], device=first.device) >= first[:, None]
+    return torch.stack(values) * differs.unsqueeze(-1), torch.stack(present)
+
+
+@dataclass(repr=False, eq=False)
+class EdgePatch:
+    """The edges of some rows, as hooks for one forward pass; `live` is filled as the pass goes on.
+
+    `at(hook name)` says which of the text's positions the activation at that hook holds, for each row.
+    """
+
+    encoder: HookedTextEncoder
+    addresses: Addresses
+    source: Cache
+    change: Float[Tensor, "sender pair pos d_model"]
+    positions: Bool[Tensor, "slot pair pos"]
+    place: Int[Tensor, "row"]
+    pair: Int[Tensor, "row"]
+    layer: int
+    at: Callable[[str], Int[Tensor, "row at"]]
+    live: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        device = self.pair.device
+        self.row, columns = self.addresses.edges.rows(self.place)
+        self.sender, self.receiver, self.slot = columns.unbind(1)
+        patched = "blocks.0.hook_resid_pre" in self.addresses.hooks and self.layer == 0
+        live = [patched if site.kind == "embed" else site.layer >= self.layer for site in self.addresses.senders]
+        self.is_live = torch.tensor(live, device=device)
+
+    def receiving(self) -> list[Hook]:
+        """The hooks at receivers that stand before those of sites: a patched q is not shifted."""
+        hooks: list[Hook] = []
+        for kind, layer in sorted({(site.kind, site.layer) for site in self._receivers()}):
+            if kind == "out":
+                continue
+            block = f"blocks.{layer}"
+            if kind == "mlp":
+                hooks.append((f"{block}.hook_mlp_in", partial(self._shift_all, kind="mlp", layer=layer)))
+                continue
+            hooks.append((f"{block}.attn.hook_{kind}", partial(self._project, kind=kind, layer=layer)))
+        return hooks
+
+    def capturing(self) -> list[Hook]:
+        """The hooks behind those of sites: what receivers will need, and the shift of the output."""
+        kinds = {(site.kind, site.layer) for site in self._receivers()}
+        names = {f"blocks.{layer}.hook_resid_pre" for kind, layer in kinds if kind in ("q", "k", "v")}
+        used = self.sender.unique().tolist()
+        names |= {sender_hook(self.addresses.senders[number]) for number in used if self.is_live[number]}
+        hooks: list[Hook] = [(name, partial(self._keep, name=name)) for name in sorted(names)]
+        if ("out", 0) in kinds:
+            last = f"blocks.{self.encoder.n_layers - 1}.hook_resid_post"
+            hooks.append((last, partial(self._shift_all, kind="out", layer=0)))
+        return hooks
+
+    def _receivers(self) -> list[Site]:
+        return [self.addresses.receivers[number] for number in self.receiver.unique().tolist()]
+
+    def _keep(self, value: Tensor, hook: object, *, name: str) -> None:
+        self.live[name] = value
+
+    def _chosen(self, kind: str, layer: int) -> Bool[Tensor, "entry"]:
+        wanted = [site.kind == kind and site.layer == layer for site in self.addresses.receivers]
+        return torch.tensor(wanted, device=self.receiver.device)[self.receiver]
+
+    def _shift_all(self, value: Float[Tensor, "row at d_model"], hook: object, *, kind: str, layer: int) -> Tensor:
+        """A receiver without heads: its rows' input plus their shift."""
+        n_layers = self.encoder.n_layers
+        name = f"blocks.{layer}.hook_mlp_in" if kind == "mlp" else hook_name(Site("resid", n_layers), n_layers)
+        rows, _, shift = self._shifts(self._chosen(kind, layer), self.at(name))
+        return value.index_add(0, rows, shift)
+
+    def _project(self, value: Float[Tensor, "row at head d_head"], hook: object, *, kind: str, layer: int) -> Tensor:
+        """q, k or v of the heads whose input is shifted, computed from that input."""
+        block = cast(Block, self.encoder.tower.blocks[layer])
+        weight, bias = getattr(block.attn, f"W_{kind.upper()}"), getattr(block.attn, f"b_{kind.upper()}")
+        name = f"blocks.{layer}.attn.hook_{kind}"
+        at = self.at(name)
+        rows, receivers, shift = self._shifts(self._chosen(kind, layer), at)
+        heads = torch.tensor([site.unit or 0 for site in self.addresses.receivers], device=rows.device)[receivers]
+        x = self._held(f"blocks.{layer}.hook_resid_pre", at)
+        normalized = block.ln1(x[rows] + shift)
+        result = value.clone()
+        for head in heads.unique().tolist():
+            mine = heads == head
+            projected = normalized[mine] @ weight[head] + bias[head]
+            result[rows[mine], :, head] = projected
+        return result
+
+    def _held(self, name: str, at: Int[Tensor, "row at"]) -> Float[Tensor, "row at ..."]:
+        """A kept activation at the positions `at`: all that it holds, or the pooled one of them."""
+        value = self.live[name]
+        if value.shape[1] == at.shape[1]:
+            return value
+        column = (self.at(name) == at).int().argmax(1)
+        return value[torch.arange(len(value), device=value.device), column].unsqueeze(1)
+
+    def _shifts(
+        self, chosen: Bool[Tensor, "entry"], at: Int[Tensor, "row at"]
+    ) -> tuple[Int[Tensor, "shift"], Int[Tensor, "shift"], Float[Tensor, "shift at d_model"]]:
+        """The shifts of some entries' receivers: row, receiver, value; one per row and receiver."""
+        row, sender, receiver, slot = (column[chosen] for column in (self.row, self.sender, self.receiver, self.slot))
+        key = row * len(self.addresses.receivers) + receiver
+        if len(key.unique()) == len(key) and not self.is_live[sender].any():
+            here = at[row]
+            mask = self.positions[slot, self.pair[row]].gather(1, here)
+            return row, receiver, self.change[sender[:, None], self.pair[row][:, None], here] * mask.unsqueeze(-1)
+        return self._summed(row, sender, receiver, slot, at)
+
+    def _summed(
+        self, row: Tensor, sender: Tensor, receiver: Tensor, slot: Tensor, at: Int[Tensor, "row at"]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums over senders as one matrix product per row, some rows at a time."""
+        senders, s = sender.unique(return_inverse=True)
+        columns, c = (receiver * len(self.addresses.slots) + slot).unique(return_inverse=True)
+        column_receiver, column_slot = columns // len(self.addresses.slots), columns % len(self.addresses.slots)
+        rows, r = row.unique(return_inverse=True)
+        weight = self.change.new_zeros(len(rows), len(columns), len(senders))
+        weight[r, c, s] = 1.0
+        receivers, merged = column_receiver.unique(return_inverse=True)
+        parts = []
+        step = max(1, TILE // max(1, (len(senders) + len(columns)) * at.shape[1] * self.change.shape[-1]))
+        for tile, tile_weight in zip(rows.split(step), weight.split(step), strict=True):
+            sent = self._sent(senders.tolist(), tile, at)
+            shift = (tile_weight @ sent.flatten(2)).unflatten(2, sent.shape[2:])
+            mask = self.positions[column_slot[None], self.pair[tile][:, None]]
+            mask = mask.gather(2, at[tile][:, None].expand(-1, len(columns), -1))
+            whole = shift.new_zeros(len(tile), len(receivers), *shift.shape[2:])
+            parts.append(whole.index_add(1, merged, shift * mask.unsqueeze(-1)))
+        touched = torch.zeros(len(rows), len(receivers), dtype=torch.bool, device=row.device)
+        touched[r, merged[c]] = True
+        line, number = touched.nonzero(as_tuple=True)
+        return rows[line], receivers[number], torch.cat(parts)[line, number]
+
+    def _sent(
+        self, senders: Iterable[int], rows: Int[Tensor, "tile"], at: Int[Tensor, "row at"]
+    ) -> Float[Tensor, "tile sender at d_model"]:
+        """What senders would send instead of what they give in these rows."""
+        pair, here = self.pair[rows][:, None], at[rows]
+        sent = []
+        for number in senders:
+            if not self.is_live[number]:
+                sent.append(self.change[number][pair, here])
+                continue
+            site = self.addresses.senders[number]
+            name = sender_hook(site)
+            change = self.source[name][pair, here] - self._held(name, at)[rows]
+            sent.append(written(self.encoder, site, change.nan_to_num(0.0)))
+        return torch.stack(sent, 1)
