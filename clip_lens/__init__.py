@@ -21,7 +21,7 @@ _HOME = {
     "Pairs": "data.pairs",
     "read_pairs": "data.pairs",
     "ImageStore": "data.images",
-    "embed_images": "data.images",
+    "embed_images": "data.embed",
     "Batch": "data.batch",
     "align": "data.batch",
     "template_slots": "data.batch",
@@ -57,8 +57,8 @@ if TYPE_CHECKING:
     from clip_lens.data.batch import Batch as Batch
     from clip_lens.data.batch import align as align
     from clip_lens.data.batch import template_slots as template_slots
+    from clip_lens.data.embed import embed_images as embed_images
     from clip_lens.data.images import ImageStore as ImageStore
-    from clip_lens.data.images import embed_images as embed_images
     from clip_lens.data.pairs import Pairs as Pairs
     from clip_lens.data.pairs import read_pairs as read_pairs
     from clip_lens.methods.patching import patch_effects as patch_effects

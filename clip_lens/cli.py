@@ -248,7 +248,7 @@ def embed(
     quiet: Quiet = False,
 ) -> None:
     """Compute image embeddings once and store them. An interrupted run goes on where it stopped."""
-    from clip_lens.data.images import embed_images
+    from clip_lens.data.embed import embed_images
 
     paths = images[0] if len(images) == 1 else list(images)
     store = embed_images(
@@ -302,7 +302,8 @@ def info(
 
 
 def _open_images(images: str, model: str, pretrained: str | None, out: Path, device: str, quiet: bool) -> ImageStore:
-    from clip_lens.data.images import ImageStore, embed_images
+    from clip_lens.data.embed import embed_images
+    from clip_lens.data.images import ImageStore
 
     if not Path(images).is_dir():
         return ImageStore.open(images)

@@ -32,12 +32,12 @@ RANDOM = "random"
 class Original:
     """An open_clip model as it came, with everything that says which one it is.
 
-    `vocabulary` holds the token ids that the model saw in training, where that is known (the embedded model); None =
-    all.
+    `tokenizer` is None where none was asked for. `vocabulary` holds the token ids that the model saw in training, where
+    that is known (the embedded model); None = all.
     """
 
     module: nn.Module
-    tokenizer: Callable[..., Tensor]
+    tokenizer: Callable[..., Tensor] | None
     preprocess: Callable[[Any], Tensor] | None
     name: str
     pretrained: str | None
@@ -45,14 +45,18 @@ class Original:
 
 
 def open_original(
-    name: str = "tiny", *, pretrained: str | None = None, tokenizer: Callable[..., Tensor] | None = None
+    name: str = "tiny",
+    *,
+    pretrained: str | None = None,
+    tokenizer: Callable[..., Tensor] | None = None,
+    with_tokenizer: bool = True,
 ) -> Original:
     """The open_clip model `name` with weights, both towers, float32, on the CPU, in evaluation mode.
 
     `pretrained` is a tag of open_clip's (`open_clip.list_pretrained()`), the path of a checkpoint (.pt, .safetensors),
     or "random" for untrained weights. `name` may also be "tiny" (the embedded model) or open_clip's `local-dir:PATH`
     and `hf-hub:ORG/REPO`, which bring their weights with them. A `tokenizer` takes the place of the model's own, which
-    may have to be downloaded.
+    may have to be downloaded; `with_tokenizer=False` does without, for work on images alone.
 
     A tag that was trained with QuickGELU gets it, whatever the model's configuration says: "ViT-B-32" with "openai" is
     "ViT-B-32-quickgelu". A checkpoint's file does not tell; there the name decides.
@@ -65,14 +69,15 @@ def open_original(
         'argmax'
     """
     if name == "tiny":
-        return _open_tiny(pretrained, tokenizer)
+        return _open_tiny(pretrained, tokenizer, with_tokenizer)
     with _quiet():
         module: Any = _create(name, pretrained)
     preprocess = open_clip.transform.image_transform_v2(
         open_clip.transform.PreprocessCfg(**module.visual.preprocess_cfg), is_train=False
     )
-    with _quiet():
-        tokenizer = tokenizer or _tokenizer(name)
+    if with_tokenizer and tokenizer is None:
+        with _quiet():
+            tokenizer = _tokenizer(name)
     return Original(module.eval(), tokenizer, preprocess, name, pretrained)
 
 
@@ -168,7 +173,7 @@ def tiny_tokenizer() -> Callable[..., Tensor]:
     return open_clip.SimpleTokenizer()
 
 
-def _open_tiny(pretrained: str | None, tokenizer: Callable[..., Tensor] | None) -> Original:
+def _open_tiny(pretrained: str | None, tokenizer: Callable[..., Tensor] | None, with_tokenizer: bool) -> Original:
     if pretrained is not None:
         raise ValueError(f"the embedded model has its weights with it, got pretrained={pretrained!r}; leave it None")
     folder = ASSETS / "tiny"
@@ -186,7 +191,7 @@ def _open_tiny(pretrained: str | None, tokenizer: Callable[..., Tensor] | None) 
     preprocess = open_clip.transform.image_transform_v2(
         open_clip.transform.PreprocessCfg(**config["preprocess_cfg"]), is_train=False
     )
-    tokenizer = tokenizer or tiny_tokenizer()
+    tokenizer = tokenizer or (tiny_tokenizer() if with_tokenizer else None)
     return Original(module.eval(), tokenizer, preprocess, "tiny", None, frozenset(rows.tolist()))
 
 

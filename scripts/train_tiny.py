@@ -40,7 +40,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from clip_lens.data import scenes
-from clip_lens.data.images import embed_images
+from clip_lens.data.embed import embed_images
 from clip_lens.data.scenes import ANY, COLOURS, FORMS, FRESH, HELD_OUT, SHAPES, Clause, Scene
 
 ASSETS = Path(__file__).resolve().parents[1] / "clip_lens" / "assets" / "tiny"

@@ -6,36 +6,28 @@ how they came about. Everything else here is a view of these: fractions, interva
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from html import escape
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float, Int
 from pandas import DataFrame
 from torch import Tensor
 
-from clip_lens.model.site import KINDS, Edge, Place, Site, at_slot, index_rows, members, slot_of
+from clip_lens.core.bootstrap import BOUNDS, POINTS, SIDES, Draws, Sample, sides_of, tabulate
+from clip_lens.core.files import INDEX, plain, read, write
+from clip_lens.model.site import KINDS, Place, Site, at_slot, index_rows, members, slot_of
 
-INDEX = ("place", "kind", "layer", "unit", "slot", "sender", "receiver")
 PAIRS = ("key", "caption", "foil", "image", "side", "sigma", "d", "segment")
-SIDES = ("caption", "foil", "none", "pooled")  # "pooled" is never in `pairs`, only in tables
 SEGMENTS = ("incorrect", "ambiguous", "correct")
 SLOTS = ("sot", "prefix", "there", "be", "negator", "subject", "subject_rest", "suffix", "stop", "eot")
 LOCALISED = SLOTS[SLOTS.index("negator") :]
-POINTS = ("fraction", "effect", "n", "dropped")
-BOUNDS = ("lower", "upper", "effect_lower", "effect_upper")
 SHOWN = ("fraction", "lower", "upper", "effect", "effect_lower", "effect_upper", "n", "dropped")
 
 Of = Literal["means", "ratios"]
@@ -95,8 +87,8 @@ class Effects:
 
     @cached_property
     def index(self) -> DataFrame:
-        """One row per place: place (its label), kind, layer, unit, slot, sender, receiver; a named slot is a str, a position
-        an int; sender and receiver are an edge's.
+        """One row per place: place (its label), kind, layer, unit, slot, sender, receiver; a named slot is a str, a
+        position an int; sender and receiver are an edge's.
 
         Example:
             >>> toy_effects().index.iloc[-2:, :5]
@@ -123,6 +115,10 @@ class Effects:
     def _sigma(self) -> Float[Tensor, "pair"]:
         return torch.tensor(self.pairs["sigma"].to_numpy(dtype=np.float64), dtype=self.values.dtype)
 
+    @property
+    def _sample(self) -> Sample:
+        return Sample(self.index, self.values, self.total, self.pairs)
+
     def fraction(self, of: Of = "means", floor: float = 0.0, pooled: bool = False) -> DataFrame:
         """The recovered fraction of every place: 0 = nothing moved, 1 = all of it. One row per place and side.
 
@@ -141,7 +137,7 @@ class Effects:
             6  resid 1 @negator  foil       0.3    0.75  2        0
             7      resid 1 @eot  foil       0.7    1.75  2        0
         """
-        return _tabulate(self, of, floor, pooled, draws=None)
+        return tabulate(self._sample, of, floor, pooled, draws=None)
 
     def table(
         self,
@@ -171,7 +167,7 @@ class Effects:
             raise ValueError(f"interval must lie between 0 and 1, as .95 does. Got {interval}")
         if resamples < 1:
             raise ValueError(f"resamples must be at least 1. Got {resamples}")
-        return _tabulate(self, of, floor, pooled, draws=_Draws(interval, resamples, seed))
+        return tabulate(self._sample, of, floor, pooled, draws=Draws(interval, resamples, seed))
 
     def by_slot(self, batch: Slotted) -> Effects:
         """Positions regrouped as named slots, a column per (pair, token): the k-th token of that slot in that pair.
@@ -277,7 +273,7 @@ class Effects:
         """
         points = self._table_for(by, how)
         found = []
-        for side in _sides(self, how.get("pooled", False)):
+        for side in sides_of(self.pairs, how.get("pooled", False)):
             rows = points.index[points["side"] == side]
             order = points.loc[rows, by].abs().sort_values(ascending=False, kind="stable").index[:n] - rows[0]
             chosen = self if side == "pooled" else self.where(side=side)
@@ -330,13 +326,7 @@ class Effects:
             >>> list(pd.read_parquet(folder / "toy.parquet").columns)
             ['place', 'kind', 'layer', 'unit', 'slot', 'sender', 'receiver', 'a', 'b', 'c']
         """
-        index = self.index.assign(slot=_column_of_slots(self.index["slot"]))
-        numbers = self.values if self.values.dtype == torch.float64 else self.values.float()
-        columns = DataFrame(numbers.numpy(), columns=_column_names(self.pairs["key"]))
-        table = pa.Table.from_pandas(pd.concat([index, columns], axis=1), preserve_index=False)
-        note = json.dumps(_note(self), default=_as_json).encode()
-        with written_whole(path) as temporary:
-            pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"clip_lens": note}), temporary)
+        write(path, self.index, {field.name: getattr(self, field.name) for field in fields(self)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Effects:
@@ -351,7 +341,7 @@ class Effects:
             >>> Effects.load(path)
             Effects(4 places x 3 pairs; 1 caption, 2 foil; toy)
         """
-        return cls(**_read(Path(path)))
+        return cls(**read(path))
 
     def __repr__(self) -> str:
         keys = self.pairs.groupby("side")["key"].nunique()
@@ -431,7 +421,7 @@ def pivot(table: DataFrame, rows: str, columns: str, value: str) -> DataFrame:
     column_at = {label: number for number, label in enumerate(column_labels)}
     cells = np.full((len(row_labels), len(column_labels)), np.nan)
     taken: dict[tuple[int, int], int] = {}
-    keys = zip(_plain(table[rows]), _plain(table[columns]), table[value].to_numpy(), strict=True)
+    keys = zip(plain(table[rows]), plain(table[columns]), table[value].to_numpy(), strict=True)
     for number, (row, column, content) in enumerate(keys):
         cell = row_at[row], column_at[column]
         if cell in taken:
@@ -439,31 +429,6 @@ def pivot(table: DataFrame, rows: str, columns: str, value: str) -> DataFrame:
         taken[cell] = number
         cells[cell] = content
     return DataFrame(cells, index=_axis(rows, row_labels), columns=_axis(columns, column_labels))
-
-
-@contextmanager
-def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well, and vanishes when it does not.
-
-    Example:
-        >>> path = getfixture("tmp_path") / "a.txt"
-        >>> with written_whole(path) as temporary:
-        ...     _ = temporary.write_text("all of it")
-        >>> path.read_text()
-        'all of it'
-    """
-    target = Path(path)
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # mkstemp makes files that only their owner may read
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def toy_effects() -> Effects:
@@ -523,121 +488,13 @@ def _check_pairs(pairs: DataFrame) -> None:
         raise ValueError(f"side must be 'caption', 'foil' or 'none'. Got {strange[0]!r}")
 
 
-# Fractions and the bootstrap
-
-
-class _Draws(NamedTuple):
-    """How to resample pairs: the interval's level, how often, from which seed."""
-
-    interval: float
-    resamples: int
-    seed: int
-
-    def counts(self, side: str, n_keys: int) -> Float[Tensor, "key resample"]:
-        """How often each pair is drawn in each resample; a side has a stream of its own."""
-        stream = np.random.default_rng([self.seed, SIDES.index(side)])
-        drawn = stream.multinomial(n_keys, np.full(n_keys, 1 / n_keys), self.resamples)
-        return torch.from_numpy(drawn.T.astype(np.float64))
-
-
-class _Sums(NamedTuple):
-    """What each pair adds to a place's fraction = numerator / denominator and to its mean effect = effect / entered."""
-
-    effect: Float[Tensor, "place key"]
-    entered: Float[Tensor, "place key"]
-    numerator: Float[Tensor, "place key"]
-    denominator: Float[Tensor, "place key"]
-
-
-def _sides(effects: Effects, pooled: bool) -> list[str]:
-    present = set(effects.pairs["side"])
-    return ["pooled"] if pooled else [side for side in SIDES if side in present] or ["none"]
-
-
-def _tabulate(effects: Effects, of: str, floor: float, pooled: bool, draws: _Draws | None) -> DataFrame:
-    if of not in ("means", "ratios"):
-        raise ValueError(f"of must be 'means' (a ratio of means) or 'ratios' (a mean of ratios). Got {of!r}")
-    frames = []
-    for side in _sides(effects, pooled):
-        chosen = effects.pairs if pooled else effects.pairs[effects.pairs["side"] == side]
-        columns = torch.tensor(chosen.index.to_numpy(), dtype=torch.long)
-        codes, keys = pd.factorize(chosen["key"])
-        counts = draws.counts(side, len(keys)) if draws and len(keys) else None
-        size = max(1, 2**21 // max(len(columns), draws.resamples if draws else 1))  # bounds memory to tens of MB
-        parts = []
-        for rows in torch.arange(len(effects.places)).split(size):
-            sums = _sums(effects, rows, columns, torch.from_numpy(codes), len(keys), of, floor)
-            parts.append({**_points(sums, len(keys)), **(_bounds(sums, counts, draws) if draws else {})})
-        names = POINTS + BOUNDS if draws else POINTS
-        found: dict[str, Any] = {
-            name: torch.cat([part[name] for part in parts]).numpy() if parts else [] for name in names
-        }
-        frames.append(effects.index.assign(side=side, **found))
-    table = pd.concat(frames, ignore_index=True)
-    return table.astype({"n": np.int64, "dropped": np.int64})
-
-
-def _sums(effects: Effects, rows: Tensor, columns: Tensor, codes: Tensor, n_keys: int, of: str, floor: float) -> _Sums:
-    """Sums over each key's columns, in float64; a column enters where it has a value and its total is large enough."""
-    sigma = effects._sigma[columns].double()
-    values, total = effects.values[rows][:, columns].double() * sigma, effects.total[columns].double() * sigma
-    enters = ~values.isnan() & (total.abs() >= floor)  # a NaN total is never >= floor
-    if of == "ratios":
-        enters &= total != 0
-    zero = torch.zeros((), dtype=torch.float64)
-
-    def per_key(numbers: Tensor) -> Tensor:
-        kept = torch.where(enters, numbers, zero)
-        return kept.new_zeros(len(rows), n_keys).index_add_(1, codes, kept)
-
-    effect, count = per_key(values), per_key(torch.ones_like(total))
-    if of == "ratios":
-        return _Sums(effect, count, per_key(values / total), count)
-    return _Sums(effect, count, effect, per_key(total))
-
-
-def _points(sums: _Sums, n_keys: int) -> dict[str, Tensor]:
-    fraction, effect = _estimates(sums, torch.ones(n_keys, 1, dtype=torch.float64))
-    n = torch.where(fraction[:, 0].isnan(), 0, (sums.entered > 0).sum(1))
-    return {"fraction": fraction[:, 0], "effect": effect[:, 0], "n": n, "dropped": n_keys - n}
-
-
-def _bounds(sums: _Sums, counts: Tensor | None, draws: _Draws) -> dict[str, Tensor]:
-    if counts is None:
-        return dict.fromkeys(BOUNDS, torch.full((len(sums.effect),), torch.nan, dtype=torch.float64))
-    tail = (1 - draws.interval) / 2
-    levels = torch.tensor([tail, 1 - tail], dtype=torch.float64)
-    bounds = [bound for drawn in _estimates(sums, counts) for bound in drawn.nanquantile(levels, dim=1)]
-    return dict(zip(BOUNDS, bounds, strict=True))
-
-
-def _estimates(sums: _Sums, weights: Float[Tensor, "key resample"]) -> tuple[Tensor, Tensor]:
-    """Fraction and mean signed effect, [place, resample], of pairs that count `weights` times."""
-    fraction = _divide(sums.numerator @ weights, _weigh(sums.denominator, weights))
-    return fraction, _divide(sums.effect @ weights, _weigh(sums.entered, weights))
-
-
-def _weigh(parts: Tensor, weights: Tensor) -> Tensor:
-    """`parts @ weights`; without NaN values every place has the same denominator, and one row does for all."""
-    return (parts[:1] if len(parts) and bool((parts == parts[:1]).all()) else parts) @ weights
-
-
-def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    return torch.where(denominator == 0, torch.nan, numerator / denominator)
-
-
 # Grids and filters
-
-
-def _plain(column: pd.Series) -> list[Any]:
-    """A column's entries as Python values, None for what is missing."""
-    return [None if missing else value for value, missing in zip(column.astype(object), column.isna(), strict=True)]
 
 
 def _ordered(name: str, column: pd.Series) -> list[Any]:
     """The distinct entries in reading order: slots as in the text, kinds as listed, numbers ascending, None last."""
     known: tuple[str, ...] = {"slot": SLOTS, "kind": KINDS}.get(name, ())
-    seen = list(dict.fromkeys(_plain(column)))
+    seen = list(dict.fromkeys(plain(column)))
 
     def rank(entry: Any) -> tuple[int, int]:
         if entry is None:
@@ -650,17 +507,17 @@ def _ordered(name: str, column: pd.Series) -> list[Any]:
 
 
 def _axis(name: str, labels: list[Any]) -> pd.Index:
-    plain = len({type(label) for label in labels}) == 1 and None not in labels
-    return pd.Index(labels, name=name) if plain else pd.Index(labels, name=name, dtype=object)
+    uniform = len({type(label) for label in labels}) == 1 and None not in labels
+    return pd.Index(labels, name=name) if uniform else pd.Index(labels, name=name, dtype=object)
 
 
 def _collision(two: DataFrame, rows: str, columns: str) -> str:
-    cell = ", ".join(f"{name}={_plain(two[name])[0]!r}" for name in (rows, columns))
-    further = [name for name in INDEX[1:] if name not in (rows, columns) and len(set(_plain(two[name]))) > 1]
+    cell = ", ".join(f"{name}={plain(two[name])[0]!r}" for name in (rows, columns))
+    further = [name for name in INDEX[1:] if name not in (rows, columns) and len(set(plain(two[name]))) > 1]
     if not further:
         return f"two places fall on {cell}: {' and '.join(two['place'])}, the same in every column"
     name = further[0]
-    values = " and ".join(repr(value) for value in _plain(two[name]))
+    values = " and ".join(repr(value) for value in plain(two[name]))
     return f"two places fall on {cell} and differ in {name} ({values}); choose with where({name}=...), or lay out by it"
 
 
@@ -672,7 +529,7 @@ def _matches(column: pd.Series, wanted: Any) -> np.ndarray:
         return found.astype(bool)
     several = isinstance(wanted, Collection | pd.Series | np.ndarray | Tensor) and not isinstance(wanted, str | bytes)
     choices = [value.item() if isinstance(value, Tensor) else value for value in wanted] if several else [wanted]
-    return np.array([entry in choices for entry in _plain(column)], dtype=bool)
+    return np.array([entry in choices for entry in plain(column)], dtype=bool)
 
 
 def _selected(effects: Effects, filters: Mapping[str, Any], kept: int) -> dict[str, str]:
@@ -746,105 +603,3 @@ def _rows_of(keys: list[Any], batch_keys: list[Any]) -> list[int]:
             f"{len(missing)} pairs of the result are not in the batch, such as {missing[0]!r}; give the one patched"
         )
     return [row[key] for key in keys]
-
-
-# Files
-
-
-def _column_of_slots(slots: pd.Series) -> pd.Series:
-    """A Parquet column has one type: positions stay numbers, names stay text, a mixture becomes text."""
-    found = _plain(slots)
-    if all(slot is None or not isinstance(slot, str) for slot in found):
-        return pd.Series(found, dtype="Int64")
-    return pd.Series([None if slot is None else str(slot) for slot in found], dtype="str")
-
-
-def _column_names(keys: Iterable[Any]) -> list[str]:
-    taken = set(INDEX)
-    names = []
-    for key in keys:
-        name, number = str(key), 0
-        while name in taken:
-            number += 1
-            name = f"{key}#{number}"
-        taken.add(name)
-        names.append(name)
-    return names
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The fields of a saved result."""
-    try:
-        table = pq.read_table(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is no whole Parquet file, it may be truncated: {error}") from error
-    note = json.loads((table.schema.metadata or {}).get(b"clip_lens", b"null"))
-    if note is None or note.get("format") != 1:
-        raise ValueError(f"{path} is a Parquet file, but not one that this version's Effects.save wrote")
-    dtype, pairs = getattr(torch, note["dtype"]), _frame(note["pairs"])
-    stored = np.float64 if dtype == torch.float64 else np.float32
-    values = table.drop_columns(list(INDEX)).to_pandas().to_numpy(dtype=stored)
-    return {
-        "values": torch.tensor(values).reshape(len(note["places"]), len(pairs)).to(dtype),
-        "total": _tensor(note["total"], dtype),
-        "baseline": _tensor(note["baseline"], dtype),
-        "places": tuple(_place(entry) for entry in note["places"]),
-        "pairs": pairs,
-        "meta": note["meta"],
-    }
-
-
-def _note(effects: Effects) -> dict[str, Any]:
-    """All but index and values, as JSON: a site is [kind, layer, unit, slot], an edge {"sender": .., "receiver": ..}, a
-    tuple a list of those."""
-    return {
-        "format": 1,
-        "dtype": str(effects.values.dtype).removeprefix("torch."),
-        "places": [_entry(place) for place in effects.places],
-        "total": _numbers(effects.total),
-        "baseline": _numbers(effects.baseline),
-        "pairs": [
-            {"name": str(name), "dtype": _dtype_name(column), "values": _plain(column)}
-            for name, column in effects.pairs.items()
-        ],
-        "meta": dict(effects.meta),
-    }
-
-
-def _numbers(numbers: Float[Tensor, "pair"]) -> list[float | None]:
-    return [None if number != number else number for number in numbers.double().tolist()]
-
-
-def _tensor(numbers: list[float | None], dtype: torch.dtype) -> Float[Tensor, "pair"]:
-    exact = [torch.nan if number is None else number for number in numbers]
-    return torch.tensor(exact, dtype=torch.float64).to(dtype)
-
-
-def _entry(place: Place) -> Any:
-    if isinstance(place, tuple):
-        return [_entry(member) for member in place]
-    if isinstance(place, Edge):
-        return {"sender": _entry(place.sender), "receiver": _entry(place.receiver)}
-    return [place.kind, place.layer, place.unit, place.slot]
-
-
-def _place(entry: Any) -> Any:
-    if isinstance(entry, dict):
-        return Edge(_place(entry["sender"]), _place(entry["receiver"]))
-    return Site(*entry) if isinstance(entry[0], str) else tuple(_place(member) for member in entry)
-
-
-def _dtype_name(column: pd.Series) -> str:
-    return "str" if isinstance(column.dtype, pd.StringDtype) else str(column.dtype)
-
-
-def _frame(columns: list[dict[str, Any]]) -> DataFrame:
-    return DataFrame({column["name"]: pd.Series(column["values"], dtype=column["dtype"]) for column in columns})
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    if isinstance(value, pd.Timestamp):
-        return value.isoformat()
-    raise TypeError(f"a pair's information must be text, numbers, lists or mappings to be saved. Got {value!r}")

@@ -8,20 +8,13 @@ what failed (json), and a digest of each image file's bytes (json).
 from __future__ import annotations
 
 import difflib
-import hashlib
 import html
 import json
 import os
-import re
-import shutil
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
-from io import BytesIO
 from itertools import islice, pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -35,8 +28,6 @@ from torch import Tensor
 
 FORMAT = "clip_lens.images/1"
 TINY = Path(str(files("clip_lens"))) / "assets" / "tiny" / "images.safetensors"
-EXTENSIONS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-BATCHES_PER_CHUNK = 8
 
 _LABELS = ("model", "pretrained", "digest", "preprocessing", "versions", "origin")
 Failures = Sequence[tuple[str, str]]
@@ -54,7 +45,8 @@ class ImageStore:
     """Unit image embeddings by image id, read from disk as they are asked for.
 
     An id is the image's path below the folder that was embedded, with its extension ("cats/1.jpg"). `failed` lists the
-    images that have no embedding, with the reason; `provenance` says by what the others were made.
+    images that have no embedding, with the reason; `provenance` says by what the others were made; `contents` has
+    the digests of the image files' bytes by id, where they are known.
 
     Example:
         >>> store = ImageStore.from_tensors(["a.png", "b.png"], torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
@@ -81,7 +73,7 @@ class ImageStore:
         self._rows = rows
         self._shape = tuple(rows.shape if isinstance(rows, Tensor) else rows.get_shape())
         self._position = {name: position for position, name in enumerate(self.ids)}
-        self._content = dict(zip(self.ids, contents, strict=True)) if contents else {}
+        self.contents = dict(zip(self.ids, contents, strict=True)) if contents else {}
 
     @classmethod
     def open(cls, path: PathLike = "tiny") -> ImageStore:
@@ -144,8 +136,8 @@ class ImageStore:
             _refuse(ids, (norms - 1).abs() > 1e-3, "a norm other than 1", "give unit rows, or leave normalize=True")
         known = {"model": model, "pretrained": pretrained, "digest": digest, "preprocessing": preprocessing or None}
         provenance = {name: value for name, value in known.items() if value is not None}
-        provenance |= {"versions": _versions("clip_lens", "torch"), "origin": "given as tensors, computed elsewhere"}
-        return cls(ids, _unit(rows) if normalize else rows, provenance)
+        provenance |= {"versions": versions("clip_lens", "torch"), "origin": "given as tensors, computed elsewhere"}
+        return cls(ids, unit(rows) if normalize else rows, provenance)
 
     @property
     def d_embed(self) -> int:
@@ -216,7 +208,7 @@ class ImageStore:
         Example:
             >>> ImageStore.open("tiny").require(model="tiny")
         """
-        here, there = _label(self.model, self.pretrained), _label(model, pretrained)
+        here, there = label(self.model, self.pretrained), label(model, pretrained)
         if d_embed is not None and d_embed != self.d_embed:
             raise ValueError(
                 f"the image embeddings of {here} have {self.d_embed} dimensions, the encoder {there} has {d_embed}: "
@@ -249,7 +241,7 @@ class ImageStore:
             "format": FORMAT,
             "ids": json.dumps(self.ids),
             "failed": json.dumps(self.failed),
-            "contents": json.dumps([self._content.get(name, "") for name in self.ids]),
+            "contents": json.dumps([self.contents.get(name, "") for name in self.ids]),
         }
         rows = self[self.ids].float().contiguous()
         # In the same folder, since a rename is atomic only within one file system.
@@ -263,271 +255,12 @@ class ImageStore:
     def __repr__(self) -> str:
         lost = f", {len(self.failed)} failed" if self.failed else ""
         images = f"{len(self)} image{'s' if len(self) != 1 else ''}"
-        return f"ImageStore({images}, d_embed {self.d_embed}, {_label(self.model, self.pretrained)}{lost})"
+        return f"ImageStore({images}, d_embed {self.d_embed}, {label(self.model, self.pretrained)}{lost})"
 
     def _repr_html_(self) -> str:
-        shown = {"ids": _some(self.ids, 3), **self.provenance, "failed": _some([name for name, _ in self.failed], 3)}
+        shown = {"ids": some(self.ids, 3), **self.provenance, "failed": some([name for name, _ in self.failed], 3)}
         rows = "".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in shown.items() if text)
         return f"<p>{html.escape(repr(self))}</p><table>{rows}</table>"
-
-
-def embed_images(
-    paths: PathLike | Iterable[PathLike],
-    *,
-    model: str = "tiny",
-    pretrained: str | None = None,
-    out: PathLike,
-    batch_size: int = 64,
-    device: str = "cpu",
-    progress: bool = True,
-    overwrite: bool = False,
-) -> ImageStore:
-    """The store `out` with the embeddings of a folder of images and its subfolders, of one image, or of a list of them.
-
-    `model` and `pretrained` are open_clip's, or "tiny". Pictures go through the model's own preprocessing as
-    `preprocess(PIL.Image.open(file))` does it: to RGB, EXIF orientation not applied. An id is the path below the
-    folder; for listed files, below the folder that they have in common. Images that can't be read are listed in
-    `failed` and in one warning.
-
-    A run that is interrupted resumes: what is done lies in `<out>.partial` until all is. A finished `out` of the same
-    model is extended; its images are not computed again unless their files changed. An `out` of another model is
-    refused; `overwrite=True` replaces it.
-
-    Raises:
-        FileNotFoundError: a path does not exist.
-        ValueError: no image is found, two images get the same id, none can be read, `out` or what lies in
-            `<out>.partial` was made by another model or is no store, the model can't be loaded, or `device` can't be
-            used.
-
-    Example:
-        >>> from tempfile import TemporaryDirectory
-        >>> from PIL import Image
-        >>> with TemporaryDirectory() as folder:
-        ...     Image.new("RGB", (48, 48), "red").save(folder + "/red.png")
-        ...     embed_images(folder, out=folder + "/images.safetensors", progress=False)
-        ImageStore(1 image, d_embed 128, tiny)
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    images, out = _find(paths), Path(out)
-    finished = None if overwrite or not out.exists() else ImageStore.open(out)
-    tower = _image_tower(model, pretrained, device)
-    if finished:
-        _same_maker(finished, tower, out)
-    partial = _Partial(out.with_name(f"{out.name}.partial"))
-    chunks = partial.resume(tower, overwrite)
-    kept = _unchanged(finished, images, others=True) if finished else {}
-    todo = [name for name in images if name not in kept]
-    if finished and not todo:
-        return finished
-    chunked = {name: chunk for chunk in chunks for name in _unchanged(chunk, images)}
-    batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
-    failed = _compute(batches, chunked, images, tower, partial, progress)
-    store = _merged(finished, kept, chunked, images, failed, tower)
-    del kept, chunked, chunks, finished  # an open file can't be replaced everywhere
-    store.save(out)
-    partial.remove()
-    _warn(failed, len(images))
-    return ImageStore.open(out)
-
-
-@dataclass(frozen=True)
-class _ImageTower:
-    """What turns image files into unit embeddings, and what is said about it in a store."""
-
-    encode: Callable[[Tensor], Tensor]
-    preprocess: Callable[[Any], Tensor]
-    device: str
-    provenance: Mapping[str, str]
-
-    def __call__(self, images: Mapping[str, Path]) -> ImageStore:
-        """A store of one batch; its `failed` has what can't be read or comes out without a direction."""
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            loaded = dict(zip(images, pool.map(self._load, images.values()), strict=True))
-        failed = [(name, result) for name, (_, result) in loaded.items() if isinstance(result, str)]
-        pixels = {name: result for name, (_, result) in loaded.items() if isinstance(result, Tensor)}
-        if not pixels:
-            return ImageStore([], torch.empty(0, 0), self.provenance, failed)
-        with torch.inference_mode():
-            rows = self.encode(torch.stack(list(pixels.values())).to(self.device)).float().cpu()
-        sound = rows.isfinite().all(1) & (rows != 0).any(1)
-        failed += [(name, "the model's output is not finite or zero") for name in _where(~sound, list(pixels))]
-        ids = _where(sound, list(pixels))
-        return ImageStore(ids, _unit(rows[sound]), self.provenance, failed, [loaded[name][0] for name in ids])
-
-    def _load(self, path: Path) -> tuple[str, Tensor | str]:
-        """The digest of the file's bytes, and pixels or the reason why there are none."""
-        from PIL import Image
-
-        try:
-            content = path.read_bytes()
-            with Image.open(BytesIO(content)) as image:
-                return _fingerprint(content), self.preprocess(image)
-        except Exception as error:  # a decoder meets any kind of broken file, and none of them ends the run
-            return "", _why(error)
-
-
-def _image_tower(model: str, pretrained: str | None, device: str) -> _ImageTower:
-    from clip_lens.openclip import digest, open_original
-
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"device={device!r} can't be used here ({reason}); give 'cpu', or 'cuda' on a GPU") from error
-    original = open_original(model, pretrained=pretrained)
-    module: Any = original.module.to(device).eval()
-    if original.preprocess is None:
-        raise ValueError(f"{model} has no preprocessing for images; give the name of an open_clip model")
-    provenance = {
-        "model": original.name,
-        "digest": digest(module.visual.state_dict()),
-        # The address of a function in a repr would differ from run to run.
-        "preprocessing": re.sub(r" at 0x[0-9a-f]+", "", str(original.preprocess)),
-        "versions": _versions("clip_lens", "open_clip_torch", "torch", "pillow"),
-        "origin": "computed by clip_lens.embed_images",
-    }
-    if original.pretrained is not None:
-        provenance["pretrained"] = str(original.pretrained)
-    return _ImageTower(module.encode_image, original.preprocess, device, provenance)
-
-
-@dataclass(frozen=True)
-class _Partial:
-    """The folder of an unfinished run: stores of some batches each, every one with its provenance."""
-
-    folder: Path
-
-    def resume(self, tower: _ImageTower, overwrite: bool) -> list[ImageStore]:
-        """What earlier runs of the same model left here; another model's is refused, or removed by `overwrite`."""
-        chunks = []
-        for file in sorted(self.folder.glob("*.safetensors")):
-            chunk = ImageStore.open(file)
-            if overwrite and not _made_by(chunk, tower):
-                file.unlink()
-                continue
-            _same_maker(chunk, tower, self.folder)
-            chunks.append(chunk)
-        return chunks
-
-    def save(self, stores: Sequence[ImageStore]) -> ImageStore | None:
-        """One store of several, written, or None if none of them has an embedding."""
-        filled = [store for store in stores if len(store)]
-        if not filled:
-            return None
-        chunk = _joined({name: store for store in filled for name in store.ids}, filled[0].provenance)
-        chunk.save(self.folder / f"{_fingerprint(json.dumps(chunk.ids).encode())}.safetensors")
-        return chunk
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _compute(
-    batches: Sequence[Sequence[str]],
-    done: dict[str, ImageStore],
-    images: Mapping[str, Path],
-    tower: _ImageTower,
-    partial: _Partial,
-    progress: bool,
-) -> list[tuple[str, str]]:
-    """Embeds what isn't done, adds it to `done`, and returns what failed; what is computed is saved on any way out.
-
-    Batches are the same whether a run was interrupted or not, so that both give the same bits.
-    """
-    from tqdm import tqdm
-
-    failed: list[tuple[str, str]] = []
-    unsaved: list[ImageStore] = []
-    # disable=None: no bar where standard error isn't a terminal
-    bar = tqdm(total=sum(map(len, batches)), unit="image", desc="embedding", disable=None if progress else True)
-
-    def save() -> None:
-        chunk = partial.save(unsaved)
-        unsaved.clear()
-        done.update(dict.fromkeys(chunk.ids, chunk) if chunk else {})
-
-    try:
-        for batch in batches:
-            computed = tower({name: images[name] for name in batch if name not in done})
-            unsaved.append(computed)
-            failed += computed.failed
-            bar.update(len(batch))
-            if len(unsaved) >= BATCHES_PER_CHUNK:
-                save()
-    finally:
-        bar.close()
-        save()
-    return failed
-
-
-def _merged(
-    finished: ImageStore | None,
-    kept: Mapping[str, ImageStore],
-    chunked: Mapping[str, ImageStore],
-    images: Mapping[str, Path],
-    failed: Failures,
-    tower: _ImageTower,
-) -> ImageStore:
-    """The finished store's images first, in its order, then the new ones as they were asked for."""
-    have = {**kept, **chunked}
-    if not have:
-        raise ValueError(f"none of {len(images)} images could be embedded: {_reasons(failed)}; check the files")
-    order = dict.fromkeys([*(finished.ids if finished else ()), *images])
-    earlier = [entry for entry in (finished.failed if finished else ()) if entry[0] not in images]
-    return _joined({name: have[name] for name in order if name in have}, tower.provenance, [*earlier, *failed])
-
-
-def _joined(have: Mapping[str, ImageStore], provenance: Mapping[str, str], failed: Failures = ()) -> ImageStore:
-    """One store in memory of images in several, in the order of `have`."""
-    position = {name: row for row, name in enumerate(have)}
-    stores = list({id(store): store for store in have.values()}.values())
-    rows = torch.empty(len(have), stores[0].d_embed)
-    for store in stores:
-        own = [name for name in store.ids if have.get(name) is store]
-        rows[[position[name] for name in own]] = store[own].float()
-    return ImageStore(list(have), rows, provenance, failed, [have[name]._content.get(name, "") for name in have])
-
-
-def _unchanged(store: ImageStore, images: Mapping[str, Path], others: bool = False) -> dict[str, ImageStore]:
-    """The ids of a store whose files still have the bytes they had; `others`: also ids that aren't asked for."""
-    return {
-        name: store
-        for name in store.ids
-        if (name in images and _file_fingerprint(images[name]) == store._content.get(name))
-        or (others and name not in images)
-    }
-
-
-def _find(paths: PathLike | Iterable[PathLike]) -> dict[str, Path]:
-    """Image files by id: below each given folder, or below the folder that listed files have in common."""
-    given = [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
-    absent = [str(path) for path in given if not path.exists()]
-    if absent:
-        raise FileNotFoundError(f"there is no image or folder {_some(absent)}; check the paths")
-    listed = [path.absolute().parent for path in given if not path.is_dir()]
-    common = Path(os.path.commonpath(listed)) if listed else Path()
-    images: dict[str, Path] = {}
-    for path in given:
-        root, found = (path, _below(path)) if path.is_dir() else (common, [path.absolute()])
-        for file in found:
-            name = file.relative_to(root).as_posix()
-            if images.setdefault(name, file) != file and not images[name].samefile(file):
-                raise ValueError(
-                    f"{images[name]} and {file} would both get the id {name!r}; "
-                    "give the folder that they have in common, or make a store for each"
-                )
-    if not images:
-        where = f"below {_some([str(path) for path in given])}" if given else "in an empty list"
-        raise ValueError(f"no image {where}; looked for files ending in {', '.join(EXTENSIONS)}")
-    return images
-
-
-def _below(folder: Path) -> list[Path]:
-    """Image files in a folder and its subfolders, sorted; hidden ones are no images (".thumbs", "._1.jpg")."""
-    files = (file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
-    visible = (file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts))
-    return sorted(visible, key=lambda file: file.relative_to(folder).as_posix())
 
 
 def _from_file(file: Path, handle: Any) -> ImageStore:
@@ -562,7 +295,13 @@ def _read(rows: Any, positions: Tensor, d_embed: int) -> Tensor:
     return torch.cat(runs)[inverse]
 
 
-def _unit(rows: Tensor) -> Tensor:
+def unit(rows: Tensor) -> Tensor:
+    """Rows of norm 1, divided in float64.
+
+    Example:
+        >>> unit(torch.tensor([[3.0, 4.0]]))
+        tensor([[0.6000, 0.8000]])
+    """
     return torch.nn.functional.normalize(rows.double(), dim=1).to(rows.dtype)
 
 
@@ -576,27 +315,33 @@ def _checked_ids(ids: Sequence[str], shape: tuple[int, ...]) -> list[str]:
         )
     foreign = [name for name in names if not isinstance(name, str)]
     if foreign:
-        raise ValueError(f"ids must be texts, got {_some([repr(name) for name in foreign])}; use str(id)")
+        raise ValueError(f"ids must be texts, got {some([repr(name) for name in foreign])}; use str(id)")
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
-        raise ValueError(f"{len(repeated)} ids repeat: {_some(repeated)}; every image needs an id of its own")
+        raise ValueError(f"{len(repeated)} ids repeat: {some(repeated)}; every image needs an id of its own")
     return names
 
 
-def _where(mask: Tensor, names: Sequence[str]) -> list[str]:
+def where(mask: Tensor, names: Sequence[str]) -> list[str]:
+    """The names at which a mask is true.
+
+    Example:
+        >>> where(torch.tensor([True, False]), ["a.png", "b.png"])
+        ['a.png']
+    """
     return [name for name, chosen in zip(names, mask.tolist(), strict=True) if chosen]
 
 
 def _refuse(ids: Sequence[str], bad: Tensor, what: str, remedy: str) -> None:
-    names = _where(bad, ids)
+    names = where(bad, ids)
     if names:
-        raise ValueError(f"{len(names)} of {len(ids)} embeddings have {what}: {_some(names)}; {remedy}")
+        raise ValueError(f"{len(names)} of {len(ids)} embeddings have {what}: {some(names)}; {remedy}")
 
 
 def _missing(store: ImageStore, missing: Sequence[str]) -> str:
-    close = [f"{name!r} may be {_some(near, 2)}" for name, near in _near(store.ids, missing[:5]).items() if near]
+    close = [f"{name!r} may be {some(near, 2)}" for name, near in _near(store.ids, missing[:5]).items() if near]
     return (
-        f"{len(missing)} image ids are not in {store!r}: {_some(missing)}; its ids look like {_some(store.ids, 3)}"
+        f"{len(missing)} image ids are not in {store!r}: {some(missing)}; its ids look like {some(store.ids, 3)}"
         + (f"; {', '.join(close)}" if close else "")
         + ("; some of them failed when they were embedded" if {name for name, _ in store.failed} & set(missing) else "")
     )
@@ -611,7 +356,13 @@ def _near(ids: Sequence[str], names: Sequence[str]) -> dict[str, list[str]]:
     return {name: stems.get(Path(name).stem.lower()) or difflib.get_close_matches(name, few) for name in names}
 
 
-def _label(model: str | None, pretrained: str | None) -> str:
+def label(model: str | None, pretrained: str | None) -> str:
+    """A model as messages name it.
+
+    Example:
+        >>> label("ViT-B-32", "openai"), label(None, None)
+        ('ViT-B-32 (openai)', 'an unknown model')
+    """
     return "an unknown model" if model is None else f"{model} ({pretrained})" if pretrained else model
 
 
@@ -621,41 +372,13 @@ def _remedy(model: str | None, pretrained: str | None) -> str:
     return f"embed the images with the encoder's model ({command})"
 
 
-def _made_by(store: ImageStore, tower: _ImageTower) -> bool:
-    return all(store.provenance.get(name) == tower.provenance[name] for name in ("digest", "preprocessing"))
+def versions(*packages: str) -> str:
+    """The installed versions of packages, as JSON.
 
-
-def _same_maker(store: ImageStore, tower: _ImageTower, where: Path) -> None:
-    if _made_by(store, tower):
-        return
-    theirs, ours = (
-        f"{_label(made.get('model'), made.get('pretrained'))}, image tower {made.get('digest', 'unknown')}"
-        for made in (store.provenance, tower.provenance)
-    )
-    differ = " with another preprocessing" if theirs == ours else ""
-    raise ValueError(
-        f"{where} was made by {theirs}{differ}; this run is {ours}: give another `out`, or overwrite=True to replace it"
-    )
-
-
-def _why(error: Exception) -> str:
-    """The first line of an error, without the path or the address of what it was about."""
-    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return re.sub(r" *<_io\.BytesIO object at 0x[0-9a-fA-F]+>", "", text.splitlines()[0])
-
-
-def _fingerprint(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
-
-
-def _file_fingerprint(path: Path) -> str:
-    try:
-        return _fingerprint(path.read_bytes())
-    except OSError:
-        return ""
-
-
-def _versions(*packages: str) -> str:
+    Example:
+        >>> versions("no-such-package")
+        '{"no-such-package": "not installed"}'
+    """
     found = {}
     for package in packages:
         try:
@@ -665,17 +388,11 @@ def _versions(*packages: str) -> str:
     return json.dumps(found)
 
 
-def _warn(failed: Failures, asked: int) -> None:
-    if failed:
-        warnings.warn(
-            f"{len(failed)} of {asked} images have no embedding, see the store's `failed`: {_reasons(failed)}",
-            stacklevel=3,
-        )
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first few names, and how many more there are.
 
-
-def _reasons(failed: Failures) -> str:
-    return _some([f"{name} ({reason})" for name, reason in failed])
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
+    Example:
+        >>> some(["a", "b", "c"], 2)
+        'a, b and 1 more'
+    """
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -45,7 +45,7 @@ def load(
         if pretrained is not None:
             raise ValueError("a module in memory has its weights with it; pretrained= goes with a model's name")
         title = f"{type(name).__name__} in memory"
-        original = Original(name, tokenizer, None, title, None)  # type: ignore[arg-type]
+        original = Original(name, tokenizer, None, title, None)
     else:
         _refuse_early(name)
         original = open_original(name, pretrained=pretrained, tokenizer=tokenizer)

@@ -17,7 +17,8 @@ from markupsafe import Markup
 from pandas import DataFrame
 from plotly.offline import get_plotlyjs
 
-from clip_lens.core.effects import SEGMENTS, SIDES, Effects, written_whole
+from clip_lens.core.effects import SEGMENTS, SIDES, Effects
+from clip_lens.core.files import written_whole
 from clip_lens.show.plots import SIDE_NAMES, heatmap, largest, slot_name
 
 WHAT = (

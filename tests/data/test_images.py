@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from clip_lens.data import images as subject
-from clip_lens.data.images import ImageStore, UnknownImage, embed_images
+from clip_lens.data import embed as embedding
+from clip_lens.data import images as storing
+from clip_lens.data.embed import embed_images
+from clip_lens.data.images import ImageStore, UnknownImage
 from clip_lens.openclip import digest, open_original
 
 CONFIG = {
@@ -90,7 +92,7 @@ def same(one, two):
 @pytest.fixture
 def interrupted(monkeypatch):
     """A function that lets `batches` batches pass and then presses Ctrl-C."""
-    whole = subject._ImageTower.__call__
+    whole = embedding._ImageTower.__call__
 
     def interrupt_after(batches):
         left = iter(range(batches))
@@ -100,7 +102,7 @@ def interrupted(monkeypatch):
                 raise KeyboardInterrupt
             return whole(tower, images)
 
-        monkeypatch.setattr(subject._ImageTower, "__call__", call)
+        monkeypatch.setattr(embedding._ImageTower, "__call__", call)
 
     return interrupt_after
 
@@ -183,6 +185,16 @@ def test_a_batch_without_a_readable_image(folder, model, tmp_path):
         assert len(embed(folder, tmp_path / "s", model, batch_size=1)) == 11
 
 
+def test_no_tokenizer_is_opened(folder, tmp_path, monkeypatch):
+    """Some have to be downloaded, and pictures need none."""
+    for name in ("_tokenizer", "tiny_tokenizer"):
+        monkeypatch.setattr(f"clip_lens.openclip.{name}", lambda *_: pytest.fail("opened"))
+    monkeypatch.setattr("clip_lens.openclip.open_original", open_original)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert len(embed_images(folder, out=tmp_path / "s", progress=False))
+
+
 def test_outputs_without_a_direction_are_listed(folder, model, tmp_path, monkeypatch):
     original = open_original(model)
     encode = original.module.encode_image
@@ -196,7 +208,7 @@ def test_outputs_without_a_direction_are_listed(folder, model, tmp_path, monkeyp
 
 @pytest.mark.parametrize("batches", [0, 1, 2, 4])
 def test_an_interrupted_run_resumes_to_the_same_bits(folder, model, tmp_path, interrupted, monkeypatch, batches):
-    monkeypatch.setattr(subject, "BATCHES_PER_CHUNK", 2)
+    monkeypatch.setattr(embedding, "BATCHES_PER_CHUNK", 2)
     truncate(folder / "b.jpg")
     with pytest.warns(UserWarning, match="1 of 12"):
         whole = embed(folder, tmp_path / "whole", model, batch_size=2)
@@ -380,7 +392,7 @@ def test_saving_is_whole_or_not_at_all(rows, tmp_path, monkeypatch):
         path.write_bytes(before[:50])
         raise OSError("disk full")
 
-    monkeypatch.setattr(subject, "save_file", half_a_file)
+    monkeypatch.setattr(storing, "save_file", half_a_file)
     with pytest.raises(OSError, match="disk full"):
         ImageStore.from_tensors(IDS, -rows).save(file)
     assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
@@ -513,7 +525,7 @@ def test_files_that_are_no_stores(rows, tmp_path):
             ImageStore.open(file)
 
 
-GOOD = {"format": subject.FORMAT, "ids": json.dumps(IDS)}
+GOOD = {"format": storing.FORMAT, "ids": json.dumps(IDS)}
 FOREIGN = [
     (None, "no store of images .format 'not given'.* use ImageStore.from_tensors"),
     (GOOD | {"format": "clip_lens.images/2"}, "has the format clip_lens.images/2, this version reads .*upgrade"),

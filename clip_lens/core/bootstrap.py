@@ -1,0 +1,148 @@
+"""From effects per pair to a table: sums by side, fractions, counts, and bootstrap intervals over pairs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from pandas import DataFrame
+from torch import Tensor
+
+SIDES = ("caption", "foil", "none", "pooled")  # "pooled" is never in `pairs`, only in tables
+POINTS = ("fraction", "effect", "n", "dropped")
+BOUNDS = ("lower", "upper", "effect_lower", "effect_upper")
+
+
+class Sample(NamedTuple):
+    """What a table is made of: effects and totals as they are, the pairs' key, side and sigma, the places' index."""
+
+    index: DataFrame
+    values: Float[Tensor, "place pair"]
+    total: Float[Tensor, "pair"]
+    pairs: DataFrame
+
+
+class Draws(NamedTuple):
+    """How to resample pairs: the interval's level, how often, from which seed."""
+
+    interval: float
+    resamples: int
+    seed: int
+
+    def counts(self, side: str, n_keys: int) -> Float[Tensor, "key resample"]:
+        """How often each pair is drawn in each resample; a side has a stream of its own."""
+        stream = np.random.default_rng([self.seed, SIDES.index(side)])
+        drawn = stream.multinomial(n_keys, np.full(n_keys, 1 / n_keys), self.resamples)
+        return torch.from_numpy(drawn.T.astype(np.float64))
+
+
+class _Sums(NamedTuple):
+    """What each pair adds to a place's fraction = numerator / denominator and to its mean effect = effect / entered."""
+
+    effect: Float[Tensor, "place key"]
+    entered: Float[Tensor, "place key"]
+    numerator: Float[Tensor, "place key"]
+    denominator: Float[Tensor, "place key"]
+
+
+def sides_of(pairs: DataFrame, pooled: bool) -> list[str]:
+    """The sides that a table has, in their order; "pooled" alone where both are taken together.
+
+    Example:
+        >>> sides_of(DataFrame({"side": ["foil", "caption", "foil"]}), pooled=False)
+        ['caption', 'foil']
+    """
+    present = set(pairs["side"])
+    return ["pooled"] if pooled else [side for side in SIDES if side in present] or ["none"]
+
+
+def tabulate(sample: Sample, of: str, floor: float, pooled: bool, draws: Draws | None) -> DataFrame:
+    """One row per place and side: the index, side, fraction, effect, n, dropped, and with `draws` their bounds.
+
+    Raises:
+        ValueError: `of` is neither "means" nor "ratios".
+
+    Example:
+        >>> pairs = DataFrame({"key": ["a", "b"], "side": "foil", "sigma": -1})
+        >>> values, total = torch.tensor([[-1.0, -1.0]]), torch.tensor([-1.0, -3.0])
+        >>> tabulate(Sample(DataFrame({"place": ["mlp 0"]}), values, total, pairs), "means", 0.0, False, None)
+           place  side  fraction  effect  n  dropped
+        0  mlp 0  foil       0.5     1.0  2        0
+    """
+    if of not in ("means", "ratios"):
+        raise ValueError(f"of must be 'means' (a ratio of means) or 'ratios' (a mean of ratios). Got {of!r}")
+    frames = [
+        sample.index.assign(side=side, **_columns(sample, side, of, floor, draws))
+        for side in sides_of(sample.pairs, pooled)
+    ]
+    return pd.concat(frames, ignore_index=True).astype({"n": np.int64, "dropped": np.int64})
+
+
+def _columns(sample: Sample, side: str, of: str, floor: float, draws: Draws | None) -> dict[str, Any]:
+    """One side's columns, a chunk of places at a time."""
+    chosen = sample.pairs if side == "pooled" else sample.pairs[sample.pairs["side"] == side]
+    columns = torch.tensor(chosen.index.to_numpy(), dtype=torch.long)
+    codes, keys = pd.factorize(chosen["key"])
+    sigma = torch.tensor(chosen["sigma"].to_numpy(dtype=np.float64))
+    counts = draws.counts(side, len(keys)) if draws and len(keys) else None
+    size = max(1, 2**21 // max(len(columns), draws.resamples if draws else 1))  # bounds memory to tens of MB
+    parts = []
+    for values in sample.values.split(size):
+        signed, total = values[:, columns].double() * sigma, sample.total[columns].double() * sigma
+        sums = _sums(signed, total, torch.from_numpy(codes), len(keys), of, floor)
+        parts.append({**_points(sums, len(keys)), **(_bounds(sums, counts, draws) if draws else {})})
+    names = POINTS + BOUNDS if draws else POINTS
+    return {name: torch.cat([part[name] for part in parts]).numpy() for name in names}
+
+
+def _sums(
+    values: Float[Tensor, "place pair"], total: Float[Tensor, "pair"], codes: Tensor, n_keys: int, of: str, floor: float
+) -> _Sums:
+    """Sums of signed values over each key's columns; a column enters where it has a value and its total is large
+    enough."""
+    enters = ~values.isnan() & (total.abs() >= floor)  # a NaN total is never >= floor
+    if of == "ratios":
+        enters &= total != 0
+    zero = torch.zeros((), dtype=torch.float64)
+
+    def per_key(numbers: Tensor) -> Tensor:
+        kept = torch.where(enters, numbers, zero)
+        return kept.new_zeros(len(values), n_keys).index_add_(1, codes, kept)
+
+    effect, count = per_key(values), per_key(torch.ones_like(total))
+    if of == "ratios":
+        return _Sums(effect, count, per_key(values / total), count)
+    return _Sums(effect, count, effect, per_key(total))
+
+
+def _points(sums: _Sums, n_keys: int) -> dict[str, Tensor]:
+    fraction, effect = _estimates(sums, torch.ones(n_keys, 1, dtype=torch.float64))
+    n = torch.where(fraction[:, 0].isnan(), 0, (sums.entered > 0).sum(1))
+    return {"fraction": fraction[:, 0], "effect": effect[:, 0], "n": n, "dropped": n_keys - n}
+
+
+def _bounds(sums: _Sums, counts: Tensor | None, draws: Draws) -> dict[str, Tensor]:
+    if counts is None:
+        return dict.fromkeys(BOUNDS, torch.full((len(sums.effect),), torch.nan, dtype=torch.float64))
+    tail = (1 - draws.interval) / 2
+    levels = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    bounds = [bound for drawn in _estimates(sums, counts) for bound in drawn.nanquantile(levels, dim=1)]
+    return dict(zip(BOUNDS, bounds, strict=True))
+
+
+def _estimates(sums: _Sums, weights: Float[Tensor, "key resample"]) -> tuple[Tensor, Tensor]:
+    """Fraction and mean signed effect, [place, resample], of pairs that count `weights` times."""
+    fraction = _divide(sums.numerator @ weights, _weigh(sums.denominator, weights))
+    return fraction, _divide(sums.effect @ weights, _weigh(sums.entered, weights))
+
+
+def _weigh(parts: Tensor, weights: Tensor) -> Tensor:
+    """`parts @ weights`; without NaN values every place has the same denominator, and one row does for all."""
+    return (parts[:1] if len(parts) and bool((parts == parts[:1]).all()) else parts) @ weights
+
+
+def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    return torch.where(denominator == 0, torch.nan, numerator / denominator)

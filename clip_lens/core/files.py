@@ -1,0 +1,178 @@
+"""A result in one Parquet file and back; files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float
+from pandas import DataFrame
+from torch import Tensor
+
+from clip_lens.model.site import Edge, Place, Site
+
+INDEX = ("place", "kind", "layer", "unit", "slot", "sender", "receiver")
+
+
+def write(path: str | os.PathLike[str], index: DataFrame, fields: Mapping[str, Any]) -> None:
+    """Writes a result: a row per place with its index, a float column per pair, the rest as JSON in the schema.
+
+    Raises:
+        TypeError: a pair's information that JSON does not have.
+    """
+    values = fields["values"]
+    numbers = values if values.dtype == torch.float64 else values.float()
+    columns = DataFrame(numbers.numpy(), columns=_column_names(fields["pairs"]["key"]))
+    index = index.assign(slot=_column_of_slots(index["slot"]))
+    table = pa.Table.from_pandas(pd.concat([index, columns], axis=1), preserve_index=False)
+    note = json.dumps(_note(fields), default=_as_json).encode()
+    with written_whole(path) as temporary:
+        pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"clip_lens": note}), temporary)
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields of a saved result: values, total, baseline, places, pairs, meta.
+
+    Raises:
+        ValueError: the file is truncated, not Parquet, or not written by `write`.
+    """
+    try:
+        table = pq.read_table(Path(path))
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is no whole Parquet file, it may be truncated: {error}") from error
+    note = json.loads((table.schema.metadata or {}).get(b"clip_lens", b"null"))
+    if note is None or note.get("format") != 1:
+        raise ValueError(f"{path} is a Parquet file, but not one that this version's Effects.save wrote")
+    dtype, pairs = getattr(torch, note["dtype"]), _frame(note["pairs"])
+    stored = np.float64 if dtype == torch.float64 else np.float32
+    values = table.drop_columns(list(INDEX)).to_pandas().to_numpy(dtype=stored)
+    return {
+        "values": torch.tensor(values).reshape(len(note["places"]), len(pairs)).to(dtype),
+        "total": _tensor(note["total"], dtype),
+        "baseline": _tensor(note["baseline"], dtype),
+        "places": tuple(_place(entry) for entry in note["places"]),
+        "pairs": pairs,
+        "meta": note["meta"],
+    }
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when the block ends well, and vanishes when it does not.
+
+    Example:
+        >>> path = getfixture("tmp_path") / "a.txt"
+        >>> with written_whole(path) as temporary:
+        ...     _ = temporary.write_text("all of it")
+        >>> path.read_text()
+        'all of it'
+    """
+    target = Path(path)
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # mkstemp makes files that only their owner may read
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def plain(column: pd.Series) -> list[Any]:
+    """A column's entries as Python values, None for what is missing.
+
+    Example:
+        >>> plain(pd.Series([1, None], dtype="Int64"))
+        [1, None]
+    """
+    return [None if missing else value for value, missing in zip(column.astype(object), column.isna(), strict=True)]
+
+
+def _column_of_slots(slots: pd.Series) -> pd.Series:
+    """A Parquet column has one type: positions stay numbers, names stay text, a mixture becomes text."""
+    found = plain(slots)
+    if all(slot is None or not isinstance(slot, str) for slot in found):
+        return pd.Series(found, dtype="Int64")
+    return pd.Series([None if slot is None else str(slot) for slot in found], dtype="str")
+
+
+def _column_names(keys: Iterable[Any]) -> list[str]:
+    taken = set(INDEX)
+    names = []
+    for key in keys:
+        name, number = str(key), 0
+        while name in taken:
+            number += 1
+            name = f"{key}#{number}"
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def _note(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """All but index and values, as JSON: a site is [kind, layer, unit, slot], an edge {"sender": .., "receiver": ..}, a
+    tuple a list of those."""
+    return {
+        "format": 1,
+        "dtype": str(fields["values"].dtype).removeprefix("torch."),
+        "places": [_entry(place) for place in fields["places"]],
+        "total": _numbers(fields["total"]),
+        "baseline": _numbers(fields["baseline"]),
+        "pairs": [
+            {"name": str(name), "dtype": _dtype_name(column), "values": plain(column)}
+            for name, column in fields["pairs"].items()
+        ],
+        "meta": dict(fields["meta"]),
+    }
+
+
+def _numbers(numbers: Float[Tensor, "pair"]) -> list[float | None]:
+    return [None if number != number else number for number in numbers.double().tolist()]
+
+
+def _tensor(numbers: list[float | None], dtype: torch.dtype) -> Float[Tensor, "pair"]:
+    exact = [torch.nan if number is None else number for number in numbers]
+    return torch.tensor(exact, dtype=torch.float64).to(dtype)
+
+
+def _entry(place: Place) -> Any:
+    if isinstance(place, tuple):
+        return [_entry(member) for member in place]
+    if isinstance(place, Edge):
+        return {"sender": _entry(place.sender), "receiver": _entry(place.receiver)}
+    return [place.kind, place.layer, place.unit, place.slot]
+
+
+def _place(entry: Any) -> Any:
+    if isinstance(entry, dict):
+        return Edge(_place(entry["sender"]), _place(entry["receiver"]))
+    return Site(*entry) if isinstance(entry[0], str) else tuple(_place(member) for member in entry)
+
+
+def _dtype_name(column: pd.Series) -> str:
+    return "str" if isinstance(column.dtype, pd.StringDtype) else str(column.dtype)
+
+
+def _frame(columns: list[dict[str, Any]]) -> DataFrame:
+    return DataFrame({column["name"]: pd.Series(column["values"], dtype=column["dtype"]) for column in columns})
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, pd.Timestamp):
+        return value.isoformat()
+    raise TypeError(f"a pair's information must be text, numbers, lists or mappings to be saved. Got {value!r}")

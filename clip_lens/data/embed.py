@@ -1,0 +1,329 @@
+"""embed_images: pictures -> an ImageStore, by the image tower of any open_clip model; interrupted, it goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clip_lens.data.images import Failures, ImageStore, PathLike, label, some, unit, versions, where
+
+EXTENSIONS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+BATCHES_PER_CHUNK = 8
+
+
+def embed_images(
+    paths: PathLike | Iterable[PathLike],
+    *,
+    model: str = "tiny",
+    pretrained: str | None = None,
+    out: PathLike,
+    batch_size: int = 64,
+    device: str = "cpu",
+    progress: bool = True,
+    overwrite: bool = False,
+) -> ImageStore:
+    """The store `out` with the embeddings of a folder of images and its subfolders, of one image, or of a list of them.
+
+    `model` and `pretrained` are open_clip's, or "tiny". Pictures go through the model's own preprocessing as
+    `preprocess(PIL.Image.open(file))` does it: to RGB, EXIF orientation not applied. An id is the path below the
+    folder; for listed files, below the folder that they have in common. Images that can't be read are listed in
+    `failed` and in one warning.
+
+    A run that is interrupted resumes: what is done lies in `<out>.partial` until all is. A finished `out` of the same
+    model is extended; its images are not computed again unless their files changed. An `out` of another model is
+    refused; `overwrite=True` replaces it.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: no image is found, two images get the same id, none can be read, `out` or what lies in
+            `<out>.partial` was made by another model or is no store, the model can't be loaded, or `device` can't be
+            used.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from PIL import Image
+        >>> with TemporaryDirectory() as folder:
+        ...     Image.new("RGB", (48, 48), "red").save(folder + "/red.png")
+        ...     embed_images(folder, out=folder + "/images.safetensors", progress=False)
+        ImageStore(1 image, d_embed 128, tiny)
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    images, out = _find(paths), Path(out)
+    finished = None if overwrite or not out.exists() else ImageStore.open(out)
+    tower = _image_tower(model, pretrained, device)
+    if finished:
+        _same_maker(finished, tower, out)
+    partial = _Partial(out.with_name(f"{out.name}.partial"))
+    chunks = partial.resume(tower, overwrite)
+    kept = _unchanged(finished, images, others=True) if finished else {}
+    todo = [name for name in images if name not in kept]
+    if finished and not todo:
+        return finished
+    chunked = {name: chunk for chunk in chunks for name in _unchanged(chunk, images)}
+    batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
+    failed = _compute(batches, chunked, images, tower, partial, progress)
+    store = _merged(finished, kept, chunked, images, failed, tower)
+    del kept, chunked, chunks, finished  # an open file can't be replaced everywhere
+    store.save(out)
+    partial.remove()
+    _warn(failed, len(images))
+    return ImageStore.open(out)
+
+
+@dataclass(frozen=True)
+class _ImageTower:
+    """What turns image files into unit embeddings, and what is said about it in a store."""
+
+    encode: Callable[[Tensor], Tensor]
+    preprocess: Callable[[Any], Tensor]
+    device: str
+    provenance: Mapping[str, str]
+
+    def __call__(self, images: Mapping[str, Path]) -> ImageStore:
+        """A store of one batch; its `failed` has what can't be read or comes out without a direction."""
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            loaded = dict(zip(images, pool.map(self._load, images.values()), strict=True))
+        failed = [(name, result) for name, (_, result) in loaded.items() if isinstance(result, str)]
+        pixels = {name: result for name, (_, result) in loaded.items() if isinstance(result, Tensor)}
+        if not pixels:
+            return ImageStore([], torch.empty(0, 0), self.provenance, failed)
+        with torch.inference_mode():
+            rows = self.encode(torch.stack(list(pixels.values())).to(self.device)).float().cpu()
+        sound = rows.isfinite().all(1) & (rows != 0).any(1)
+        failed += [(name, "the model's output is not finite or zero") for name in where(~sound, list(pixels))]
+        ids = where(sound, list(pixels))
+        return ImageStore(ids, unit(rows[sound]), self.provenance, failed, [loaded[name][0] for name in ids])
+
+    def _load(self, path: Path) -> tuple[str, Tensor | str]:
+        """The digest of the file's bytes, and pixels or the reason why there are none."""
+        from PIL import Image
+
+        try:
+            content = path.read_bytes()
+            with Image.open(BytesIO(content)) as image:
+                return _fingerprint(content), self.preprocess(image)
+        except Exception as error:  # a decoder meets any kind of broken file, and none of them ends the run
+            return "", _why(error)
+
+
+def _image_tower(model: str, pretrained: str | None, device: str) -> _ImageTower:
+    from clip_lens.openclip import digest, open_original
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device={device!r} can't be used here ({reason}); give 'cpu', or 'cuda' on a GPU") from error
+    original = open_original(model, pretrained=pretrained, with_tokenizer=False)
+    module: Any = original.module.to(device).eval()
+    if original.preprocess is None:
+        raise ValueError(f"{model} has no preprocessing for images; give the name of an open_clip model")
+    provenance = {
+        "model": original.name,
+        "digest": digest(module.visual.state_dict()),
+        # The address of a function in a repr would differ from run to run.
+        "preprocessing": re.sub(r" at 0x[0-9a-f]+", "", str(original.preprocess)),
+        "versions": versions("clip_lens", "open_clip_torch", "torch", "pillow"),
+        "origin": "computed by clip_lens.embed_images",
+    }
+    if original.pretrained is not None:
+        provenance["pretrained"] = str(original.pretrained)
+    return _ImageTower(module.encode_image, original.preprocess, device, provenance)
+
+
+@dataclass(frozen=True)
+class _Partial:
+    """The folder of an unfinished run: stores of some batches each, every one with its provenance."""
+
+    folder: Path
+
+    def resume(self, tower: _ImageTower, overwrite: bool) -> list[ImageStore]:
+        """What earlier runs of the same model left here; another model's is refused, or removed by `overwrite`."""
+        chunks = []
+        for file in sorted(self.folder.glob("*.safetensors")):
+            chunk = ImageStore.open(file)
+            if overwrite and not _made_by(chunk, tower):
+                file.unlink()
+                continue
+            _same_maker(chunk, tower, self.folder)
+            chunks.append(chunk)
+        return chunks
+
+    def save(self, stores: Sequence[ImageStore]) -> ImageStore | None:
+        """One store of several, written, or None if none of them has an embedding."""
+        filled = [store for store in stores if len(store)]
+        if not filled:
+            return None
+        chunk = _joined({name: store for store in filled for name in store.ids}, filled[0].provenance)
+        chunk.save(self.folder / f"{_fingerprint(json.dumps(chunk.ids).encode())}.safetensors")
+        return chunk
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _compute(
+    batches: Sequence[Sequence[str]],
+    done: dict[str, ImageStore],
+    images: Mapping[str, Path],
+    tower: _ImageTower,
+    partial: _Partial,
+    progress: bool,
+) -> list[tuple[str, str]]:
+    """Embeds what isn't done, adds it to `done`, and returns what failed; what is computed is saved on any way out.
+
+    Batches are the same whether a run was interrupted or not, so that both give the same bits.
+    """
+    from tqdm import tqdm
+
+    failed: list[tuple[str, str]] = []
+    unsaved: list[ImageStore] = []
+    # disable=None: no bar where standard error isn't a terminal
+    bar = tqdm(total=sum(map(len, batches)), unit="image", desc="embedding", disable=None if progress else True)
+
+    def save() -> None:
+        chunk = partial.save(unsaved)
+        unsaved.clear()
+        done.update(dict.fromkeys(chunk.ids, chunk) if chunk else {})
+
+    try:
+        for batch in batches:
+            computed = tower({name: images[name] for name in batch if name not in done})
+            unsaved.append(computed)
+            failed += computed.failed
+            bar.update(len(batch))
+            if len(unsaved) >= BATCHES_PER_CHUNK:
+                save()
+    finally:
+        bar.close()
+        save()
+    return failed
+
+
+def _merged(
+    finished: ImageStore | None,
+    kept: Mapping[str, ImageStore],
+    chunked: Mapping[str, ImageStore],
+    images: Mapping[str, Path],
+    failed: Failures,
+    tower: _ImageTower,
+) -> ImageStore:
+    """The finished store's images first, in its order, then the new ones as they were asked for."""
+    have = {**kept, **chunked}
+    if not have:
+        raise ValueError(f"none of {len(images)} images could be embedded: {_reasons(failed)}; check the files")
+    order = dict.fromkeys([*(finished.ids if finished else ()), *images])
+    earlier = [entry for entry in (finished.failed if finished else ()) if entry[0] not in images]
+    return _joined({name: have[name] for name in order if name in have}, tower.provenance, [*earlier, *failed])
+
+
+def _joined(have: Mapping[str, ImageStore], provenance: Mapping[str, str], failed: Failures = ()) -> ImageStore:
+    """One store in memory of images in several, in the order of `have`."""
+    position = {name: row for row, name in enumerate(have)}
+    stores = list({id(store): store for store in have.values()}.values())
+    rows = torch.empty(len(have), stores[0].d_embed)
+    for store in stores:
+        own = [name for name in store.ids if have.get(name) is store]
+        rows[[position[name] for name in own]] = store[own].float()
+    return ImageStore(list(have), rows, provenance, failed, [have[name].contents.get(name, "") for name in have])
+
+
+def _unchanged(store: ImageStore, images: Mapping[str, Path], others: bool = False) -> dict[str, ImageStore]:
+    """The ids of a store whose files still have the bytes they had; `others`: also ids that aren't asked for."""
+    return {
+        name: store
+        for name in store.ids
+        if (name in images and _file_fingerprint(images[name]) == store.contents.get(name))
+        or (others and name not in images)
+    }
+
+
+def _find(paths: PathLike | Iterable[PathLike]) -> dict[str, Path]:
+    """Image files by id: below each given folder, or below the folder that listed files have in common."""
+    given = [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
+    absent = [str(path) for path in given if not path.exists()]
+    if absent:
+        raise FileNotFoundError(f"there is no image or folder {some(absent)}; check the paths")
+    listed = [path.absolute().parent for path in given if not path.is_dir()]
+    common = Path(os.path.commonpath(listed)) if listed else Path()
+    images: dict[str, Path] = {}
+    for path in given:
+        root, found = (path, _below(path)) if path.is_dir() else (common, [path.absolute()])
+        for file in found:
+            name = file.relative_to(root).as_posix()
+            if images.setdefault(name, file) != file and not images[name].samefile(file):
+                raise ValueError(
+                    f"{images[name]} and {file} would both get the id {name!r}; "
+                    "give the folder that they have in common, or make a store for each"
+                )
+    if not images:
+        place = f"below {some([str(path) for path in given])}" if given else "in an empty list"
+        raise ValueError(f"no image {place}; looked for files ending in {', '.join(EXTENSIONS)}")
+    return images
+
+
+def _below(folder: Path) -> list[Path]:
+    """Image files in a folder and its subfolders, sorted; hidden ones are no images (".thumbs", "._1.jpg")."""
+    files = (file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
+    visible = (file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts))
+    return sorted(visible, key=lambda file: file.relative_to(folder).as_posix())
+
+
+def _made_by(store: ImageStore, tower: _ImageTower) -> bool:
+    return all(store.provenance.get(name) == tower.provenance[name] for name in ("digest", "preprocessing"))
+
+
+def _same_maker(store: ImageStore, tower: _ImageTower, place: Path) -> None:
+    if _made_by(store, tower):
+        return
+    theirs, ours = (
+        f"{label(made.get('model'), made.get('pretrained'))}, image tower {made.get('digest', 'unknown')}"
+        for made in (store.provenance, tower.provenance)
+    )
+    differ = " with another preprocessing" if theirs == ours else ""
+    raise ValueError(
+        f"{place} was made by {theirs}{differ}; this run is {ours}: give another `out`, or overwrite=True to replace it"
+    )
+
+
+def _why(error: Exception) -> str:
+    """The first line of an error, without the path or the address of what it was about."""
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return re.sub(r" *<_io\.BytesIO object at 0x[0-9a-fA-F]+>", "", text.splitlines()[0])
+
+
+def _fingerprint(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def _file_fingerprint(path: Path) -> str:
+    try:
+        return _fingerprint(path.read_bytes())
+    except OSError:
+        return ""
+
+
+def _warn(failed: Failures, asked: int) -> None:
+    if failed:
+        warnings.warn(
+            f"{len(failed)} of {asked} images have no embedding, see the store's `failed`: {_reasons(failed)}",
+            stacklevel=3,
+        )
+
+
+def _reasons(failed: Failures) -> str:
+    return some([f"{name} ({reason})" for name, reason in failed])
