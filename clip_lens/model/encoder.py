@@ -64,9 +64,9 @@ class HookedTextEncoder:
     def _raw_tokens(self, texts: Sequence[str], longer: int = 0) -> Int[Tensor, "pair pos"]:
         if self.tower.tokenizer is None:
             raise ValueError(f"{self.name} was loaded without a tokenizer; give tokens, or load(module, tokenizer=...)")
-        if not longer:
-            return self.tower.tokenizer(list(texts))
-        return self.tower.tokenizer(list(texts), context_length=self.n_ctx + longer)
+        number = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+        wider = {"context_length": self.n_ctx + longer} if longer else {}
+        return self.tower.tokenizer(list(number), **wider)[[number[text] for text in texts]]
 
     def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "pair pos"]:
         """The token ids of texts, padded to the context.
