@@ -54,8 +54,9 @@ def open_original(
     """The open_clip model `name` with weights, both towers, float32, on the CPU, in evaluation mode.
 
     `pretrained` is a tag of open_clip's (`open_clip.list_pretrained()`), the path of a checkpoint (.pt, .safetensors),
-    or "random" for untrained weights. `name` may also be "tiny" (the embedded model) or open_clip's `local-dir:PATH`
-    and `hf-hub:ORG/REPO`, which bring their weights with them. A `tokenizer` takes the place of the model's own, which
+    or "random" for untrained weights. `name` may also be "tiny" (the embedded model; `pretrained` may be the weights that
+    `scripts/train_tiny.py` wrote with another seed) or open_clip's `local-dir:PATH` and `hf-hub:ORG/REPO`, which bring
+    their weights with them. A `tokenizer` takes the place of the model's own, which
     may have to be downloaded; `with_tokenizer=False` does without, for work on images alone.
 
     A tag that was trained with QuickGELU gets it, whatever the model's configuration says: "ViT-B-32" with "openai" is
@@ -174,16 +175,22 @@ def tiny_tokenizer() -> Callable[..., Tensor]:
 
 
 def _open_tiny(pretrained: str | None, tokenizer: Callable[..., Tensor] | None, with_tokenizer: bool) -> Original:
-    if pretrained is not None:
-        raise ValueError(f"the embedded model has its weights with it, got pretrained={pretrained!r}; leave it None")
+    """The embedded architecture, with the shipped weights or with a file that `scripts/train_tiny.py` wrote."""
     folder = ASSETS / "tiny"
+    weights = folder / "model.safetensors" if pretrained is None else Path(pretrained)
+    if not weights.is_file():
+        raise ValueError(
+            f"no weights {pretrained!r} for tiny; leave pretrained= out for the embedded ones, or give a "
+            "model.safetensors that scripts/train_tiny.py wrote"
+        )
     config = json.loads((folder / "open_clip_config.json").read_text())
     module = open_clip.CLIP(**config["model_cfg"])
     try:
-        state = load_file(folder / "model.safetensors")
-    except SafetensorError as error:
-        raise ValueError(f"the embedded weights can't be read ({error}); reinstall clip_lens") from error
-    rows = state.pop("token_embedding.rows").long()
+        state = load_file(weights)
+        rows = state.pop("token_embedding.rows").long()
+    except (SafetensorError, KeyError) as error:
+        what = "the embedded weights" if pretrained is None else repr(pretrained)
+        raise ValueError(f"{what} can't be read as a tiny model's ({error}); reinstall, or train it again") from error
     table = torch.zeros_like(module.token_embedding.weight)
     table[rows] = state["token_embedding.weight"].to(table.dtype)
     state["token_embedding.weight"] = table.detach()
@@ -192,7 +199,7 @@ def _open_tiny(pretrained: str | None, tokenizer: Callable[..., Tensor] | None, 
         open_clip.transform.PreprocessCfg(**config["preprocess_cfg"]), is_train=False
     )
     tokenizer = tokenizer or (tiny_tokenizer() if with_tokenizer else None)
-    return Original(module.eval(), tokenizer, preprocess, "tiny", None, frozenset(rows.tolist()))
+    return Original(module.eval(), tokenizer, preprocess, "tiny", pretrained, frozenset(rows.tolist()))
 
 
 @contextmanager

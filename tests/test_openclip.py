@@ -10,12 +10,12 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from towers import VISION, randomise
 
 import clip_lens
-from clip_lens.openclip import builtin_config, digest, open_original
+from clip_lens.openclip import ASSETS, builtin_config, digest, open_original
 
 SMALL = {
     "embed_dim": 32,
@@ -135,7 +135,7 @@ def test_neither_a_tag_nor_a_file(small: Any) -> None:
 
 
 def test_the_embedded_model_takes_no_weights() -> None:
-    with pytest.raises(ValueError, match="has its weights with it, got pretrained='openai'; leave it None"):
+    with pytest.raises(ValueError, match="no weights 'openai' for tiny; leave pretrained= out"):
         clip_lens.load("tiny", pretrained="openai")
 
 
@@ -209,3 +209,16 @@ def test_digests_tell_weights_apart() -> None:
     assert digest({"a": torch.ones(2, 3), "b": torch.full((4,), 1e-7)}) != same
     assert digest({"a": torch.ones(3, 2).T, "b": torch.zeros(4)}) == same
     assert digest({"empty": torch.zeros(0)}) != digest({})
+
+
+def test_tiny_takes_the_weights_of_another_training(tmp_path):
+    """The same architecture with other weights, under a name that tells them apart; any other file is refused."""
+    shipped = load_file(ASSETS / "tiny" / "model.safetensors")
+    changed = {name: 2 * value if name == "text_projection" else value for name, value in shipped.items()}
+    save_file(changed, tmp_path / "other.safetensors")
+    mine = open_original("tiny", pretrained=str(tmp_path / "other.safetensors"))
+    torch.testing.assert_close(mine.module.text_projection, 2 * open_original("tiny").module.text_projection)
+    assert (mine.name, mine.pretrained) == ("tiny", str(tmp_path / "other.safetensors"))
+    save_file({"weight": torch.ones(2)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match=r"foreign\.safetensors' can't be read as a tiny model's"):
+        open_original("tiny", pretrained=str(tmp_path / "foreign.safetensors"))

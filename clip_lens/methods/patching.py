@@ -125,7 +125,7 @@ def describe(
         "data digest": batch.pairs.digest,
         "images": batch.images,
         "method": method,
-        "run": f"{batch.run} is run and patched",
+        "run": f"{RUNS.get(batch.run, batch.run)} is run and patched",
         "source": _name(source),
         "metric": _name(metric),
         "scale": f"{encoder.scale:.6g}",
@@ -139,6 +139,8 @@ def describe(
 
 
 METHOD = "activation patching"
+RUNS = {"affirmative": "the text without negation", "negated": "the text with negation"}
+RUNS |= {name: f"the {name}" for name in ("caption", "foil")}
 PACKAGES = ("clip_lens", "transformer_lens", "open_clip_torch", "torch")
 
 
