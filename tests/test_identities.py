@@ -1,4 +1,4 @@
-"""The identities of patching that concern Sites: they hold for every tower, whatever its weights.
+"""The identities of patching, Sites and Edges: they hold for every tower, whatever its weights.
 
 Measured on unit embeddings, the largest difference of any component: 2e-6 in float32, 1e-12 in float64.
 """
@@ -19,7 +19,7 @@ from clip_lens.data.images import ImageStore
 from clip_lens.data.pairs import Pairs, read_pairs
 from clip_lens.methods.patching import patch_effects
 from clip_lens.model.load import load
-from clip_lens.model.site import LAYOUTS, Site, hook_name, members
+from clip_lens.model.site import LAYOUTS, Edge, Site, at_slot, hook_name, members, precedes
 
 TOLERANCES = {torch.float32: 2e-6, torch.float64: 1e-12}
 TOWERS = [f"{kind} {layers}" for kind in ("causal", "bidirectional", "pooled last") for layers in (1, 2, 3, 4)] + [
@@ -217,6 +217,88 @@ def test_whole_site_is_all_its_positions_and_a_slot_all_its_tokens(encoder, batc
                     assert_same(left[1, row], patched(encoder, some, [place])[0, row], dtype)
 
 
+# Edges: a site is the edges that leave it, or that enter it
+
+
+def senders_of(encoder):
+    return [Site("embed"), *encoder.sites("head"), *encoder.sites("mlp")]
+
+
+def outgoing(encoder, sender, slot=None):
+    """All edges from a sender; with a slot, those read there: the output only if it is the pooled one."""
+    edges = [edge for edge in encoder.edges(senders=[sender]) if slot in (None, "eot") or edge.receiver.kind != "out"]
+    return tuple(edge if edge.receiver.kind == "out" else at_slot(edge, slot) for edge in edges)
+
+
+def test_every_edge_is_the_counterpart(encoder, batch, unequal, dtype):
+    """Of a text of another length too: the output is read where both are pooled."""
+    for some in (batch, unequal):
+        found = patched(encoder, some, [tuple(encoder.edges()), tuple(encoder.edges(receivers=[Site("out")]))])
+        assert_same(found, encoder(some.other), dtype)
+
+
+def test_every_edge_from_the_run_itself_is_the_run(encoder, batch, unequal, dtype):
+    for some in (batch, unequal):
+        assert_same(patched(encoder, some, [tuple(encoder.edges())], itself), encoder(some.tokens), dtype)
+
+
+def test_a_writer_is_all_its_outgoing_edges(encoder, batch, unequal, dtype):
+    writers = [Site("embed"), *encoder.sites("mlp"), *encoder.sites("head")[:: max(1, encoder.n_layers // 2)]]
+    for some in (batch, unequal):
+        expected = patched(encoder, some, writers)
+        assert_same(patched(encoder, some, [outgoing(encoder, site) for site in writers]), expected, dtype)
+        at_pool = patched(encoder, some, [at_slot(site, "eot") for site in writers])
+        assert_same(patched(encoder, some, [outgoing(encoder, site, "eot") for site in writers]), at_pool, dtype)
+
+
+def test_a_writer_at_a_slot_is_its_outgoing_edges_there(encoder, batch, unequal, dtype):
+    """The output is not read at the negator, and the last MLP by nothing else."""
+    writers = [site for site in senders_of(encoder) if outgoing(encoder, site, "negator")][::2]
+    for some in (batch, unequal):
+        found = patched(encoder, some, [outgoing(encoder, site, "negator") for site in writers])
+        expected = patched(encoder, some, [at_slot(site, "negator") for site in writers])
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert_same(found.nan_to_num(), expected.nan_to_num(), dtype)
+
+
+def test_a_reader_is_all_its_incoming_edges(encoder, batch, unequal, dtype):
+    readers = [site for kind in "qkv" for site in encoder.sites(kind)[:: max(1, encoder.n_layers)]]
+    for some in (batch, unequal):
+        for slot in (None, "negator", "eot", 1):
+            sites = [at_slot(site, slot) for site in readers]
+            found = patched(encoder, some, [tuple(encoder.edges(receivers=[site])) for site in sites])
+            expected = patched(encoder, some, sites)
+            assert torch.equal(found.isnan(), expected.isnan())
+            assert_same(found.nan_to_num(), expected.nan_to_num(), dtype)
+
+
+def test_the_residual_stream_is_all_edges_across_that_cut(encoder, batch, dtype):
+    for layer in range(1, encoder.n_layers + 1):
+        below = [site for site in senders_of(encoder) if site.kind == "embed" or site.layer < layer]
+        across = tuple(e for e in encoder.edges(senders=below) if e.receiver.kind == "out" or e.receiver.layer >= layer)
+        attention = [site for site in senders_of(encoder) if site.kind == "head" and site.layer == layer]
+        behind = tuple(
+            e
+            for e in encoder.edges(senders=below + attention)
+            if e.receiver.kind == "out" or (e.receiver.layer, e.receiver.kind == "mlp") >= (layer, True)
+        )
+        places, expected = [across], [Site("resid", layer)]
+        if attention:
+            places, expected = [across, behind], [Site("resid", layer), Site("mid", layer)]
+        assert_same(patched(encoder, batch, places), patched(encoder, batch, expected), dtype)
+
+
+def test_rows_of_different_edges_and_sites_are_the_same_alone(encoder, batch, unequal, dtype):
+    edges = encoder.edges()
+    places = [*edges[:: max(1, len(edges) // 6)], tuple(edges[::7]), Site("mlp"), (*edges[-3:], Site("q"))]
+    for some in (batch, unequal):
+        together = patched(encoder, some, places)
+        for row, place in enumerate(places):
+            alone = patched(encoder, some, [place], rows=3)[0]
+            assert torch.equal(together[row].isnan(), alone.isnan())
+            assert_same(together[row].nan_to_num(), alone.nan_to_num(), dtype)
+
+
 # The tower
 
 
@@ -264,17 +346,50 @@ def one_by_one(encoder, batch, place, pair):
     tokens = torch.nn.functional.pad(batch.tokens[pair], (0, encoder.n_ctx - batch.tokens.shape[1]))[None]
     other = torch.nn.functional.pad(batch.other[pair], (0, encoder.n_ctx - batch.other.shape[1]))[None]
     origin, hooks, found = batch.origin[pair].tolist(), [], False
-    for site in members(place):
-        name = hook_name(site, encoder.n_layers)
-        slots = [batch.slots[s] if s >= 0 else None for s in batch.slot[pair].tolist()]
+    pooled = int(encoder.pool(batch.tokens)[pair])
+    slots = [batch.slots[s] if s >= 0 else None for s in batch.slot[pair].tolist()]
+    _, cache = encoder.tower.run_with_cache(other)
+    edges = {}
+    for member in members(place):
+        site = member.receiver if isinstance(member, Edge) else member
         fits = [site.slot in (None, p, slots[p]) for p in range(int(batch.length[pair]))]
         where = [p for p, fit in enumerate(fits) if fit and origin[p] >= 0]
+        if isinstance(member, Edge):
+            where = [pooled] if site.kind == "out" else where
+            edges.setdefault((member.sender, at_slot(site, None)), set()).update(where)
+        else:
+            name = hook_name(site, encoder.n_layers)
+            hooks.append((name, overwrite(site, where, origin, cache[name][0])))
         found = found or bool(where)
-        _, cache = encoder.tower.run_with_cache(other, names_filter=[name])
-        hooks.append((name, overwrite(site, where, origin, cache[name][0])))
+    hooks += edge_hooks(encoder, edges, origin, cache)
     y = encoder.tower.run_with_hooks(tokens, fwd_hooks=hooks)
-    pooled = int(encoder.pool(batch.tokens)[pair])
     return torch.nn.functional.normalize(y[0, pooled], dim=0) if found else torch.full_like(y[0, 0], float("nan"))
+
+
+def edge_hooks(encoder, edges, origin, cache):
+    """For each edge a hook that keeps what its sender gives, and one that shifts its receiver's own copy of the input:
+    TransformerLens' split inputs."""
+    hooks, live = [], {}
+    for (sender, receiver), where in edges.items():
+        sent = hook_name(sender, encoder.n_layers)
+        read = {"mlp": "hook_mlp_in", "out": "hook_resid_post"}.get(receiver.kind, f"hook_{receiver.kind}_input")
+        layer = encoder.n_layers - 1 if receiver.kind == "out" else receiver.layer
+
+        def keep(value, hook, sent=sent):
+            live[sent] = value[0]
+
+        def shift(value, hook, sender=sender, receiver=receiver, sent=sent, where=where):
+            value = value.clone()
+            for p in where:
+                change = cache[sent][0, origin[p]] - live[sent][p]
+                if sender.kind == "head":
+                    change = change[sender.unit] @ encoder.tower.blocks[sender.layer].attn.W_O[sender.unit]
+                units = () if receiver.unit is None else (receiver.unit,)
+                value[(0, p, *units)] += change
+            return value
+
+        hooks += [(sent, keep), (f"blocks.{layer}.{read}", shift)]
+    return hooks
 
 
 def overwrite(site, where, origin, source):
@@ -296,6 +411,14 @@ def overwrite(site, where, origin, source):
     return hook
 
 
+EDGE_STARTS = [Site("embed"), *(Site("head", layer, 1) for layer in range(6)), *(Site("mlp", n) for n in range(6))]
+EDGE_ENDS = [
+    Site("out"),
+    *(Site(kind, layer, unit) for kind in "qkv" for layer in range(6) for unit in (1, 2)),
+    *(Site("mlp", layer) for layer in range(6)),
+]
+
+
 @st.composite
 def interventions(draw):
     name = draw(st.sampled_from([name for name in TOWERS if name[-1] in "24y"]))
@@ -309,8 +432,16 @@ def interventions(draw):
         slots = st.one_of(st.none(), st.sampled_from(["negator", "subject", "stop", "eot"]), positions)
         return st.builds(Site, st.just(kind), layers, units, slots)
 
+    def edge(site):
+        receivers = [e for e in EDGE_ENDS if e.layer < encoder.n_layers and precedes(site, e)]
+        positions = st.sampled_from([None, "negator", "subject", "eot", 1])
+        slotted = lambda end, slot: end if end.kind == "out" else at_slot(end, slot)
+        return st.builds(Edge, st.just(site), st.builds(slotted, st.sampled_from(receivers), positions))
+
     sites = st.sampled_from(list(LAYOUTS)).flatmap(site)
-    places = st.lists(st.one_of(sites, st.lists(sites, min_size=2, max_size=4).map(tuple)), min_size=1, max_size=6)
+    edges = st.sampled_from([e for e in EDGE_STARTS if e.layer < encoder.n_layers]).flatmap(edge)
+    patches = st.one_of(sites, edges, edges)
+    places = st.lists(st.one_of(patches, st.lists(patches, min_size=2, max_size=5).map(tuple)), min_size=1, max_size=6)
     return encoder, batch[:4], draw(places), draw(st.integers(1, 7))
 
 

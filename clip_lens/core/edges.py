@@ -167,31 +167,31 @@ class EdgePatch:
     def _summed(
         self, row: Tensor, sender: Tensor, receiver: Tensor, slot: Tensor, at: Int[Tensor, "row at"]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums over senders as one matrix product per row, some rows at a time."""
-        senders, s = sender.unique(return_inverse=True)
-        columns, c = (receiver * len(self.addresses.slots) + slot).unique(return_inverse=True)
-        column_receiver, column_slot = columns // len(self.addresses.slots), columns % len(self.addresses.slots)
+        """Sums over senders as one matrix product per row and position, some rows at a time. An edge at several slots
+        is shifted once where they overlap."""
         rows, r = row.unique(return_inverse=True)
-        weight = self.change.new_zeros(len(rows), len(columns), len(senders))
-        weight[r, c, s] = 1.0
-        receivers, merged = column_receiver.unique(return_inverse=True)
-        parts = []
-        step = max(1, TILE // max(1, (len(senders) + len(columns)) * at.shape[1] * self.change.shape[-1]))
-        for tile, tile_weight in zip(rows.split(step), weight.split(step), strict=True):
-            sent = self._sent(senders.tolist(), tile, at)
-            shift = (tile_weight @ sent.flatten(2)).unflatten(2, sent.shape[2:])
-            mask = self.positions[column_slot[None], self.pair[tile][:, None]]
-            mask = mask.gather(2, at[tile][:, None].expand(-1, len(columns), -1))
-            whole = shift.new_zeros(len(tile), len(receivers), *shift.shape[2:])
-            parts.append(whole.index_add(1, merged, shift * mask.unsqueeze(-1)))
-        touched = torch.zeros(len(rows), len(receivers), dtype=torch.bool, device=row.device)
-        touched[r, merged[c]] = True
-        line, number = touched.nonzero(as_tuple=True)
-        return rows[line], receivers[number], torch.cat(parts)[line, number]
+        senders, s = sender.unique(return_inverse=True)
+        receivers, c = receiver.unique(return_inverse=True)
+        size = at.shape[1] * (len(senders) + len(receivers)) * self.change.shape[-1]
+        step = max(1, TILE // size)
+        parts, touched = [], []
+        for start in range(0, len(rows), step):
+            tile = rows[start : start + step]
+            mine = (r >= start) & (r < start + step)
+            where = self.positions[slot[mine], self.pair[row[mine]]].gather(1, at[row[mine]])
+            weight = self.change.new_zeros(len(tile), len(receivers), len(senders), at.shape[1])
+            index = (r[mine] - start, c[mine], s[mine])
+            weight.index_put_(index, where.to(weight.dtype), accumulate=True)
+            shift = weight.clamp_(max=1.0).permute(0, 3, 1, 2) @ self._sent(senders.tolist(), tile, at)
+            line, number = torch.stack(index[:2]).unique(dim=1)
+            parts.append(shift.movedim(1, 2)[line, number])
+            touched.append(torch.stack([tile[line], receivers[number]]))
+        line, number = torch.cat(touched, 1)
+        return line, number, torch.cat(parts)
 
     def _sent(
         self, senders: Iterable[int], rows: Int[Tensor, "tile"], at: Int[Tensor, "row at"]
-    ) -> Float[Tensor, "tile sender at d_model"]:
+    ) -> Float[Tensor, "tile at sender d_model"]:
         """What senders would send instead of what they give in these rows."""
         pair, here = self.pair[rows][:, None], at[rows]
         sent = []
@@ -203,4 +203,4 @@ class EdgePatch:
             name = sender_hook(site)
             change = self.source[name][pair, here] - self._held(name, at)[rows]
             sent.append(written(self.encoder, site, change.nan_to_num(0.0)))
-        return torch.stack(sent, 1)
+        return torch.stack(sent, 2)
