@@ -413,9 +413,12 @@ def _ends(words: str, encoder: HookedTextEncoder) -> list[Site]:
             continue
         layers = None if layer is None else [int(layer)]
         sites = encoder.sites(kind, layers=layers)  # type: ignore[arg-type]
-        ends += [site for site in sites if unit is None or site.unit == int(unit)]
+        chosen = [site for site in sites if unit is None or site.unit == int(unit)]
+        if not chosen:
+            raise ValueError(f"{word!r} names no place of {encoder.name}, which has {encoder.n_heads} heads in a layer")
+        ends += chosen
     if not ends:
-        raise ValueError(f"{words!r} names no place of {encoder.name}")
+        raise ValueError("no sender or receiver given")
     return ends
 
 

@@ -54,10 +54,10 @@ def open_original(
     """The open_clip model `name` with weights, both towers, float32, on the CPU, in evaluation mode.
 
     `pretrained` is a tag of open_clip's (`open_clip.list_pretrained()`), the path of a checkpoint (.pt, .safetensors),
-    or "random" for untrained weights. `name` may also be "tiny" (the embedded model; `pretrained` may be the weights that
+    or "random" for untrained weights. `name` may also be "tiny" (the embedded model; `pretrained` may be weights that
     `scripts/train_tiny.py` wrote with another seed) or open_clip's `local-dir:PATH` and `hf-hub:ORG/REPO`, which bring
-    their weights with them. A `tokenizer` takes the place of the model's own, which
-    may have to be downloaded; `with_tokenizer=False` does without, for work on images alone.
+    their weights with them. A `tokenizer` takes the place of the model's own, which may have to be downloaded;
+    `with_tokenizer=False` does without, for work on images alone.
 
     A tag that was trained with QuickGELU gets it, whatever the model's configuration says: "ViT-B-32" with "openai" is
     "ViT-B-32-quickgelu". A checkpoint's file does not tell; there the name decides.

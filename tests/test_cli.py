@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
+from clip_lens import Site, align, load, patch_effects, path_effects, zeros
 from clip_lens.cli import main
 from clip_lens.core.effects import Effects
 from clip_lens.data.images import ImageStore
@@ -142,3 +143,34 @@ def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch, few: Path,
     monkeypatch.setattr("clip_lens.data.pairs.read_pairs", interrupted)
     assert run("info", few) == 130
     assert "goes on" in capsys.readouterr().err
+
+
+def test_patch_ablate_and_paths_write_what_the_verbs_compute(few: Path, tmp_path: Path) -> None:
+    common = ("--pairs", few, "--segment", "all", "--quiet")
+    assert run("patch", "--sites", "head", "--out", tmp_path / "p", *common) == 0
+    assert run("ablate", "--sites", "mlp", "--with", "zeros", "--out", tmp_path / "a", *common) == 0
+    assert run("paths", "--from", "embed,0.1,mlp1", "--to", "out,q2.1,mlp2", "--out", tmp_path / "r", *common) == 0
+    encoder, pairs = load(), read_pairs(few)
+    batch = {name: align(pairs, ImageStore.open("tiny"), encoder, run=name) for name in ("affirmative", "caption")}
+    expected = {
+        "p/head-text.parquet": patch_effects(encoder, batch["affirmative"], encoder.sites("head")),
+        "a/mlp-text.parquet": patch_effects(encoder, batch["caption"], encoder.sites("mlp"), source=zeros),
+        "r/paths.parquet": path_effects(
+            encoder,
+            batch["affirmative"],
+            [Site("embed"), Site("head", 0, 1), Site("mlp", 1)],
+            [Site("out"), Site("q", 2, 1), Site("mlp", 2)],
+        ),
+    }
+    for name, effects in expected.items():
+        found = Effects.load(tmp_path / name)
+        assert found.places == effects.places
+        torch.testing.assert_close(found.values, effects.values, rtol=0, atol=1e-5)
+        assert (tmp_path / name).with_name("report.html").stat().st_size < 6e6
+
+
+def test_a_sender_that_does_not_exist_is_named(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for words, expected in ((("2.9", "out"), "'2.9'"), (("h1", "out"), "'h1'"), (("mlp5", "q0"), "no path")):
+        common = ("--pairs", few, "--out", tmp_path / "o", "--quiet")
+        assert run("paths", "--from", words[0], "--to", words[1], *common) == 1
+        assert expected in capsys.readouterr().err

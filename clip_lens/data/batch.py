@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
-from typing import Literal, Protocol, TypeAlias, get_args
+from typing import Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 import pandas as pd
 import torch
@@ -26,6 +26,7 @@ SlotFunction: TypeAlias = Callable[[str, str | None], Spans | None]
 """(text, subject phrase if the pairs name one) -> where the slots' characters end, left to right; None: no template."""
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """What `align` needs of an encoder; `HookedTextEncoder` fulfils it."""
 
@@ -47,7 +48,7 @@ class Encoder(Protocol):
     def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "pair pos"]: ...
     def fits(self, texts: Sequence[str]) -> list[bool]: ...
     def length(self, tokens: Int[Tensor, "pair pos"]) -> Int[Tensor, "pair"]: ...
-    def cut(self, tokens: Int[Tensor, "pair pos"]) -> Int[Tensor, "pair pos"]: ...
+    def cut(self, tokens: Int[Tensor, "pair pos"]) -> Int[Tensor, "pair cut"]: ...
 
 
 @dataclass(frozen=True)

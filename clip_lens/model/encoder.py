@@ -119,7 +119,7 @@ class HookedTextEncoder:
         content = tokens != self._pad
         return tokens.shape[1] - content.flip(1).int().argmax(1) * content.any(1) - (~content.any(1)) * tokens.shape[1]
 
-    def cut(self, tokens: Int[Tensor, "pair pos"]) -> Int[Tensor, "pair pos"]:
+    def cut(self, tokens: Int[Tensor, "pair pos"]) -> Int[Tensor, "pair cut"]:
         """The tokens up to the longest text's end. Exact in causal towers, in which nothing reads what lies behind it;
         a tower that reads its padding gets every position."""
         if not self.causal or self.pool.type == "last" or len(tokens) == 0:

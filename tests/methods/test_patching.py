@@ -195,7 +195,9 @@ def batch_of(encoder, run, cases=CASES):
     keys = [f"pair {CASES.index(case)}" for case in cases]
     images = [f"{key}.png" for key in keys]
     pairs = Pairs(keys, [case[0][0] for case in cases], [case[1][0] for case in cases], images)
-    everything = Pairs(range(len(CASES)), ["a"] * len(CASES), ["b"] * len(CASES), [f"pair {i}.png" for i in range(6)])
+    everything = Pairs(
+        [str(n) for n in range(len(CASES))], ["a"] * len(CASES), ["b"] * len(CASES), [f"pair {i}.png" for i in range(6)]
+    )
     return align(pairs, random_store(everything, encoder.d_embed), encoder, run=run)
 
 
