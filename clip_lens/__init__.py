@@ -38,6 +38,8 @@ _HOME = {
     "patch_effects": "methods.patching",
     "path_effects": "methods.paths",
     "heatmap": "show.plots",
+    "qkv": "show.edges",
+    "path_diagram": "show.edges",
     "report": "show.report",
 }
 __all__ = sorted(_HOME)
@@ -69,6 +71,8 @@ if TYPE_CHECKING:
     from clip_lens.model.site import Place as Place
     from clip_lens.model.site import Site as Site
     from clip_lens.model.tower import HookedTextTower as HookedTextTower
+    from clip_lens.show.edges import path_diagram as path_diagram
+    from clip_lens.show.edges import qkv as qkv
     from clip_lens.show.plots import heatmap as heatmap
     from clip_lens.show.report import report as report
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from clip_lens.core.bootstrap import BOUNDS, POINTS, SIDES, Draws, Sample, sides_of, tabulate
 from clip_lens.core.files import INDEX, plain, read, write
-from clip_lens.model.site import KINDS, Place, Site, at_slot, index_rows, members, slot_of
+from clip_lens.model.site import KINDS, Edge, Place, Site, at_slot, index_rows, members, order, slot_of
 
 PAIRS = ("key", "caption", "foil", "image", "side", "sigma", "d", "segment")
 SEGMENTS = ("incorrect", "ambiguous", "correct")
@@ -217,8 +217,8 @@ class Effects:
     ) -> DataFrame:
         """One column of the table, laid out by two columns of the index.
 
-        Slots come in the order of the text, layers ascending. `side=None` is the only side there is. `how` goes to
-        `table`.
+        Slots come in the order of the text, layers ascending, senders and receivers in the order of the tower.
+        `side=None` is the only side there is. `how` goes to `table`.
 
         Raises:
             ValueError: no such column or side, several sides to choose from, or two places that fall in one cell.
@@ -230,7 +230,20 @@ class Effects:
             negator  2.0  1.0
             eot      0.0  1.0
         """
-        return pivot(one_side(self._table_for(value, how), side), rows, columns, value)
+        return pivot(one_side(self._table_for(value, how), side), rows, columns, value, self.ends())
+
+    def ends(self) -> dict[str, list[str]]:
+        """The labels of the edges' senders and receivers, each in the order of the tower: the order of a grid's axes.
+
+        Example:
+            >>> edges = tuple(Edge(Site("head", 0, unit), Site("mlp", layer)) for layer in (1, 0) for unit in (1, 0))
+            >>> replace(toy_effects(), places=edges).ends()
+            {'sender': ['head 0.0', 'head 0.1'], 'receiver': ['mlp 0', 'mlp 1']}
+        """
+        edges = [member for place in self.places for member in members(place) if isinstance(member, Edge)]
+        found = {"sender": {edge.sender for edge in edges}}
+        found["receiver"] = {replace(edge.receiver, slot=None) for edge in edges}
+        return {name: [str(site) for site in sorted(sites, key=order)] for name, sites in found.items()}
 
     def _table_for(self, value: str, how: Mapping[str, Any]) -> DataFrame:
         if value not in POINTS + BOUNDS:
@@ -275,9 +288,9 @@ class Effects:
         found = []
         for side in sides_of(self.pairs, how.get("pooled", False)):
             rows = points.index[points["side"] == side]
-            order = points.loc[rows, by].abs().sort_values(ascending=False, kind="stable").index[:n] - rows[0]
+            largest = points.loc[rows, by].abs().sort_values(ascending=False, kind="stable").index[:n] - rows[0]
             chosen = self if side == "pooled" else self.where(side=side)
-            chosen = replace(chosen, values=chosen.values[order], places=tuple(self.places[row] for row in order))
+            chosen = replace(chosen, values=chosen.values[largest], places=tuple(self.places[row] for row in largest))
             found.append(chosen.table(**how))
         return pd.concat(found, ignore_index=True)
 
@@ -403,8 +416,12 @@ def one_side(table: DataFrame, side: str | None) -> DataFrame:
     return table if side is None else table[table["side"] == side]
 
 
-def pivot(table: DataFrame, rows: str, columns: str, value: str) -> DataFrame:
+def pivot(
+    table: DataFrame, rows: str, columns: str, value: str, known: Mapping[str, Sequence[str]] | None = None
+) -> DataFrame:
     """A column of a table of one side, laid out by two columns of the index; NaN where there is no place.
+
+    `known` has the order of the entries of further columns, as `Effects.ends` gives it.
 
     Raises:
         ValueError: no such columns, or two places that fall in one cell.
@@ -416,7 +433,8 @@ def pivot(table: DataFrame, rows: str, columns: str, value: str) -> DataFrame:
     for name in (rows, columns, value):
         if name not in table:
             raise ValueError(f"no column {name!r} in the table; it has {', '.join(table.columns)}")
-    row_labels, column_labels = _ordered(rows, table[rows]), _ordered(columns, table[columns])
+    known = {"slot": SLOTS, "kind": KINDS, **(known or {})}
+    row_labels, column_labels = (_ordered(table[name], known.get(name, ())) for name in (rows, columns))
     row_at = {label: number for number, label in enumerate(row_labels)}
     column_at = {label: number for number, label in enumerate(column_labels)}
     cells = np.full((len(row_labels), len(column_labels)), np.nan)
@@ -491,17 +509,18 @@ def _check_pairs(pairs: DataFrame) -> None:
 # Grids and filters
 
 
-def _ordered(name: str, column: pd.Series) -> list[Any]:
-    """The distinct entries in reading order: slots as in the text, kinds as listed, numbers ascending, None last."""
-    known: tuple[str, ...] = {"slot": SLOTS, "kind": KINDS}.get(name, ())
+def _ordered(column: pd.Series, known: Sequence[str]) -> list[Any]:
+    """The distinct entries in reading order: known ones as listed, others as seen, numbers ascending, None last."""
     seen = list(dict.fromkeys(plain(column)))
+    position = {entry: number for number, entry in enumerate(known)}
+    first = {entry: number for number, entry in enumerate(seen)}
 
     def rank(entry: Any) -> tuple[int, int]:
         if entry is None:
             return 3, 0
         if isinstance(entry, int | np.integer):
             return 2, int(entry)
-        return (0, known.index(entry)) if entry in known else (1, seen.index(entry))
+        return (0, position[entry]) if entry in position else (1, first[entry])
 
     return sorted(seen, key=rank)
 

@@ -50,8 +50,8 @@ HOVER = (  # customdata holds SHOWN
 BELOW = 128  # pixels for the x axis' labels and title and for the colour bar
 
 
-class _Panel(NamedTuple):
-    """One side's grid and, cell by cell, what hovering tells of it."""
+class Panel(NamedTuple):
+    """A grid, mostly of one side, and, cell by cell, what hovering tells of it."""
 
     name: str
     grid: DataFrame
@@ -73,8 +73,9 @@ def heatmap(
 
     Colours run from -limit to limit, white at 0; without `limit` it is the largest absolute value of all panels. Cells
     are printed when they are few; hovering tells value, interval, mean signed effect and pairs. Grey cells have
-    no counterpart. For `resid`, layer 0 is the embedding and layer l the output of block l. `effects` may be a
-    grid, as `Effects.grid` gives it; `how` goes to `Effects.table`. `title=""` leaves the heading out.
+    no counterpart. Edges are laid out by "sender" and "receiver", in the order of the tower; there grey is no path. For
+    `resid`, layer 0 is the embedding and layer l the output of block l. `effects` may be a grid, as `Effects.grid`
+    gives it; `how` goes to `Effects.table`. `title=""` leaves the heading out.
 
     Raises:
         ValueError: as `Effects.grid`.
@@ -85,7 +86,24 @@ def heatmap(
         >>> figure.data[0].z.round(3).tolist(), figure.data[0].name
         ([[1.0, 0.3], [0.0, 0.7]], 'negation in the foil')
     """
-    panels = _panels(effects, rows, columns, value, side, how)
+    return assemble(_panels(effects, rows, columns, value, side, how), value, effects, title=title, limit=limit)
+
+
+def assemble(
+    panels: Sequence[Panel],
+    value: str,
+    effects: Effects | DataFrame,
+    *,
+    title: str | None = None,
+    limit: float | None = None,
+) -> go.Figure:
+    """One figure of panels that share their axes' meaning and their colours.
+
+    Example:
+        >>> grid = DataFrame([[1.0, -2.0]])
+        >>> assemble([Panel("one", grid, {}), Panel("two", grid, {})], "effect", grid).layout.coloraxis.cmin
+        -2.0
+    """
     limit = limit or max((largest(panel.grid) for panel in panels), default=0.0) or 1.0
     figure, heading = _canvas(panels, title)
     for number, panel in enumerate(panels, start=1):
@@ -132,24 +150,24 @@ def largest(grid: DataFrame) -> float:
 
 def _panels(
     effects: Effects | DataFrame, rows: str, columns: str, value: str, side: str | None, how: dict[str, Any]
-) -> list[_Panel]:
+) -> list[Panel]:
     if isinstance(effects, DataFrame):
-        return [_Panel("", effects, {})]
-    table = effects.table(**how)
+        return [Panel("", effects, {})]
+    table, ends = effects.table(**how), effects.ends()
     panels = []
     for name in dict.fromkeys(table["side"]) if side is None else [side]:
         chosen = one_side(table, name)
-        details = {found: pivot(chosen, rows, columns, found) for found in SHOWN}
-        panels.append(_Panel(name, pivot(chosen, rows, columns, value), details))
+        details = {found: pivot(chosen, rows, columns, found, ends) for found in SHOWN}
+        panels.append(Panel(name, pivot(chosen, rows, columns, value, ends), details))
     return panels
 
 
-def _stacked(panels: Sequence[_Panel]) -> bool:
+def _stacked(panels: Sequence[Panel]) -> bool:
     """Panels of many columns stand one above the other, narrow ones side by side."""
     return max(panel.grid.shape[1] for panel in panels) > 16
 
 
-def _canvas(panels: Sequence[_Panel], title: str | None) -> tuple[go.Figure, str]:
+def _canvas(panels: Sequence[Panel], title: str | None) -> tuple[go.Figure, str]:
     """An empty figure whose height follows from the rows, and its heading."""
     n_rows = max(len(panel.grid) for panel in panels)
     several, stacked = len(panels) > 1, _stacked(panels)
@@ -172,10 +190,10 @@ def _canvas(panels: Sequence[_Panel], title: str | None) -> tuple[go.Figure, str
     return figure, heading
 
 
-def _describe(panel: _Panel, between: str) -> str:
+def _describe(panel: Panel, between: str) -> str:
     """What a panel shows and on how many pairs."""
-    if not panel.name:
-        return ""
+    if not panel.details:
+        return escape(panel.name)
     counts = panel.details["n"].to_numpy()
     counts = counts[counts > 0]
     low, high = (int(counts.min()), int(counts.max())) if counts.size else (0, 0)
@@ -183,7 +201,7 @@ def _describe(panel: _Panel, between: str) -> str:
     return f"{SIDE_NAMES.get(panel.name, panel.name)}{between}{pairs}"
 
 
-def _draw(figure: go.Figure, panel: _Panel, value: str, where: dict[str, int]) -> None:
+def _draw(figure: go.Figure, panel: Panel, value: str, where: dict[str, int]) -> None:
     """A panel's cells, and over the gaps a second, grey trace: a place without a counterpart is not a 0."""
     grid = panel.grid.to_numpy(dtype=float)
     gaps = np.isnan(grid)
@@ -208,11 +226,16 @@ def _draw(figure: go.Figure, panel: _Panel, value: str, where: dict[str, int]) -
             text=None if printed else _spots(panel.grid),
             colorscale=[[0, GREY], [1, GREY]],
             showscale=False,
-            name="no counterpart",
-            hovertemplate=f"{spot}<br>no counterpart<extra></extra>",
+            name=_gap(panel.grid),
+            hovertemplate=f"{spot}<br>{_gap(panel.grid)}<extra></extra>",
             **CELLS,
             **where,
         )
+
+
+def _gap(grid: DataFrame) -> str:
+    """What a grey cell is: among senders and receivers mostly two that no edge joins."""
+    return "no path" if {grid.index.name, grid.columns.name} & {"sender", "receiver"} else "no counterpart"
 
 
 def _spot(grid: DataFrame, printed: bool) -> str:
@@ -232,14 +255,14 @@ def _number(cell: float, value: str) -> str:
     return f"{cell:.0f}" if value in ("n", "dropped") else f"{cell:.2f}".replace("-0.00", "0.00")
 
 
-def _axes(figure: go.Figure, panels: Sequence[_Panel], effects: Effects | DataFrame) -> None:
+def _axes(figure: go.Figure, panels: Sequence[Panel], effects: Effects | DataFrame) -> None:
     """Rows from top to bottom, labels of at least 11 pixels that don't overlap, the axes' meaning in words."""
     grid = panels[0].grid
     across, down = str(grid.columns.name), str(grid.index.name)
     kinds = set() if isinstance(effects, DataFrame) else set(effects.index["kind"])
     room = figure.layout.height - figure.layout.margin.t - figure.layout.margin.b
     gap = any(panel.grid.isna().any(axis=None) for panel in panels)
-    note = "<br><span style='font-size:11px'>grey: no counterpart</span>" if gap else ""
+    note = f"<br><span style='font-size:11px'>grey: {_gap(grid)}</span>" if gap else ""
     figure.update_xaxes(
         **_ticks(across, list(grid.columns), 26),
         title={"text": _axis_name(across, kinds, len(panels) > 1) + note, "font": {"size": 12}, "standoff": 6},

@@ -19,7 +19,9 @@ from plotly.offline import get_plotlyjs
 
 from clip_lens.core.effects import SEGMENTS, SIDES, Effects
 from clip_lens.core.files import written_whole
-from clip_lens.show.plots import SIDE_NAMES, heatmap, largest, slot_name
+from clip_lens.model.site import Edge
+from clip_lens.show.edges import path_diagram
+from clip_lens.show.plots import SIDE_NAMES, VALUE_NAMES, heatmap, largest, slot_name
 
 WHAT = (
     "method",
@@ -51,18 +53,21 @@ KIND_NAMES = {
     "neuron": "a neuron's activation",
 }
 MOST_FIGURES = 12  # per result
-MOST_UNITS = 40  # heads or neurons, as rows of a figure
+MOST_UNITS = 40  # heads, neurons or joint places, as rows of a figure
+MOST_ENDS = 48  # senders, or receivers, of a figure
+MOST_PATHS = 30  # edges of a path diagram
 PICTURE = 192  # pixels, the longer edge of an embedded picture
 
 
 class _View(NamedTuple):
-    """A part of a result that one figure per side can show."""
+    """A part of a result that one figure per side can show; `paths`: as a path diagram."""
 
     effects: Effects
     rows: str
     columns: str
     name: str = ""
     note: str = ""
+    paths: bool = False
 
 
 def report(
@@ -134,7 +139,7 @@ def _result(
     views = _views(effects)
     sides = [side for side in SIDES if side in set(effects.pairs["side"])]
     shown = [(view, side) for view in views for side in sides]
-    limit = max(largest(_grid(view, side)) for view, side in shown)
+    limit = max((largest(_grid(view, side)) for view, side in shown if not view.paths), default=0.0)
     left_out = len(shown) - MOST_FIGURES
     return {
         "name": name,
@@ -145,6 +150,8 @@ def _result(
         if left_out > 0
         else "",
         "wide": any(_grid(view, side).shape[1] > 16 for view, side in shown),
+        "shares": _is_share(effects),
+        "unit": _unit(effects),
         "table": [_table_row(row) for row in effects.top(8).itertuples()],
         "meta": effects.meta,
     }
@@ -154,10 +161,15 @@ def _result(
 
 
 def _views(effects: Effects) -> list[_View]:
-    """Slots (else heads or neurons) as rows and layers as columns; a view for each kind, and for each slot of units."""
+    """Slots (else heads or neurons) as rows and layers as columns; a view for each kind, and for each slot of units.
+
+    Edges: a diagram of the strongest, and senders by receivers, for each slot.
+    """
     index = effects.index
+    if all(isinstance(place, Edge) for place in effects.places):
+        return [_View(effects, "sender", "receiver", "the strongest paths", paths=True), *_ends(effects)]
     if index[["kind", "layer"]].isna().any(axis=None):  # sites of several kinds or layers, patched together
-        return [_View(effects, "place", "kind")]
+        return [_busiest(_View(effects, "place", "kind"), "place", MOST_UNITS, "places")]
     rows = "unit" if index["unit"].notna().any() else "slot"
     parts = [part for part in ("kind", "slot") if part != rows]
     views = []
@@ -166,63 +178,129 @@ def _views(effects: Effects) -> list[_View]:
         part = effects.where(**chosen)
         names = [str(chosen["kind"])] if index["kind"].nunique() > 1 else []
         names += [slot_name(chosen["slot"])] if "slot" in chosen and index["slot"].nunique(dropna=False) > 1 else []
-        views.append(_busiest(_View(part, rows, "layer", ", ".join(names))))
+        view = _View(part, rows, "layer", ", ".join(names))
+        views.append(_busiest(view, "unit", MOST_UNITS, "units") if rows == "unit" else view)
     return views
 
 
-def _busiest(view: _View) -> _View:
-    """The view with no more heads or neurons than a figure can show: those of the largest effects."""
-    units = view.effects.index["unit"].nunique()
-    if view.rows != "unit" or units <= MOST_UNITS:
+def _ends(effects: Effects) -> list[_View]:
+    """Senders by receivers, a view for each slot."""
+    slots = dict.fromkeys(None if slot is pd.NA else slot for slot in effects.index["slot"].astype(object))
+    views = []
+    for slot in slots:
+        name = f"senders and receivers, {slot_name(slot)}" if len(slots) > 1 else "senders and receivers"
+        view = _View(effects.where(slot=slot), "sender", "receiver", name)
+        view = _busiest(view, "sender", MOST_ENDS, "senders")
+        views.append(_busiest(view, "receiver", MOST_ENDS, "receivers"))
+    return views
+
+
+def _busiest(view: _View, column: str, most: int, words: str) -> _View:
+    """The view with no more entries of a column than a figure can show: those of the largest effects."""
+    count = view.effects.index[column].nunique()
+    if count <= most:
         return view
-    order = view.effects.fraction().assign(size=lambda table: table["effect"].abs()).groupby("unit")["size"].max()
-    kept = order.nlargest(MOST_UNITS).index
-    note = f" Shown are the {MOST_UNITS} of {units} units with the largest effects."
-    return view._replace(effects=view.effects.where(unit=list(kept)), note=note)
+    order = view.effects.fraction().assign(size=lambda table: table["effect"].abs()).groupby(column)["size"].max()
+    kept = order.nlargest(most).index
+    note = f"{view.note} Shown are the {most} of {count} {words} with the largest effects."
+    return view._replace(effects=view.effects.where(**{column: list(kept)}), note=note)
 
 
 def _grid(view: _View, side: str) -> DataFrame:
-    return view.effects.grid(view.rows, view.columns, side=side)
+    if view.paths:
+        return DataFrame()
+    return view.effects.grid(view.rows, view.columns, _value(view.effects), side=side)
+
+
+def _is_share(effects: Effects) -> bool:
+    """Whether fractions mean something: with the counterpart patched everywhere, the run becomes the other text's."""
+    return effects.meta.get("source", "counterpart") == "counterpart"
+
+
+def _value(effects: Effects) -> str:
+    return "fraction" if _is_share(effects) else "effect"
+
+
+def _unit(effects: Effects) -> str:
+    return "logits" if effects.meta.get("metric", "logit").startswith("logit") else "metric units"
 
 
 def _figure(view: _View, side: str, limit: float, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
     chosen = view.effects.where(side=side)
-    figure = heatmap(chosen, view.rows, view.columns, title="", limit=limit)
+    value = _value(view.effects)
+    if view.paths:
+        figure = path_diagram(chosen, MOST_PATHS)
+    else:
+        figure = heatmap(chosen, view.rows, view.columns, value, title="", limit=limit)
     name = f"figure-{len(figures) + 1}"
     grid = _grid(view, side)
     figures[name] = {**json.loads(figure.to_json()), "columns": grid.shape[1]}
-    top = chosen.fraction().dropna(subset="fraction")
-    peak = top.loc[top["fraction"].abs().idxmax()] if len(top) else None
+    top = chosen.fraction().dropna(subset=value)
+    peak = top.loc[top[value].abs().idxmax()] if len(top) else None
     words = ", ".join(filter(None, (view.name, SIDE_NAMES[side])))
     count = chosen.pairs["key"].nunique()
-    alt = f"Heat map of the recovered fraction by {view.rows} and {view.columns}: {words}, {count} pairs."
+    what = "Path diagram" if view.paths else f"Heat map of the {VALUE_NAMES[value]} by {view.rows} and {view.columns}"
+    alt = f"{what}: {words}, {count} pairs."
     return {
         "id": name,
         "title": f"{words[0].upper()}{words[1:]} ({_counted(count)})",
         "height": figure.layout.height,
-        "alt": alt if peak is None else f"{alt} The largest, {peak['fraction']:.2f}, is at {peak['place']}.",
+        "alt": alt if peak is None else f"{alt} The largest, {peak[value]:.2f}, is at {peak['place']}.",
         "caption": _caption(view, bool(grid.isna().any(axis=None))),
     }
 
 
 def _caption(view: _View, gaps: bool) -> str:
     """How to read a figure."""
-    effects = view.effects
-    kinds = [KIND_NAMES.get(kind, kind) for kind in dict.fromkeys(effects.index["kind"].dropna())]
-    slots = effects.index["slot"].notna().any()
-    tokens = "single tokens, averaged over pairs and tokens" if "token" in effects.pairs else "a slot's tokens together"
-    source = effects.meta.get("source", "counterpart")
-    patched = f"Each cell replaces {' and '.join(kinds) or 'several activations'} at one place"
+    if view.paths:
+        return (
+            f"The up to {MOST_PATHS} paths of the largest mean signed effect. A line is a path, its width the effect: "
+            f"{_signs(view.effects)} Hover over a line or a node for the numbers."
+        )
     lines = [
-        f"{patched} ({tokens})" if slots else patched,
-        f" by what the {source} gives there. Its number is the share of {_whole(effects)} that this alone moves,",
-        " a ratio of means over pairs: 0, white, is nothing and 1 all of it; blue moves it the way the whole does,",
-        " red the other way.",
-        " Layer 0 is the embedding, layer l the output of block l." if set(effects.index["kind"]) == {"resid"} else "",
-        " Grey: no pair has a counterpart there." if gaps else "",
+        f"{_what_is_patched(view.effects)} {_reading(view.effects)}",
+        " Layer 0 is the embedding, layer l the output of block l." if _kinds(view.effects) == {"resid"} else "",
+        (" Grey: no such path." if view.rows == "sender" else " Grey: no pair has a counterpart there.")
+        if gaps
+        else "",
         view.note,
     ]
     return "".join(lines)
+
+
+def _kinds(effects: Effects) -> set[str]:
+    return set(effects.index["kind"])
+
+
+def _what_is_patched(effects: Effects) -> str:
+    source = effects.meta.get("source", "counterpart")
+    if _kinds(effects) == {"edge"}:
+        through = " and through MLPs" if "MLP" in effects.meta.get("method", "") else ""
+        return f"Each cell patches what a sender gives a receiver directly{through}, from the {source}."
+    kinds = [KIND_NAMES.get(kind, kind) for kind in dict.fromkeys(effects.index["kind"].dropna())]
+    tokens = "single tokens, averaged over pairs and tokens" if "token" in effects.pairs else "a slot's tokens together"
+    slots = f" ({tokens})" if effects.index["slot"].notna().any() else ""
+    patched = f"Each cell replaces {' and '.join(kinds) or 'several activations'} at one place"
+    return f"{patched}{slots} by what the {source} gives there."
+
+
+def _reading(effects: Effects) -> str:
+    """What a cell's number is."""
+    if not _is_share(effects):
+        return f"Its number is the mean signed effect in {_unit(effects)}: {_signs(effects)} 0, white, is nothing."
+    return (
+        f"Its number is the share of {_whole(effects)} that this alone moves, a ratio of means over pairs: "
+        f"0, white, is nothing and 1 all of it; {_signs(effects)}"
+    )
+
+
+def _signs(effects: Effects) -> str:
+    """What blue and red mean: an effect times sigma counts with d, whichever text is run."""
+    if _is_share(effects):
+        return "blue moves it the way the whole does, red the other way."
+    if _unit(effects) == "logits":
+        return "blue lowers the caption's lead over the foil by that much, red raises it."
+    return "blue is positive, red negative."
 
 
 # Words and numbers
@@ -238,7 +316,8 @@ def _finding(views: list[_View], effects: Effects, side: str) -> str:
     """One side's numbers as a sentence: the slot of the largest share at each layer, else the largest effect of all."""
     count = effects.pairs.loc[effects.pairs["side"] == side, "key"].nunique()
     start = f"{SIDE_NAMES[side].capitalize()} ({_counted(count)}): "
-    runs = _runs(_grid(views[0], side)) if len(views) == 1 and views[0].rows == "slot" else []
+    by_slot = len(views) == 1 and views[0].rows == "slot" and _is_share(effects)
+    runs = _runs(_grid(views[0], side)) if by_slot else []
     if 0 < len(runs) <= 4 and len(views[0].effects.index["slot"].drop_duplicates()) > 1:
         layer = "layer" if set(effects.index["kind"]) == {"resid"} else "block"
         steps = [f'"{slot_name(slot)}" {_span(layer, cells)}' for slot, cells in runs]
@@ -247,7 +326,11 @@ def _finding(views: list[_View], effects: Effects, side: str) -> str:
     if top["effect"].isna().all():
         return f"{start}no place has a value."
     row = _table_row(next(top.itertuples()))
-    share = f", {row['fraction']} of {_whole(effects)} (95 % interval {row['interval']})" if row["fraction"] else ""
+    share = (
+        f", {row['fraction']} of {_whole(effects)} (95 % interval {row['interval']})"
+        if row["fraction"] and _is_share(effects)
+        else ""
+    )
     effect = f"{row['effect']} {row['effect_interval']}"
     return f"{start}the largest mean signed effect in size is that of {row['place']}: {effect}{share}."
 

@@ -12,9 +12,17 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from clip_lens.core.effects import Effects, toy_effects
-from clip_lens.model.site import Site
+from clip_lens.model.site import Edge, Site, precedes
 from clip_lens.show.report import report
 
+PATHS = [
+    Edge(Site("head", layer, unit), receiver)
+    for layer in (0, 1)
+    for unit in (0, 1)
+    for receiver in (Site("q", 1, 0), Site("v", 1, 1), Site("mlp", 0), Site("out"))
+    if precedes(Site("head", layer, unit), receiver)
+]
+PATHS_OF_TWO_SLOTS = [Edge(Site("embed"), Site("v", 0, unit, slot)) for unit in (0, 1) for slot in ("negator", "eot")]
 EVIL = "<script>alert('x')</script><img src=http://example.org/x.png>"
 
 
@@ -124,9 +132,30 @@ def test_heads_are_told_by_their_largest_effect(tmp_path):
     assert "\N{MINUS SIGN}0.300 of d (95 % interval [\N{MINUS SIGN}0.300, \N{MINUS SIGN}0.300])" in text
 
 
-def test_another_source_is_not_called_d(tmp_path):
-    text = Page(report({"resid": make(meta={"source": "zeros"})}, tmp_path / "r.html")).text
-    assert "the largest share of the total effect moves" in text and "by what the zeros gives" in text
+@pytest.mark.parametrize("source", ["zeros", "mean"])
+def test_another_source_has_effects_and_no_shares(tmp_path, source):
+    effects = make(meta={"source": source, "metric": "logit"})
+    page = Page(report({"it": effects}, tmp_path / "r.html"))
+    assert f"by what the {source} gives there. Its number is the mean signed effect in logits" in page.text
+    assert "blue lowers the caption's lead over the foil" in page.text
+    assert "the largest mean signed effect in size is that of resid 0 @negator" in page.text
+    assert not re.search(r"share|fraction|of d\b", page.text)
+    assert "Heat map of the mean signed effect (metric units) by slot and layer" in own_part(tmp_path / "r.html")
+    other = make(meta={"source": source, "metric": "cosine"})
+    assert "logits:" not in Page(report({"it": other}, tmp_path / "c.html")).text
+
+
+def test_paths_are_shown_as_a_diagram_and_senders_by_receivers(tmp_path):
+    shares = np.random.default_rng(0).normal(size=len(PATHS)).tolist()
+    page = Page(report({"paths": make(PATHS, shares)}, tmp_path / "r.html"))
+    plots = [tag["aria-label"] for tag in page.all("div") if tag.get("role") == "img"]
+    assert [plot.split(":")[0] for plot in plots] == ["Path diagram"] * 2 + [
+        "Heat map of the recovered fraction by sender and receiver"
+    ] * 2
+    assert "what a sender gives a receiver directly, from the counterpart" in page.text
+    assert "Grey: no such path." in page.text and "no pair has a counterpart" not in page.text
+    through = make(PATHS, shares, {"method": "path patching through MLPs, attention frozen"})
+    assert "directly and through MLPs" in Page(report({"paths": through}, tmp_path / "m.html")).text
 
 
 def test_what_was_run_pairs_and_drops_are_told(tmp_path):
@@ -177,6 +206,7 @@ def test_examples_have_pictures_where_there_are_some(tmp_path, pictures):
 
 
 PAIRED = (Site("mlp", 0), Site("head", 1, 2))
+JOINT = (Edge(Site("embed"), Site("mlp", 0)), Edge(Site("head", 0, 1), Site("out")))
 
 
 @pytest.mark.parametrize(
@@ -188,6 +218,9 @@ PAIRED = (Site("mlp", 0), Site("head", 1, 2))
         ([Site("head", 0, unit, slot) for unit in (0, 1) for slot in range(20)], 12),
         ([Site("neuron", layer, unit) for layer in (0, 1) for unit in range(100)], 2),
         ([PAIRED, Site("resid", 1)], 2),
+        (PATHS_OF_TWO_SLOTS, 6),
+        ([JOINT, Edge(Site("embed"), Site("out"))], 2),
+        ([(Site("head", 0, unit), Site("mlp", layer)) for layer in range(20) for unit in range(5)], 2),
         ([Site("resid", layer, slot=slot) for layer in range(25) for slot in ("negator", "eot")], 2),
     ],
 )
@@ -197,6 +230,7 @@ def test_every_shape_of_result_gets_figures(tmp_path, places, figures):
     assert len(page.all("figure")) == figures
     assert ("further figures are left out" in page.text) == (figures == 12)
     assert ("Shown are the 40 of 100 units" in page.text) == (len(places) == 200)
+    assert ("Shown are the 40 of 100 places" in page.text) == (len(places) == 100)
 
 
 def test_values_that_are_all_missing_are_said(tmp_path):

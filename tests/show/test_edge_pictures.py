@@ -1,0 +1,139 @@
+"""Pictures of edges: the numbers of the table, in the order of the tower, as wide as they are large."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from show.test_plots import make
+
+import clip_lens
+from clip_lens.core.effects import SHOWN, one_side
+from clip_lens.model.site import Edge, Site, precedes
+from clip_lens.show.edges import NEGATIVE, POSITIVE, path_diagram, qkv, strongest
+from clip_lens.show.plots import heatmap
+
+SENDERS = [Site("embed"), *(Site("head", layer, unit) for layer in (0, 1, 10) for unit in (0, 1)), Site("mlp", 0)]
+RECEIVERS = [Site(kind, layer, unit) for kind in "qkv" for layer in (1, 2, 11) for unit in (0, 1)]
+RECEIVERS += [Site("mlp", 0), Site("mlp", 11), Site("out")]
+EDGES = [Edge(s, r) for r in reversed(RECEIVERS) for s in reversed(SENDERS) if precedes(s, r)]
+IN_ORDER = ["embed", "head 0.0", "head 0.1", "mlp 0", "head 1.0", "head 1.1", "head 10.0", "head 10.1"]
+
+
+def lines(figure):
+    return [trace for trace in figure.data if trace.mode == "lines"]
+
+
+def test_senders_and_receivers_come_in_the_order_of_the_tower():
+    effects = make(EDGES)
+    grid = effects.grid("sender", "receiver", side="foil")
+    assert list(grid.index) == IN_ORDER
+    assert list(grid.columns)[:5] == ["mlp 0", "q 1.0", "k 1.0", "v 1.0", "q 1.1"]
+    assert list(grid.columns)[-2:] == ["mlp 11", "out"]
+    table = one_side(effects.fraction(), "foil").set_index(["sender", "receiver"])["fraction"]
+    for sender in grid.index:
+        for receiver in grid.columns:
+            np.testing.assert_equal(grid.loc[sender, receiver], table.get((sender, receiver), np.nan))
+
+
+def test_a_heat_map_of_edges_says_no_path():
+    figure = heatmap(make(EDGES), "sender", "receiver", side="foil", resamples=30)
+    grid = make(EDGES).grid("sender", "receiver", side="foil")
+    np.testing.assert_array_equal(figure.data[0].z, grid.to_numpy())
+    assert figure.data[1].name == "no path" and "grey: no path" in figure.layout.xaxis.title.text
+    assert "no counterpart" not in figure.to_json()
+
+
+@pytest.mark.parametrize("value", ["effect", "fraction"])
+def test_q_k_and_v_hold_the_grid(value):
+    effects = make(EDGES)
+    panels = [trace for trace in qkv(effects, value, resamples=30).data if trace.name != "no path"]
+    assert [panel.name.split(";")[0] for panel in panels] == ["queries", "keys", "values"] * 2
+    assert {panel.coloraxis for panel in panels} == {"coloraxis"}
+    grid = effects.grid("sender", "receiver", value, side="foil")
+    for kind, panel in zip("qkv", panels[3:], strict=True):
+        columns = [f"{kind} {layer}.{unit}" for layer in (1, 2, 11) for unit in (0, 1)]
+        np.testing.assert_array_equal(panel.z, grid[columns].to_numpy())
+
+
+def test_q_k_and_v_are_laid_out_alike_where_one_lacks_a_head():
+    edges = [Edge(Site("embed"), Site("q", 0, 0)), Edge(Site("embed"), Site("k", 0, 1))]
+    panels = [trace for trace in qkv(make(edges), side="foil", resamples=30).data if trace.name != "no path"]
+    assert [np.isnan(panel.z).tolist() for panel in panels] == [[[False, True]], [[True, False]]]
+
+
+@pytest.mark.parametrize("n", [1, 10, 300])
+def test_the_diagram_draws_the_largest_as_wide_as_they_are(n):
+    effects = make(EDGES)
+    figure = path_diagram(effects, n, side="foil")
+    table = one_side(effects.table(), "foil").set_index("place")
+    largest = table["effect"].abs().nlargest(n)
+    drawn = lines(figure)
+    assert {trace.name for trace in drawn} == set(largest.index)
+    sizes = [abs(table.loc[trace.name, "effect"]) for trace in drawn]
+    widths = [trace.line.width for trace in drawn]
+    assert sizes == sorted(sizes) and widths == sorted(widths)  # the strongest on top, and the widest
+    for trace in drawn:
+        assert trace.line.color == (POSITIVE if table.loc[trace.name, "effect"] >= 0 else NEGATIVE)
+        expected = table.loc[trace.name, list(SHOWN)].to_numpy(dtype=float)
+        np.testing.assert_allclose(trace.customdata[0], expected, rtol=1e-5)
+        assert (np.diff(trace.x) > 0).all()  # from left to right
+
+
+def test_every_node_with_an_edge_is_labelled_once():
+    effects = make(EDGES)
+    chosen = strongest(effects, 12, "foil")["edge"]
+    nodes = path_diagram(effects, 12, side="foil").data[-1]
+    ends = {edge.sender for edge in chosen} | {
+        replace(edge.receiver, kind="head") if edge.receiver.kind in "qkv" else edge.receiver for edge in chosen
+    }
+    assert set(nodes.hovertext) == {str(end) for end in ends} and len(nodes.hovertext) == len(ends)
+    assert len(set(zip(nodes.x, nodes.y, strict=True))) == len(ends)
+
+
+def test_edges_between_the_same_nodes_do_not_cover_each_other():
+    edges = [Edge(Site("embed"), Site(kind, 0, 0, slot)) for kind in "qkv" for slot in ("negator", "<a href='x'>")]
+    drawn = lines(path_diagram(make(edges), side="foil"))
+    assert len({tuple(trace.y) for trace in drawn}) == 6
+    assert not any("<a" in trace.hovertemplate for trace in drawn)
+
+
+def test_both_sides_share_the_scale_of_widths():
+    figure = path_diagram(make(EDGES), 5)
+    assert len(lines(figure)) == 10
+    assert [note.text.split(":")[0] for note in figure.layout.annotations[:2]] == [
+        "negation in the caption",
+        "negation in the foil",
+    ]
+    effects = make(EDGES)
+    assert max(trace.line.width for trace in lines(figure)) == 9.0
+    still = replace(effects, values=torch.zeros_like(effects.values))
+    assert {trace.line.width for trace in lines(path_diagram(still, 5))} == {1.0}
+
+
+def test_whole_layers_and_missing_effects():
+    edges = [
+        Edge(Site("head", 0), Site("v", 1)),
+        Edge(Site("embed"), Site("v", 1, 0)),
+        Edge(Site("embed"), Site("out")),
+    ]
+    effects = make(edges)
+    effects.values[2] = torch.nan
+    figure = path_diagram(effects, side="foil")
+    assert len(lines(figure)) == 2
+    assert set(figure.data[-1].text) == {"0.all", "1.all", "embed", "1.0"}
+
+
+def test_bad_input_is_named():
+    for draw in (qkv, path_diagram):
+        with pytest.raises(ValueError, match="1 of 1 places are no single edges, such as resid 0;"):
+            draw(make([Site("resid", 0)]))
+        with pytest.raises(ValueError, match="such as embed -> mlp 0"):
+            draw(make([(EDGES[0], EDGES[1]), (Edge(Site("embed"), Site("mlp", 0)),)][::-1]))
+        with pytest.raises(ValueError, match="no side 'none'"):
+            draw(make(EDGES), side="none")
+    with pytest.raises(ValueError, match=r"at least 1\. Got 0"):
+        path_diagram(make(EDGES), 0)
+    with pytest.raises(ValueError, match="q, k or v of a head, only in mlp, out"):
+        qkv(make([Edge(Site("embed"), Site("out")), Edge(Site("embed"), Site("mlp", 0))]))
+    assert clip_lens.qkv is qkv and clip_lens.path_diagram is path_diagram
