@@ -41,7 +41,8 @@ def path_effects(
     comes after a sender are no paths and left out; `effects.index` says what there is.
 
     Raises:
-        ValueError: no path at all, or a place that the encoder or the batch does not have.
+        ValueError: no path at all, a place that the encoder or the batch does not have, or, through MLPs, the output
+            joined with other receivers: what arrives at the output would overwrite what they do to it.
 
     Example:
         >>> from clip_lens import Site
@@ -56,6 +57,8 @@ def path_effects(
     paths = [(s, r, edges) for r in receivers for s in senders if (edges := _edges(s, r))]
     if not paths:
         raise ValueError("no path: none of the receivers comes after any of the senders")
+    if through == "mlp" and any(len(_ends(r)) > 1 and Site("out") in _ends(r) for r in receivers):
+        raise ValueError("out is a receiver of its own through MLPs: it can't be joined with others")
     places = [place for _, _, place in paths]
     if through == "direct":
         effects = patch_effects(encoder, batch, places, source=source, metric=metric, rows=rows, progress=progress)
