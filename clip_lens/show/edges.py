@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from html import escape
+from math import sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,8 @@ READS = {"q": "queries", "k": "keys", "v": "values"}
 DASHES = {"q": "dot", "k": "dash"}  # values, MLPs and the output are solid
 POSITIVE, NEGATIVE = "#2166ac", "#b2182b"  # the ends of plots.SCALE
 THIN, WIDE = 1.0, 9.0  # pixels
+FEW = 40  # edges; of more the widest is thinner, so that they don't cover each other
+DEEP = 8  # blocks; of more a narrow screen has room for a head's number only, the axis tells its block
 ALONG = np.linspace(0, 1, 25)  # the points of a drawn edge, each of which can be hovered
 ALL_HEADS = -1  # the line of a place without unit
 
@@ -84,8 +87,8 @@ def path_diagram(effects: Effects, n: int = 30, side: str | None = None) -> go.F
     """A plotly figure of the n edges of the largest absolute mean signed effect; a diagram for each side.
 
     Blocks run from left to right, between the embedding and the output, heads one below the other with the block's MLP
-    as the last line. An edge's width is its absolute effect, blue moves the metric the way the whole does, red the
-    other way; into a head, queries are dotted, keys dashed, values solid. Hovering tells effect, share and pairs.
+    as the last line. An edge's width is its absolute mean signed effect, blue where that is positive, red where it is
+    negative; into a head, queries are dotted, keys dashed, values solid. Hovering tells effect, share and pairs.
 
     Raises:
         ValueError: a place is not a single edge, n is not positive, or no such side.
@@ -106,7 +109,7 @@ def path_diagram(effects: Effects, n: int = 30, side: str | None = None) -> go.F
     layout = _Layout.of(effects.places)  # type: ignore[arg-type]
     largest = max((abs(row.effect) for part in drawn for row in part.itertuples()), default=0.0) or 1.0
     headings = [
-        f"{SIDE_NAMES[name]}: the {len(part)} largest of {len(effects.places)} effects"
+        f"{SIDE_NAMES[name]}<br>the {len(part)} largest of {len(effects.places)} effects"
         for name, part in zip(sides, drawn, strict=True)
     ]
     figure = _canvas(layout, headings)
@@ -175,16 +178,15 @@ class _Layout(NamedTuple):
 
 
 def _canvas(layout: _Layout, headings: Sequence[str]) -> go.Figure:
-    each, gap, top, below = max(260, 30 * (layout.bottom + 1)), 84, 44, 92
+    each, gap, top, below = max(260, 30 * (layout.bottom + 1)), 100, 56, 92
     height = top + below + each * len(headings) + gap * (len(headings) - 1)
     figure = make_subplots(
         rows=len(headings), cols=1, subplot_titles=headings,
         vertical_spacing=gap / (height - top - below) if len(headings) > 1 else None,
     )  # fmt: skip
     figure.update_annotations(font_size=13)
-    across = ["embed", *map(str, range(layout.n_layers)), "out"]
     figure.update_xaxes(
-        tickvals=[-1, *range(layout.n_layers), layout.n_layers], ticktext=across, tickfont_size=11, tickangle=0,
+        tickvals=list(range(layout.n_layers)), tickfont_size=11, tickangle=0,
         range=[-1.5, layout.n_layers + 0.5], showgrid=False, zeroline=False, fixedrange=True,
         title={"text": "block, counted from 0", "font": {"size": 12}, "standoff": 4},
     )  # fmt: skip
@@ -193,7 +195,7 @@ def _canvas(layout: _Layout, headings: Sequence[str]) -> go.Figure:
         range=[layout.bottom + 0.6, -0.6], gridcolor="#f0f0f0", zeroline=False, automargin=True, fixedrange=True,
     )  # fmt: skip
     figure.add_annotation(
-        text="blue: as the whole moves, red: against it<br>into heads: queries dotted, keys dashed, values solid",
+        text="blue: positive effect, red: negative<br>into heads: queries dotted, keys dashed, values solid",
         font={"size": 11}, showarrow=False, xref="paper", x=0.5, yref="paper", y=0, yshift=-below + 4, yanchor="bottom",
     )  # fmt: skip
     figure.update_layout(
@@ -207,18 +209,19 @@ def _canvas(layout: _Layout, headings: Sequence[str]) -> go.Figure:
 
 def _lines(part: DataFrame, layout: _Layout, largest: float) -> list[go.Scatter]:
     """The edges, the weakest first, so that the strongest lie on top; edges between the same two nodes fan out."""
+    widest = WIDE * min(1.0, sqrt(FEW / max(1, len(part))))
     between: Counter[tuple[Any, Any]] = Counter()
     lines = []
     for row in part.itertuples():
         ends = layout.at(row.edge.sender), layout.at(row.edge.receiver)
         x, y = _curve(*ends, between[ends])
         between[ends] += 1
-        numbers = [getattr(row, name) for name in SHOWN]
+        numbers, size = [getattr(row, name) for name in SHOWN], abs(row.effect) / largest
         lines.append(
             go.Scatter(
-                x=x, y=y, mode="lines", name=str(row.edge), opacity=0.75,
+                x=x, y=y, mode="lines", name=str(row.edge), opacity=0.4 + 0.45 * size,
                 line={
-                    "width": THIN + (WIDE - THIN) * abs(row.effect) / largest,
+                    "width": THIN + (widest - THIN) * size,
                     "color": POSITIVE if row.effect >= 0 else NEGATIVE,
                     "dash": DASHES.get(row.edge.receiver.kind, "solid"),
                 },
@@ -249,10 +252,10 @@ def _nodes(part: DataFrame, layout: _Layout) -> go.Scatter:
     spots = [layout.at(node) for node in nodes]
     return go.Scatter(
         x=[x for x, _ in spots], y=[y for _, y in spots], mode="markers+text", name="nodes",
-        text=[_short(node) for node in nodes],
+        text=[_short(node, layout.n_layers > DEEP) for node in nodes],
         textposition=["top center" if node.kind in ("embed", "out") else "middle center" for node in nodes],
         textfont={"size": 11, "color": INK}, cliponaxis=False,
-        marker={"size": 24, "color": "white", "line": {"width": 1, "color": GREY}},
+        marker={"size": 20 if layout.n_layers > DEEP else 24, "color": "white", "line": {"width": 1, "color": GREY}},
         customdata=[[_told("sends", sends.get(node)), _told("receives", receives.get(node))] for node in nodes],
         hovertext=[str(node) for node in nodes],
         hovertemplate="<b>%{hovertext}</b>%{customdata[0]}%{customdata[1]}<extra></extra>",
@@ -272,10 +275,14 @@ def _told(verb: str, rows: list[Any] | None) -> str:
     return f"<br>{verb} {effect:.3f} in {edges}, recovered fraction {share:.3f}, {n} pairs"
 
 
-def _short(node: Site) -> str:
+def _short(node: Site, deep: bool) -> str:
+    """A node's label inside of its circle."""
     if node.kind in ("embed", "out"):
         return node.kind
-    return f"m{node.layer}" if node.kind == "mlp" else f"{node.layer}.{'all' if node.unit is None else node.unit}"
+    if node.kind == "mlp":
+        return "m" if deep else f"m{node.layer}"
+    unit = "all" if node.unit is None else str(node.unit)
+    return unit if deep else f"{node.layer}.{unit}"
 
 
 def _name(edge: Edge) -> str:

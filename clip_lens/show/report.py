@@ -254,8 +254,8 @@ def _caption(view: _View, gaps: bool) -> str:
     """How to read a figure."""
     if view.paths:
         return (
-            f"The up to {MOST_PATHS} paths of the largest mean signed effect. A line is a path, its width the effect: "
-            f"{_signs(view.effects)} Hover over a line or a node for the numbers."
+            f"The up to {MOST_PATHS} paths of the largest mean signed effect. A line is a path, its width the effect, "
+            "blue where that is positive, red where it is negative. Hover over a line or a node for the numbers."
         )
     lines = [
         f"{_what_is_patched(view.effects)} {_reading(view.effects)}",

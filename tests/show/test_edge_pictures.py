@@ -91,6 +91,13 @@ def test_every_node_with_an_edge_is_labelled_once():
     assert len(set(zip(nodes.x, nodes.y, strict=True))) == len(ends)
 
 
+def test_labels_fit_a_deep_tower():
+    edges = [Edge(Site("head", layer, 10), Site("mlp", layer)) for layer in (0, 7)]
+    assert set(path_diagram(make(edges), side="foil").data[-1].text) == {"0.10", "m0", "7.10", "m7"}
+    deeper = [*edges, Edge(Site("head", 8, 10), Site("mlp", 8))]
+    assert set(path_diagram(make(deeper), side="foil").data[-1].text) == {"10", "m"}
+
+
 def test_edges_between_the_same_nodes_do_not_cover_each_other():
     edges = [Edge(Site("embed"), Site(kind, 0, 0, slot)) for kind in "qkv" for slot in ("negator", "<a href='x'>")]
     drawn = lines(path_diagram(make(edges), side="foil"))
@@ -101,7 +108,7 @@ def test_edges_between_the_same_nodes_do_not_cover_each_other():
 def test_both_sides_share_the_scale_of_widths():
     figure = path_diagram(make(EDGES), 5)
     assert len(lines(figure)) == 10
-    assert [note.text.split(":")[0] for note in figure.layout.annotations[:2]] == [
+    assert [note.text.split("<br>")[0] for note in figure.layout.annotations[:2]] == [
         "negation in the caption",
         "negation in the foil",
     ]
