@@ -22,9 +22,8 @@ from clip_lens.model.load import load
 from clip_lens.model.site import LAYOUTS, Edge, Site, at_slot, hook_name, members, precedes
 
 TOLERANCES = {torch.float32: 2e-6, torch.float64: 1e-12}
-TOWERS = [f"{kind} {layers}" for kind in ("causal", "bidirectional", "pooled last") for layers in (1, 2, 3, 4)] + [
-    "tiny"
-]
+TOWERS = [f"{kind} {layers}" for kind in ("causal", "bidirectional") for layers in (1, 2, 3, 4)]
+TOWERS += ["pooled last 2", "tiny"]
 EQUALLY_LONG = (
     ("There are no dogs in the park.", "There are some dogs in the park."),
     ("There is a zebra.", "There is no zebra."),
@@ -290,7 +289,7 @@ def test_the_residual_stream_is_all_edges_across_that_cut(encoder, batch, dtype)
 
 def test_rows_of_different_edges_and_sites_are_the_same_alone(encoder, batch, unequal, dtype):
     edges = encoder.edges()
-    places = [*edges[:: max(1, len(edges) // 6)], tuple(edges[::7]), Site("mlp"), (*edges[-3:], Site("q"))]
+    places = [*edges[:: max(1, len(edges) // 3)], tuple(edges[::7]), Site("mlp"), (*edges[-3:], Site("q"))]
     for some in (batch, unequal):
         together = patched(encoder, some, places)
         for row, place in enumerate(places):
@@ -445,7 +444,7 @@ def interventions(draw):
     return encoder, batch[:4], draw(places), draw(st.integers(1, 7))
 
 
-@settings(deadline=None, derandomize=True, max_examples=30)
+@settings(deadline=None, derandomize=True, max_examples=25)
 @given(drawn=interventions())
 @torch.no_grad()
 def test_interventions_as_rows_are_the_same_one_by_one_from_the_start_and_padded(drawn):
