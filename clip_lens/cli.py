@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple, Optional
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from clip_lens.data.batch import Batch
     from clip_lens.data.images import ImageStore
     from clip_lens.model.encoder import HookedTextEncoder
-    from clip_lens.model.site import Site
+    from clip_lens.model.site import Place, Site
 
 app = typer.Typer(
     name="clip-lens",
@@ -223,14 +223,15 @@ def paths(
 ) -> None:
     """Path patching: what each sender moves through each receiver."""
     from clip_lens.core.source import counterpart
-    from clip_lens.methods.paths import path_effects
+    from clip_lens.methods.paths import METHODS, existing_paths, path_effects
 
     job = _job(pairs, images, out, model, pretrained, run.value, segment, rephrased, any_store, rows, device, not quiet)
     ends = [_ends(words, job.encoder) for words in (senders, receivers)]
-    effects = path_effects(
-        job.encoder, job.batch, *ends, through=through.value, source=counterpart, rows=rows, progress=job.progress
+    places = [place for _, _, place in existing_paths(*ends)]
+    compute = lambda: path_effects(
+        job.encoder, job.batch, *ends, through=through.value, rows=rows, progress=job.progress
     )
-    effects.save(out / "paths.parquet")
+    effects = _kept(job, f"paths-{through.value}", places, counterpart, METHODS[through.value], compute)
     _write(job, {f"paths, {through.value}": _segmented(effects, segment)})
 
 
@@ -423,19 +424,28 @@ def _ends(words: str, encoder: HookedTextEncoder) -> list[Site]:
 
 
 def _sweep(job: Job, places: Sequence[Site], name: str, source: Source) -> Effects:
-    """A sweep, or the finished one that is there already."""
+    from clip_lens.methods.patching import METHOD, patch_effects
+
+    compute = lambda: patch_effects(job.encoder, job.batch, places, source=source, rows=job.rows, progress=job.progress)
+    return _kept(job, name, places, source, METHOD, compute)
+
+
+def _kept(
+    job: Job, name: str, places: Sequence[Place], source: Source, method: str, compute: Callable[[], Effects]
+) -> Effects:
+    """A result, or the finished one that is there already and is of the same places, model, data and method."""
     from clip_lens.core.effects import Effects
     from clip_lens.core.metric import logit
-    from clip_lens.methods.patching import METHOD, describe, patch_effects
+    from clip_lens.methods.patching import describe
 
     path = job.out / f"{name}.parquet"
-    meta = describe(job.encoder, job.batch, method=METHOD, source=source, metric=logit)
+    meta = describe(job.encoder, job.batch, method=method, source=source, metric=logit)
     if path.exists():
         done = Effects.load(path)
-        if dict(done.meta) == meta and done.places == tuple(places):
+        if meta.items() <= dict(done.meta).items() and done.places == tuple(places):
             _say(f"{path} is there already and fits: reused")
             return done
-    effects = patch_effects(job.encoder, job.batch, places, source=source, rows=job.rows, progress=job.progress)
+    effects = compute()
     effects.save(path)
     return effects
 
@@ -467,23 +477,26 @@ def _print_table(effects: Effects) -> None:
     from rich.table import Table
 
     index = effects.index
+    ablated = effects.meta.get("source") != "counterpart"
+    value, what = ("effect", "logits that a patch moves") if ablated else ("fraction", "share of d that a patch moves")
     laid_out = index["slot"].notna().all() and not index.duplicated(["slot", "layer"]).any()
     for side in dict.fromkeys(effects.pairs["side"]):
         count = int((effects.pairs["side"] == side).sum())
-        table = Table(title=f"share of d that a patch moves; negation in the {side}, {count} pairs")
+        table = Table(title=f"{what}; negation in the {side}, {count} pairs")
         if laid_out:
-            grid = effects.grid(side=side)
+            grid = effects.grid(side=side, value=value)
             table.add_column("slot \\ layer")
             for layer in grid.columns:
                 table.add_column(str(layer), justify="right")
             for slot, line in grid.iterrows():
                 table.add_row(str(slot), *(f"{value:.2f}" if value == value else "" for value in line))
         else:
-            for column in ("place", "share", "95% interval", "logits"):
+            for column in ("place", *([] if ablated else ["share"]), "logits", "95% interval"):
                 table.add_column(column, justify="left" if column == "place" else "right")
             for line in effects.where(side=side).top(10).itertuples():
-                interval = f"{line.lower:.2f} .. {line.upper:.2f}"
-                table.add_row(line.place, f"{line.fraction:.2f}", interval, f"{line.effect:+.2f}")
+                share = [] if ablated else [f"{line.fraction:.2f}"]
+                interval = f"{line.effect_lower:+.2f} .. {line.effect_upper:+.2f}"
+                table.add_row(line.place, *share, f"{line.effect:+.2f}", interval)
         Console().print(table)
 
 

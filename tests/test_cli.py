@@ -84,7 +84,7 @@ def test_trace_embeds_a_folder_of_pictures(tmp_path: Path) -> None:
 
 def test_kinds_with_heads_are_traced_all_heads_together(few: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert run("trace", "--pairs", few, "--images", "tiny", "--out", out, "--kind", "head", "--quiet") == 0
+    assert run("trace", "--pairs", few, "--images", "tiny", "--out", out, "--sites", "head", "--quiet") == 0
     assert set(Effects.load(out / "head-slots.parquet").index.layer) == set(range(6))
 
 
@@ -102,7 +102,7 @@ def test_info_says_what_a_thing_is(few: Path, tmp_path: Path, capsys: pytest.Cap
         (("info", "ViT-B-32"), "needs weights"),
         (("trace", "--pairs", "none.csv", "--images", "tiny", "--out", "o"), "none.csv"),
         (("trace", "--pairs", "tiny", "--images", "none.safetensors", "--out", "o"), "none.safetensors"),
-        (("trace", "--pairs", "tiny", "--images", "tiny", "--out", "o", "--kind", "heads"), "no kind of site"),
+        (("trace", "--pairs", "tiny", "--images", "tiny", "--out", "o", "--sites", "heads"), "no kind of site"),
         (("trace", "--pairs", "tiny", "--images", "tiny", "--out", "o", "--device", "abacus"), "abacus"),
         (("embed", "nowhere", "--out", "o.safetensors"), "nowhere"),
     ],
@@ -155,7 +155,7 @@ def test_patch_ablate_and_paths_write_what_the_verbs_compute(few: Path, tmp_path
     expected = {
         "p/head-text.parquet": patch_effects(encoder, batch["affirmative"], encoder.sites("head")),
         "a/mlp-text.parquet": patch_effects(encoder, batch["caption"], encoder.sites("mlp"), source=zeros),
-        "r/paths.parquet": path_effects(
+        "r/paths-direct.parquet": path_effects(
             encoder,
             batch["affirmative"],
             [Site("embed"), Site("head", 0, 1), Site("mlp", 1)],

@@ -8,7 +8,7 @@ to change nothing (the two texts agree up to there, or nothing reads it any more
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from clip_lens.core.edges import EdgePatch, differences, sender_hook
 from clip_lens.core.metric import Metric, Readout
-from clip_lens.core.patch import Addresses, patch_hooks, present, slot_positions
-from clip_lens.core.source import Fetch
+from clip_lens.core.patch import Addresses, address, patch_hooks, present, slot_positions
+from clip_lens.core.source import Fetch, Source
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import Cache, Hook, HookedTextEncoder
-from clip_lens.model.site import Kind, Site, hook_name
+from clip_lens.model.site import Kind, Place, Site, hook_name
 
 READ_ONLY_AT_POOL: tuple[Kind, ...] = ("mid", "attn", "mlp", "head", "q", "pattern", "neuron")
 """Kinds that in the last block matter at the pooled position only: nothing else reads them."""
@@ -112,6 +112,18 @@ def needed(chunk: Chunk) -> tuple[Bool[Tensor, "place pair"], Int[Tensor, "place
 
 
 Reader = Callable[[Int[Tensor, "entry 3"]], Bool[Tensor, "entry"]]
+
+
+def patchable(
+    encoder: HookedTextEncoder, batch: Batch, places: Sequence[Place], source: Source, rows: int = 256
+) -> Bool[Tensor, "place pair"]:
+    """Whether a source has anything to patch with at each place in each pair; where not, an effect is NaN."""
+    addresses, fetch = address(places, encoder, batch), source(encoder, batch)
+    found = torch.zeros(len(places), len(batch), dtype=torch.bool)
+    with torch.inference_mode():
+        for index in batch.length.argsort(stable=True).split(pairs_at_once(addresses, encoder, batch, rows)):
+            found[:, index.cpu()] = needed(prepare(encoder, batch, addresses, fetch, index))[0].cpu()
+    return found
 
 
 def _site_readers(chunk: Chunk) -> tuple[Bool[Tensor, "hook pair pos"], Reader]:

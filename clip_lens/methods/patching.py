@@ -73,6 +73,8 @@ def patch_effects(
             baseline[index.cpu()] = metric(chunk.embedding, readout).cpu()
             d[index.cpu()] = (batch.sigma[index] * (logit(readout.other, readout) - logit(readout.run, readout))).cpu()
     meta = describe(encoder, batch, method=METHOD, source=source, metric=metric)
+    if missing := int(values[-1].isnan().sum()):
+        meta["pairs without a source"] = str(missing)
     return Effects(values[:-1], values[-1], baseline, places, pairs_frame(batch, d), meta)
 
 

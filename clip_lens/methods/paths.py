@@ -10,6 +10,7 @@ import torch
 
 from clip_lens.core.effects import Effects
 from clip_lens.core.metric import Metric, logit
+from clip_lens.core.rows import patchable
 from clip_lens.core.source import Source, counterpart
 from clip_lens.core.via import via
 from clip_lens.data.batch import Batch
@@ -18,6 +19,7 @@ from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Edge, Place, Site, precedes
 
 Through = Literal["direct", "mlp"]
+METHODS = {"direct": "path patching, direct", "mlp": "path patching through MLPs, attention frozen"}
 Ends = Site | tuple[Site, ...]
 
 
@@ -54,15 +56,13 @@ def path_effects(
     """
     if through not in get_args(Through):
         raise ValueError(f"through={through!r}; give one of {', '.join(get_args(Through))}")
-    paths = [(s, r, edges) for r in receivers for s in senders if (edges := _edges(s, r))]
-    if not paths:
-        raise ValueError("no path: none of the receivers comes after any of the senders")
+    paths = existing_paths(senders, receivers)
     if through == "mlp" and any(len(_ends(r)) > 1 and Site("out") in _ends(r) for r in receivers):
         raise ValueError("out is a receiver of its own through MLPs: it can't be joined with others")
     places = [place for _, _, place in paths]
     if through == "direct":
         effects = patch_effects(encoder, batch, places, source=source, metric=metric, rows=rows, progress=progress)
-        return replace(effects, meta={**effects.meta, "method": "path patching, direct"})
+        return replace(effects, meta={**effects.meta, "method": METHODS[through]})
     parts = {
         sender: patch_effects(
             encoder, batch, [_arrival(r, encoder) for s, r, _ in paths if s == sender],
@@ -73,8 +73,21 @@ def path_effects(
     lines = {sender: iter(part.values) for sender, part in parts.items()}
     values = torch.stack([next(lines[sender]) for sender, _, _ in paths])
     whole = patch_effects(encoder, batch, [Site("resid", encoder.n_layers)], source=source, metric=metric, rows=rows)
-    meta = {**whole.meta, "method": "path patching through MLPs, attention frozen"}
+    meta = {**whole.meta, "method": METHODS[through]}
+    values = values.masked_fill(~patchable(encoder, batch, places, source, rows), float("nan"))
     return Effects(values, whole.total, whole.baseline, tuple(places), whole.pairs, meta)
+
+
+def existing_paths(senders: Sequence[Ends], receivers: Sequence[Ends]) -> list[tuple[Ends, Ends, Place]]:
+    """Sender, receiver and place of every path there is: an edge, or the edges of a joint set.
+
+    Raises:
+        ValueError: there is none.
+    """
+    paths = [(s, r, edges) for r in receivers for s in senders if (edges := _edges(s, r))]
+    if not paths:
+        raise ValueError("no path: none of the receivers comes after any of the senders")
+    return paths
 
 
 def _ends(ends: Ends) -> tuple[Site, ...]:

@@ -23,16 +23,12 @@ RECEIVERS = [
 
 
 def by_hand(texts, places, *, mlps=False):
-    """An edge whose receiver has no token with a counterpart is NaN; through MLPs, one that has no token at all."""
-
-    def exists(text, edge):
-        there = text.where(edge.receiver.slot) if mlps else text.has(text.counterpart(), edge)
-        return bool(there)
+    """An edge whose receiver has no token with a counterpart is NaN."""
 
     return [
         [
             text.path({e.sender for e in members(place)}, {e.receiver for e in members(place)}, mlps=mlps)
-            if any(exists(text, e) for e in members(place))
+            if any(text.has(text.counterpart(), e) for e in members(place))
             else NAN
             for text in texts
         ]
