@@ -172,7 +172,9 @@ def test_resample(name, seed):
         text, other = Text(clip, batch, pair), given(clip, batch.tokens[found[0]])
         expected = torch.tensor([text.effect(place, other) for place in PLACES], dtype=torch.float64)
         assert torch.allclose(effects.values[:, pair], expected, rtol=0, atol=1e-10, equal_nan=True)
-    assert effects.values.isnan().all(0).sum() == len([found for found in partner.values() if not found]) > 0
+    lonely = len([found for found in partner.values() if not found])
+    assert effects.values.isnan().all(0).sum() == lonely > 0
+    assert effects.meta["pairs without a source"] == str(lonely)
 
 
 def test_resample_is_seeded():
