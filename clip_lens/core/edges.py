@@ -42,20 +42,19 @@ def written(
 
 
 def differences(
-    encoder: HookedTextEncoder, senders: Sequence[Site], source: Cache, run: Cache, first: Int[Tensor, "pair"]
+    encoder: HookedTextEncoder, senders: Sequence[Site], source: Cache, run: Cache, differs: Bool[Tensor, "pair pos"]
 ) -> tuple[Float[Tensor, "sender pair pos d_model"], Bool[Tensor, "sender pair pos"]]:
     """What each sender would send, source minus unpatched run, and where the source has something; 0 elsewhere and
-    before `first`, where the source is known to be the run."""
+    where it is known not to differ from the run."""
     if not senders:
-        nothing = torch.zeros(0, len(first), 0, device=first.device)
-        return nothing.unsqueeze(-1), nothing.bool()
+        nothing = differs.new_zeros(0, *differs.shape, encoder.tower.cfg.d_model)
+        return nothing.to(encoder.dtype), nothing.any(-1)
     values, present = [], []
     for sender in senders:
         name = sender_hook(sender)
         change = source[name] - run[name]
         present.append(~change.flatten(2).isnan().all(-1))
         values.append(written(encoder, sender, change.nan_to_num(0.0)))
-    differs = torch.arange(values[0].shape[1], device=first.device) >= first[:, None]
     return torch.stack(values) * differs.unsqueeze(-1), torch.stack(present)
 
 

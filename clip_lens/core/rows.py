@@ -82,7 +82,8 @@ def prepare(
     source = {name: _cut(name, value, width) for name, value in fetch(index, wanted).items()}
     first = getattr(fetch, "first", None)
     first = torch.zeros_like(part.length) if first is None else first[index]
-    change, sends = differences(encoder, addresses.senders, source, run, first)
+    differs = torch.arange(width, device=first.device) >= first[:, None]
+    change, sends = differences(encoder, addresses.senders, source, run, differs)
     positions = slot_positions(addresses.slots, part)[..., :width]
     embedding = encoder.read(y, encoder.pool(tokens))
     return Chunk(encoder, addresses, part, run, embedding, source, change, sends, positions, first)

@@ -257,7 +257,7 @@ class HookedTextTower(HookedRootModule):
         at: Int[Tensor, "pair pos"] | None = None,
         rest: Callable[[str], Float[Tensor, "pair every head d_head"]] | None = None,
         read: Int[Tensor, "pair"] | None = None,
-    ) -> Float[Tensor, "pair pos d_embed"] | Float[Tensor, "pair pos d_model"] | None:
+    ) -> Float[Tensor, "pair read d_embed"] | Float[Tensor, "pair read d_model"] | None:
         """The text embedding at every position, or the residual stream that enters block `stop_at_layer`.
 
         `input` is text, tokens or, with `start_at_layer=l`, the residual stream that enters block l: the blocks below
