@@ -1,6 +1,10 @@
-"""Names that the examples in docstrings use."""
+"""One thread per test process, and the names that the examples in docstrings use."""
+
+import os
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; small tensors are slower on several threads
 
 
 @pytest.fixture(autouse=True)
