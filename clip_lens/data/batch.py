@@ -173,6 +173,7 @@ def template_slots(text: str, subject: str | None = None) -> Spans | None:
     The negator's place is that of no/some/a/an/any. With `subject`, the noun phrase as it stands in the text, the
     negator is the word before it and the words behind it are the suffix; words before the negator that are not
     "there is/are" are `prefix`. Without it the subject runs to the full stop. None: no template fits.
+    Of the subject's first word `align` gives the first token to `subject`, the others to `subject_rest`.
 
     Example:
         >>> template_slots("There are no red circles.")
@@ -361,6 +362,8 @@ def _slot_index(
     index, start = torch.full_like(whole, -1), [0] * len(texts)
     for (row, _, name), end in zip(pieces, ends, strict=True):
         index[row, start[row] : end] = _slot_number(name)
+        if name == "subject":  # the subject's first token; a word may have several
+            index[row, start[row] + 1 : end] = _slot_number("subject_rest")
         start[row] = max(start[row], end)
     index[torch.arange(len(index), device=index.device), encoder.pool(whole)] = SLOTS.index("eot")
     return index

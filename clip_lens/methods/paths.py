@@ -39,7 +39,8 @@ def path_effects(
 
     `through="direct"` patches only the edge between them (Goldowsky-Dill et al. 2023). `through="mlp"` patches the
     sender, holds every other head at its unpatched output, lets the MLPs recompute, and patches the receiver with what
-    arrives (Wang et al. 2023). A tuple of senders or of receivers is one joint set. Combinations in which no receiver
+    arrives (Wang et al. 2023). A tuple of senders or of receivers is one joint
+    set; a site without unit, such as `Site("k", 2)`, is all heads of its layer. Combinations in which no receiver
     comes after a sender are no paths and left out; `effects.index` says what there is.
 
     Raises:
