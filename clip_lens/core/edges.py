@@ -2,9 +2,10 @@
 
     shift[row, pos, receiver] = sum over the row's edges s -> receiver of (source[s] - what s gives in this row)
 
-before the receiver's LayerNorm (method, section 8; Goldowsky-Dill et al. 2023). Senders below a row's first block are as
-in the unpatched run, so that their differences are computed once; those above are live: a head, MLP or embedding that the
-row patches as a site sends what it was patched to. A patched resid, mid or attn is no sender; shifts are added to it.
+before the receiver's LayerNorm (method, section 8; Goldowsky-Dill et al. 2023). Senders below a row's first block are
+as in the unpatched run, so that their differences are computed once; those above are live: a head, MLP or embedding
+that the row patches as a site sends what it was patched to. A patched resid, mid or attn is no sender; shifts are added
+to it.
 """
 
 from __future__ import annotations

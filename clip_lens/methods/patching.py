@@ -36,9 +36,9 @@ def patch_effects(
 
     `values[place, pair] = metric(patched) - metric(run)`, where the patched run reads, at that place, the source's
     activation instead of its own (method, section 4; Vig et al. 2020, Meng et al. 2022). A tuple of sites is patched
-    together. NaN: the pair has no counterpart there, or not that slot; of a tuple what there is gets patched, and NaN means that
-    there is nothing of it. `rows` bounds the sequences in one forward and
-    with them the memory; it changes nothing else.
+    together. NaN: the pair has no counterpart there, or not that slot; of a tuple what there is gets patched, and NaN
+    means that there is nothing of it. `rows` bounds the sequences in one forward and with them the memory; it changes
+    nothing else.
 
     Raises:
         ValueError: no places, a place that this encoder or batch does not have, a batch of another width than the
