@@ -65,6 +65,11 @@ def test_trace_reuses_what_is_finished_and_only_that(few: Path, tmp_path: Path, 
     assert (out / "resid-slots.parquet").read_bytes() == first
     assert run(*words, "--run", "foil") == 0
     assert "reused" not in capsys.readouterr().out
+    store = ImageStore.open("tiny")
+    turned = ImageStore.from_tensors(list(store.ids), -store[store.ids], model="tiny", digest=store.digest)
+    turned.save(tmp_path / "turned.safetensors")
+    assert run(*words, "--run", "foil", "--images", tmp_path / "turned.safetensors") == 0
+    assert "reused" not in capsys.readouterr().out
 
 
 def test_trace_embeds_a_folder_of_pictures(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from clip_lens.core.source import Fetch, Source, counterpart
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Place, Site
+from clip_lens.openclip import digest
 
 
 def patch_effects(
@@ -127,6 +128,7 @@ def describe(
         "data": batch.pairs.name,
         "data digest": batch.pairs.digest,
         "images": batch.images,
+        "batch": digest({name: getattr(batch, name) for name in ("tokens", "other", "origin", "slot", "direction")}),
         "method": method,
         "run": f"{RUNS.get(batch.run, batch.run)} is run and patched",
         "source": _name(source),

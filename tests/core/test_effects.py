@@ -160,6 +160,7 @@ def test_bootstrap_equals_a_plain_loop_with_the_same_draws():
 def test_bootstrap_agrees_with_scipy():
     """Two independent streams of 4000 resamples: percentiles agree to a tenth of the interval's width."""
     from scipy import stats
+
     effects = random_effects(n_places=1, n_pairs=60, missing=0, sides=("foil",))
     found = row(effects.table(resamples=4000))
     values, total = effects.values[0].numpy(), effects.total.numpy()
