@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
@@ -89,6 +90,71 @@ ByOption = Annotated[By, typer.Option(help="Whole texts, named slots (all tokens
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
 
+class Job(NamedTuple):
+    """What every command on pairs works with."""
+
+    encoder: HookedTextEncoder
+    batch: Batch
+    out: Path
+    pictures: Path | None
+    segment: str
+    rows: int
+    progress: bool
+
+
+def _job(
+    out: Out,
+    pairs: PairsFile = "tiny",
+    images: Images = "tiny",
+    model: Model = "tiny",
+    pretrained: Pretrained = None,
+    run: RunOption = Run.affirmative,
+    segment: Segment = "correct",
+    rephrased: Rephrased = False,
+    any_store: AnyStore = False,
+    rows: Rows = 256,
+    device: Device = "cpu",
+    quiet: Quiet = False,
+) -> Job:
+    from clip_lens.data.batch import align
+    from clip_lens.data.pairs import read_pairs
+    from clip_lens.model.load import load
+    from clip_lens.openclip import ASSETS
+
+    chosen = read_pairs(pairs)
+    chosen = chosen.rephrased() if rephrased else chosen
+    store = _open_images(images, model, pretrained, out, device, quiet)
+    _say(f"Loading {model} ...")
+    encoder = load(model, pretrained=pretrained, device=device)
+    batch = align(chosen, store, encoder, run=run.value, any_store=any_store)
+    _say(repr(batch))
+    out.mkdir(parents=True, exist_ok=True)
+    shipped = ASSETS / "tiny" / "pictures" if images == "tiny" else None
+    pictures = Path(images) if Path(images).is_dir() else shipped
+    return Job(encoder, batch, out, pictures, segment, rows, not quiet)
+
+
+def on_pairs(**defaults: object) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a function of a `Job` and of its own options a command that takes the options of `_job` too."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+        shared = inspect.signature(_job, eval_str=True).parameters.values()
+        shared_now = [part.replace(default=defaults.get(part.name, part.default)) for part in shared]
+
+        def run(**given: object) -> None:
+            job = _job(**{part.name: given.pop(part.name) for part in shared})  # type: ignore[arg-type]
+            command(job, **given)
+
+        options = [part.replace(kind=part.KEYWORD_ONLY) for part in (*own, *shared_now)]
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+        run.__annotations__ = {part.name: part.annotation for part in options}
+        return run
+
+    return decorate
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
@@ -104,8 +170,7 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Trace how the embedded CLIP processes negation, and write a report. Takes half a minute, needs nothing else."""
-    job = _job("tiny", "tiny", out, "tiny", None, progress=not quiet)
-    _trace(job, "resid")
+    _trace(_job(out, quiet=quiet), "resid")
 
 
 @app.command(
@@ -113,23 +178,9 @@ def demo(
     "clip-lens trace --model ViT-B-32 --pretrained openai --pairs existence.json --rephrased "
     "--images v7w.safetensors --out traced",
 )
-def trace(
-    pairs: PairsFile,
-    images: Images,
-    out: Out,
-    model: Model = "tiny",
-    pretrained: Pretrained = None,
-    run: RunOption = Run.affirmative,
-    kind: Kinds = "resid",
-    segment: Segment = "correct",
-    rephrased: Rephrased = False,
-    any_store: AnyStore = False,
-    rows: Rows = 256,
-    device: Device = "cpu",
-    quiet: Quiet = False,
-) -> None:
+@on_pairs(pairs=inspect.Parameter.empty, images=inspect.Parameter.empty)
+def trace(job: Job, kind: Kinds = "resid") -> None:
     """Causal tracing on your own pairs: by layer and slot, for both sides of the negation, with a report."""
-    job = _job(pairs, images, out, model, pretrained, run.value, segment, rephrased, any_store, rows, device, not quiet)
     _trace(job, kind)
 
 
@@ -137,26 +188,11 @@ def trace(
     epilog="Examples: clip-lens patch --sites head --by slot --out heads   |   "
     "clip-lens patch --sites pattern --pairs my.csv --images my-pictures/ --out patterns",
 )
-def patch(
-    out: Out,
-    kind: Kinds = "head",
-    by: ByOption = By.text,
-    pairs: PairsFile = "tiny",
-    images: Images = "tiny",
-    model: Model = "tiny",
-    pretrained: Pretrained = None,
-    run: RunOption = Run.affirmative,
-    segment: Segment = "correct",
-    rephrased: Rephrased = False,
-    any_store: AnyStore = False,
-    rows: Rows = 256,
-    device: Device = "cpu",
-    quiet: Quiet = False,
-) -> None:
+@on_pairs()
+def patch(job: Job, kind: Kinds = "head", by: ByOption = By.text) -> None:
     """Activation patching of every head, neuron or stream, each on its own, from the other text."""
     from clip_lens.core.source import counterpart
 
-    job = _job(pairs, images, out, model, pretrained, run.value, segment, rephrased, any_store, rows, device, not quiet)
     _sites(job, kind, by, counterpart, f"{kind} patched from the other text")
 
 
@@ -164,29 +200,18 @@ def patch(
     epilog="Examples: clip-lens ablate --sites head --with mean --out ablated   |   "
     "clip-lens ablate --sites mlp --with noise --std 0.5 --run caption --out noisy",
 )
+@on_pairs(run=Run.caption, segment="all")
 def ablate(
-    out: Out,
+    job: Job,
     kind: Kinds = "head",
     by: ByOption = By.text,
     replacement: Annotated[With, typer.Option("--with", help="What replaces the activation.")] = With.mean,
     std: Annotated[float, typer.Option(help="noise: in standard deviations of the activation.", min=0.0)] = 1.0,
     seed: Annotated[int, typer.Option(help="resample, noise: the seed.")] = 0,
-    pairs: PairsFile = "tiny",
-    images: Images = "tiny",
-    model: Model = "tiny",
-    pretrained: Pretrained = None,
-    run: RunOption = Run.caption,
-    segment: Segment = "all",
-    rephrased: Rephrased = False,
-    any_store: AnyStore = False,
-    rows: Rows = 256,
-    device: Device = "cpu",
-    quiet: Quiet = False,
 ) -> None:
     """Ablation: what the metric loses when an activation is replaced by zero, its mean, another text's, or noise."""
     from clip_lens.core import source
 
-    job = _job(pairs, images, out, model, pretrained, run.value, segment, rephrased, any_store, rows, device, not quiet)
     sources = {
         With.zeros: source.zeros,
         With.mean: source.mean,
@@ -200,8 +225,9 @@ def ablate(
     epilog="Examples: clip-lens paths --from 0.1,0.2 --to q,k,v --out paths   |   "
     "clip-lens paths --from head --to out --through mlp --out to-output",
 )
+@on_pairs()
 def paths(
-    out: Out,
+    job: Job,
     senders: Annotated[
         str, typer.Option("--from", help="embed, head, mlp, a head (2.3), a layer (head2, mlp2); commas.")
     ],
@@ -209,30 +235,18 @@ def paths(
         str, typer.Option("--to", help="q, k, v, mlp, out, one of them (q3.1), a layer (v3); commas.")
     ],
     through: Annotated[Through, typer.Option(help="The direct path, or every path through MLPs.")] = Through.direct,
-    pairs: PairsFile = "tiny",
-    images: Images = "tiny",
-    model: Model = "tiny",
-    pretrained: Pretrained = None,
-    run: RunOption = Run.affirmative,
-    segment: Segment = "correct",
-    rephrased: Rephrased = False,
-    any_store: AnyStore = False,
-    rows: Rows = 256,
-    device: Device = "cpu",
-    quiet: Quiet = False,
 ) -> None:
     """Path patching: what each sender moves through each receiver."""
     from clip_lens.core.source import counterpart
     from clip_lens.methods.paths import METHODS, existing_paths, path_effects
 
-    job = _job(pairs, images, out, model, pretrained, run.value, segment, rephrased, any_store, rows, device, not quiet)
     ends = [_ends(words, job.encoder) for words in (senders, receivers)]
     places = [place for _, _, place in existing_paths(*ends)]
     compute = lambda: path_effects(
-        job.encoder, job.batch, *ends, through=through.value, rows=rows, progress=job.progress
+        job.encoder, job.batch, *ends, through=through.value, rows=job.rows, progress=job.progress
     )
     effects = _kept(job, f"paths-{through.value}", places, counterpart, METHODS[through.value], compute)
-    _write(job, {f"paths, {through.value}": _segmented(effects, segment)})
+    _write(job, {f"paths, {through.value}": _segmented(effects, job.segment)})
 
 
 @app.command(
@@ -313,50 +327,6 @@ def _open_images(images: str, model: str, pretrained: str | None, out: Path, dev
     return embed_images(
         images, model=model, pretrained=pretrained, out=out / "images.safetensors", device=device, progress=not quiet
     )
-
-
-class Job(NamedTuple):
-    """What every command on pairs works with."""
-
-    encoder: HookedTextEncoder
-    batch: Batch
-    out: Path
-    pictures: Path | None
-    segment: str
-    rows: int
-    progress: bool
-
-
-def _job(
-    pairs: str,
-    images: str,
-    out: Path,
-    model: str,
-    pretrained: str | None,
-    run: str = "affirmative",
-    segment: str = "correct",
-    rephrased: bool = False,
-    any_store: bool = False,
-    rows: int = 256,
-    device: str = "cpu",
-    progress: bool = True,
-) -> Job:
-    from clip_lens.data.batch import align
-    from clip_lens.data.pairs import read_pairs
-    from clip_lens.model.load import load
-    from clip_lens.openclip import ASSETS
-
-    chosen = read_pairs(pairs)
-    chosen = chosen.rephrased() if rephrased else chosen
-    store = _open_images(images, model, pretrained, out, device, not progress)
-    _say(f"Loading {model} ...")
-    encoder = load(model, pretrained=pretrained, device=device)
-    batch = align(chosen, store, encoder, run=run, any_store=any_store)  # type: ignore[arg-type]
-    _say(repr(batch))
-    out.mkdir(parents=True, exist_ok=True)
-    shipped = ASSETS / "tiny" / "pictures" if images == "tiny" else None
-    pictures = Path(images) if Path(images).is_dir() else shipped
-    return Job(encoder, batch, out, pictures, segment, rows, progress)
 
 
 def _trace(job: Job, kind: str) -> None:
