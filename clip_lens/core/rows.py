@@ -19,7 +19,7 @@ from torch import Tensor
 from clip_lens.core.edges import EdgePatch, differences, sender_hook
 from clip_lens.core.metric import Metric, Readout
 from clip_lens.core.patch import Addresses, address, patch_hooks, present, slot_positions
-from clip_lens.core.source import Fetch, Source
+from clip_lens.core.source import QUERY_BY_KEY, Fetch, Source
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import Cache, Hook, HookedTextEncoder
 from clip_lens.model.site import Kind, Place, Site, hook_name
@@ -90,7 +90,7 @@ def prepare(
 
 
 def _cut(name: str, value: Tensor, width: int) -> Tensor:
-    if name.endswith(("hook_pattern", "hook_attn_scores")):
+    if name.endswith(QUERY_BY_KEY):
         return value[:, :, :width, :width]
     return value[:, :width]
 

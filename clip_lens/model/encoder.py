@@ -97,15 +97,12 @@ class HookedTextEncoder:
         return (self.length(self._raw_tokens(texts, longer=8)) <= self.n_ctx).tolist()
 
     def _warn_unseen(self, texts: Sequence[str], tokens: Int[Tensor, "pair pos"]) -> None:
-        if self.vocabulary is None:
-            return
-        known = torch.tensor(sorted({*self.vocabulary, self._pad}))
-        rows = (~torch.isin(tokens, known)).any(1).nonzero().flatten().tolist()
+        rows = unseen_words(self, tokens).nonzero().flatten().tolist()
         words = sorted({word for row in rows for word in texts[row].split()})
         if not words:
             return
-        ids = self._raw_tokens(words)
-        unseen = [word for word, row in zip(words, ids, strict=True) if not torch.isin(row, known).all()]
+        new = unseen_words(self, self._raw_tokens(words)).tolist()
+        unseen = [word for word, is_new in zip(words, new, strict=True) if is_new]
         warnings.warn(
             f"{self.name} never saw {', '.join(map(repr, unseen))} in training: what it says of texts with "
             f"{'this word' if len(unseen) == 1 else 'these words'} means nothing",
