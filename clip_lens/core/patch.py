@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import Hook, HookedTextEncoder
-from clip_lens.model.site import LAYOUTS, Edge, Kind, Place, Site, hook_name, members, start_layer
+from clip_lens.model.site import LAYOUTS, PARTS, Edge, Kind, Place, Site, hook_name, members, start_layer
 
 Slot: TypeAlias = str | int | None
 
@@ -96,6 +96,10 @@ def address(places: Sequence[Place], encoder: HookedTextEncoder, batch: Batch) -
                 if member.kind == "out":
                     raise ValueError(
                         f"out receives edges and is no site; Site('resid', {encoder.n_layers}) is what it reads"
+                    )
+                if member.kind in PARTS:
+                    raise ValueError(
+                        f"{member} is a part of a sum and can't be patched; direct_effects attributes to it"
                     )
                 name = hook_name(member, encoder.n_layers)
                 kinds.setdefault(name, member.kind)

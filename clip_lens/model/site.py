@@ -12,6 +12,7 @@
 | pattern | blocks.{l}.attn.hook_pattern | pair head query key |
 | neuron | blocks.{l}.mlp.hook_post | pair pos d_mlp |
 | out | the pooled position of what ln_final reads; a receiver of edges only | pair d_model |
+| token, position, attn_bias, mlp_bias, constant | parts of a sum, for attribution only: no hook, can't be patched | |
 
 An `Edge` is the direct path from a writer of the residual stream (embed, head, mlp) to a reader of it (a head's q, k or
 v, mlp, out).
@@ -23,8 +24,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
-Kind = Literal["embed", "resid", "mid", "attn", "mlp", "head", "q", "k", "v", "pattern", "neuron", "out"]
+Kind = Literal[
+    "embed", "resid", "mid", "attn", "mlp", "head", "q", "k", "v", "pattern", "neuron", "out",
+    "token", "position", "attn_bias", "mlp_bias", "constant",
+]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)
+PARTS: tuple[Kind, ...] = KINDS[KINDS.index("token") :]
+"""Parts of a sum that no hook holds alone: places of an attribution, never of a patch."""
+NO_LAYER: tuple[Kind, ...] = ("embed", "out", "token", "position", "constant")
 SENDERS: tuple[Kind, ...] = ("embed", "head", "mlp")
 RECEIVERS: tuple[Kind, ...] = ("q", "k", "v", "mlp", "out")
 
@@ -81,7 +88,7 @@ class Site:
             raise ValueError(f"no kind of site {self.kind!r}; the kinds are {', '.join(KINDS)}")
         if self.unit is not None and (self.kind not in LAYOUTS or LAYOUTS[self.kind].unit_axis is None):
             raise ValueError(f"a site of kind {self.kind!r} has no units, got unit={self.unit}; leave it None")
-        if self.kind in ("embed", "out") and self.layer != 0:
+        if self.kind in NO_LAYER and self.layer != 0:
             raise ValueError(f"{self.kind} has no layer, got layer={self.layer}; Site('resid', {self.layer})?")
         for name, value in (("layer", self.layer), ("unit", self.unit), ("slot", self.slot)):
             if isinstance(value, int) and value < 0:
@@ -90,7 +97,7 @@ class Site:
     def __str__(self) -> str:
         unit = "" if self.unit is None else f".{self.unit}"
         slot = "" if self.slot is None else f" @{self.slot}"
-        return f"{self.kind}{slot}" if self.kind in ("embed", "out") else f"{self.kind} {self.layer}{unit}{slot}"
+        return f"{self.kind}{slot}" if self.kind in NO_LAYER else f"{self.kind} {self.layer}{unit}{slot}"
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,7 @@ def order(site: Site) -> tuple[int, int, int, int, str]:
         >>> [str(site) for site in sorted([Site("out"), Site("mlp", 0), Site("v", 0, 1), Site("q", 0, 1)], key=order)]
         ['q 0.1', 'v 0.1', 'mlp 0', 'out']
     """
-    layer = {"embed": -1, "out": 10**9}.get(site.kind, site.layer)
+    layer = {"embed": -1, "token": -1, "position": -1, "out": 10**9, "constant": 10**9}.get(site.kind, site.layer)
     return layer, site.kind == "mlp", site.unit or 0, KINDS.index(site.kind), str(site.slot)
 
 

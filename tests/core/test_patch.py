@@ -133,3 +133,11 @@ def test_hooks_patch_each_row_at_its_own_place(encoder, batch, rows, seed):
 def test_units_of_every_neuron_are_checked_quickly(encoder, batch):
     """As many places as a large tower has neurons: an address costs no list of all units."""
     assert len(address([Site("neuron", 1, unit) for unit in range(64)] * 300, encoder, batch).start) == 19200
+
+
+def test_a_part_of_a_sum_cannot_be_patched() -> None:
+    encoder = random_encoder()
+    pairs = Pairs(["a"], ["There are no dogs."], ["There are some dogs."], ["1.jpg"])
+    batch = align(pairs, random_store(pairs, encoder.d_embed), encoder)
+    with pytest.raises(ValueError, match="constant is a part of a sum"):
+        address([Site("constant")], encoder, batch)
