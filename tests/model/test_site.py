@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from towers import random_encoder
 
-from clip_lens.model.site import KINDS, LAYOUTS, Site, hook_name, index_rows, label, members, start_layer
+from clip_lens.model.site import KINDS, LAYOUTS, PARTS, Site, hook_name, index_rows, label, members, start_layer
 
 
 def test_every_kind_names_a_hook_whose_axes_are_its_layout() -> None:
@@ -16,7 +16,7 @@ def test_every_kind_names_a_hook_whose_axes_are_its_layout() -> None:
     tokens = encoder.tokenize(["a cat", "no dog is here"])
     n_pos = encoder.cut(tokens).shape[1]
     units = {"head": 4, "q": 4, "k": 4, "v": 4, "pattern": 4, "neuron": 256}
-    assert set(KINDS) == {*LAYOUTS, "out"}
+    assert set(KINDS) == {*LAYOUTS, "out", *PARTS}
     for kind in LAYOUTS:
         name = hook_name(Site(kind), encoder.n_layers)
         value = encoder.cache(tokens, names=[name])[name]
