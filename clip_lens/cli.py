@@ -13,6 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from clip_lens.core.effects import Effects
+    from clip_lens.core.keep import Keep
     from clip_lens.core.source import Source
     from clip_lens.data.batch import Batch
     from clip_lens.data.images import ImageStore
@@ -242,10 +243,11 @@ def paths(
 
     ends = [_ends(words, job.encoder) for words in (senders, receivers)]
     places = [place for _, _, place in existing_paths(*ends)]
-    compute = lambda: path_effects(
+    compute = lambda _: path_effects(
         job.encoder, job.batch, *ends, through=through.value, rows=job.rows, progress=job.progress
     )
-    effects = _kept(job, f"paths-{through.value}", places, counterpart, METHODS[through.value], compute)
+    meta = _meta(job, METHODS[through.value], counterpart)
+    effects = _keep(job).effects(f"paths-{through.value}", meta, places, compute, whole=True)
     _write(job, {f"paths, {through.value}": _segmented(effects, job.segment)})
 
 
@@ -393,31 +395,27 @@ def _ends(words: str, encoder: HookedTextEncoder) -> list[Site]:
     return ends
 
 
-def _sweep(job: Job, places: Sequence[Site], name: str, source: Source) -> Effects:
+def _sweep(job: Job, places: Sequence[Place], name: str, source: Source) -> Effects:
     from clip_lens.methods.patching import METHOD, patch_effects
 
-    compute = lambda: patch_effects(job.encoder, job.batch, places, source=source, rows=job.rows, progress=job.progress)
-    return _kept(job, name, places, source, METHOD, compute)
+    compute = lambda chosen: patch_effects(
+        job.encoder, job.batch, chosen, source=source, rows=job.rows, progress=job.progress
+    )
+    return _keep(job).effects(name, _meta(job, METHOD, source), places, compute)
 
 
-def _kept(
-    job: Job, name: str, places: Sequence[Place], source: Source, method: str, compute: Callable[[], Effects]
-) -> Effects:
-    """A result, or the finished one that is there already and is of the same places, model, data and method."""
-    from clip_lens.core.effects import Effects
+def _keep(job: Job) -> Keep:
+    from clip_lens.core.keep import Keep
+
+    return Keep(job.out, _say)
+
+
+def _meta(job: Job, method: str, source: Source) -> dict[str, str]:
+    """What a finished result must say of itself to be reused."""
     from clip_lens.core.metric import logit
     from clip_lens.methods.patching import describe
 
-    path = job.out / f"{name}.parquet"
-    meta = describe(job.encoder, job.batch, method=method, source=source, metric=logit)
-    if path.exists():
-        done = Effects.load(path)
-        if meta.items() <= dict(done.meta).items() and done.places == tuple(places):
-            _say(f"{path} is there already and fits: reused")
-            return done
-    effects = compute()
-    effects.save(path)
-    return effects
+    return describe(job.encoder, job.batch, method=method, source=source, metric=logit)
 
 
 def _segmented(effects: Effects, segment: str) -> Effects:
