@@ -591,7 +591,7 @@ def _positions(places: Sequence[Place]) -> tuple[list[Place], Int[Tensor, "base 
     rows: dict[Place, dict[int, int]] = {}
     for number, place in enumerate(places):
         slots = {slot_of(member) for member in members(place)}
-        position = slots.pop()
+        position = slots.pop() if slots else None
         if slots or not isinstance(position, int | np.integer):
             raise ValueError(f"by_slot regroups raw positions, such as Site('resid', 3, slot=5). Got {place}")
         base = rows.setdefault(at_slot(place, None), {})

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from jaxtyping import Float
 from pandas import DataFrame
 from torch import Tensor
 
-from clip_lens.model.site import Edge, Place, Site
+from clip_lens.model.site import Edge, Outside, Place, Site
 
 INDEX = ("place", "kind", "layer", "unit", "slot", "sender", "receiver")
 
@@ -124,7 +125,7 @@ def _column_names(keys: Iterable[Any]) -> list[str]:
 
 def _note(fields: Mapping[str, Any]) -> dict[str, Any]:
     """All but index and values, as JSON: a site is [kind, layer, unit, slot], an edge {"sender": .., "receiver": ..}, a
-    tuple a list of those."""
+    tuple a list of those, a circuit's outside its fields."""
     return {
         "format": 1,
         "dtype": str(fields["values"].dtype).removeprefix("torch."),
@@ -153,10 +154,14 @@ def _entry(place: Place) -> Any:
         return [_entry(member) for member in place]
     if isinstance(place, Edge):
         return {"sender": _entry(place.sender), "receiver": _entry(place.receiver)}
+    if isinstance(place, Outside):
+        return asdict(place)
     return [place.kind, place.layer, place.unit, place.slot]
 
 
 def _place(entry: Any) -> Any:
+    if isinstance(entry, dict) and "circuit" in entry:
+        return Outside(**entry)
     if isinstance(entry, dict):
         return Edge(_place(entry["sender"]), _place(entry["receiver"]))
     return Site(*entry) if isinstance(entry[0], str) else tuple(_place(member) for member in entry)

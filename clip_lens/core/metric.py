@@ -28,6 +28,22 @@ class Readout:
 Metric: TypeAlias = Callable[[Float[Tensor, "row d_embed"], Readout], Float[Tensor, "row"]]
 
 
+UNSIGNED = ("cosine", "kl")
+
+
+def unsigned(name: str) -> bool:
+    """Whether a metric, by its name, has the same sign on both sides: the more a patch moves, the larger it is.
+
+    Others are signed: what they say of a run that is the caption counts against d, and averages over pairs take
+    `sigma * value` (method, section 1).
+
+    Example:
+        >>> unsigned("cosine"), unsigned("kl over 8 texts"), unsigned("logit")
+        (True, True, False)
+    """
+    return name.split(" ")[0] in UNSIGNED
+
+
 def logit(u: Float[Tensor, "row d_embed"], readout: Readout) -> Float[Tensor, "row"]:
     """`<u, w>` in CLIP logits, with `w = scale * v_image` unless the batch was turned along another direction
     (method, section 1).

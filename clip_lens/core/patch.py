@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import Hook, HookedTextEncoder
-from clip_lens.model.site import LAYOUTS, PARTS, Edge, Kind, Place, Site, hook_name, members, start_layer
+from clip_lens.model.site import LAYOUTS, PARTS, Edge, Kind, Outside, Place, Site, hook_name, members, start_layer
 
 Slot: TypeAlias = str | int | None
 
@@ -84,6 +84,8 @@ def address(places: Sequence[Place], encoder: HookedTextEncoder, batch: Batch) -
     edges: list[list[tuple[int, int, int]]] = []
     for place in places:
         if not members(place):
+            if isinstance(place, Outside):
+                raise ValueError(f"{place}: a name only; give the circuit itself to faithfulness")
             raise ValueError("an empty tuple is no place: name at least one site or edge")
         sites.append([])
         edges.append([])
@@ -118,6 +120,24 @@ def address(places: Sequence[Place], encoder: HookedTextEncoder, batch: Batch) -
         Entries.of(edges, encoder.device),
         torch.tensor([start_layer(place, encoder.n_layers) for place in places], device=encoder.device),
     )
+
+
+def address_edges(
+    chosen: Bool[Tensor, "place receiver sender"], senders: Sequence[Site], receivers: Sequence[Site], n_layers: int
+) -> Addresses:
+    """The addresses of sets of edges given as masks, one place per mask: single units, at every position.
+
+    Masks of several places hold thousands of edges; as `Edge` objects they would cost more than running them.
+    """
+    place, receiver, sender = chosen.nonzero(as_tuple=True)
+    device = chosen.device
+    counts = chosen.flatten(1).sum(1)
+    layer = torch.tensor([start_layer(Edge(Site("embed"), site), n_layers) for site in receivers], device=device)
+    start = torch.where(chosen.any(2), layer, n_layers).amin(1)
+    none = Entries(chosen.new_zeros(0, 3, dtype=torch.long), chosen.new_zeros(len(chosen) + 1, dtype=torch.long))
+    offset = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    edges = Entries(torch.stack([sender, receiver, torch.zeros_like(sender)], 1), offset)
+    return Addresses((), (), tuple(senders), tuple(receivers), (None,), none, edges, start)
 
 
 def _typed(slot: Slot) -> tuple[type, Slot]:

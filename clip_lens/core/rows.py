@@ -8,7 +8,7 @@ to change nothing (the two texts agree up to there, or nothing reads it any more
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -64,9 +64,15 @@ def pairs_at_once(addresses: Addresses, encoder: HookedTextEncoder, batch: Batch
 
 
 def prepare(
-    encoder: HookedTextEncoder, batch: Batch, addresses: Addresses, fetch: Fetch, index: Int[Tensor, "pair"]
+    encoder: HookedTextEncoder,
+    batch: Batch,
+    addresses: Addresses,
+    fetch: Fetch,
+    index: Int[Tensor, "pair"],
+    also: Iterable[str] = (),
 ) -> Chunk:
-    """The pairs `index` of a batch, run once unpatched and once as the source; cached is what the places name."""
+    """The pairs `index` of a batch, run once unpatched and once as the source; cached is what the places name, and of
+    the source the hooks in `also`."""
     part = batch[index]
     tokens = encoder.cut(part.tokens)
     width = tokens.shape[1]
@@ -78,7 +84,7 @@ def prepare(
         names |= {f"blocks.{layer}.attn.hook_{part}" for layer in layers for part in "kv"}
     y, cached = encoder.tower.run_with_cache(tokens, names_filter=names, return_cache_object=False)
     run = cast(Cache, cached)
-    wanted = sent.union(addresses.hooks)
+    wanted = sent.union(addresses.hooks, also)
     source = {name: _cut(name, value, width) for name, value in fetch(index, wanted).items()}
     first = getattr(fetch, "first", None)
     first = torch.zeros_like(part.length) if first is None else first[index]
@@ -105,10 +111,11 @@ def needed(chunk: Chunk) -> tuple[Bool[Tensor, "place pair"], Int[Tensor, "place
     for entries, has, reader in ((addresses.sites, *_site_readers(chunk)), (addresses.edges, *_edge_readers(chunk))):
         place, columns = entries.rows(every)
         if len(place):
-            can, starts = _first_change(chunk, has, columns[:, 0], reader(columns), columns[:, 2])
-            place = place[:, None].expand_as(starts)
-            exists = exists.scatter_reduce(0, place, can.to(torch.uint8), "amax")
-            first = first.scatter_reduce(0, place, starts, "amin")
+            can, starts, line = _first_change(chunk, has, columns[:, 0], reader(columns), columns[:, 2])
+            key = (place * len(starts) + line).unique()  # many edges of one place say the same
+            place, line = (key // len(starts))[:, None].expand(-1, shape[1]), key % len(starts)
+            exists = exists.scatter_reduce(0, place, can[line].to(torch.uint8), "amax")
+            first = first.scatter_reduce(0, place, starts[line], "amin")
     return exists.bool(), first
 
 
@@ -155,17 +162,19 @@ def _first_change(
     number: Int[Tensor, "entry"],
     pooled: Bool[Tensor, "entry"],
     slot: Int[Tensor, "entry"],
-) -> tuple[Bool[Tensor, "entry pair"], Int[Tensor, "entry pair"]]:
-    """For each entry whether there is something to patch, and the first position at which that changes something."""
+) -> tuple[Bool[Tensor, "line pair"], Int[Tensor, "line pair"], Int[Tensor, "entry"]]:
+    """For each distinct line of entries whether there is something to patch and the first position at which that
+    changes something; and each entry's line."""
     width = chunk.positions.shape[-1]
     position = torch.arange(width, device=chunk.positions.device)
     at_pool = position == chunk.pooled[:, None]
     changing = (position >= chunk.first[:, None]) & ((position <= chunk.pooled[:, None]) | (not chunk.encoder.causal))
     has, same = has.unique(dim=0, return_inverse=True)
-    lines, inverse = torch.stack([same[number], pooled.long(), slot], 1).unique(dim=0, return_inverse=True)
-    can = chunk.positions[lines[:, 2]] & has[lines[:, 0]]
-    does = can & changing & (at_pool | (lines[:, 1] == 0)[:, None, None])
-    return can.any(-1)[inverse], torch.where(does, position, width).amin(-1)[inverse]
+    n_slots = len(chunk.positions)
+    key, line = ((same[number] * 2 + pooled) * n_slots + slot).unique(return_inverse=True)
+    can = chunk.positions[key % n_slots] & has[key // n_slots // 2]
+    does = can & changing & (at_pool | (key // n_slots % 2 == 0)[:, None, None])
+    return can.any(-1), torch.where(does, position, width).amin(-1), line
 
 
 def run_rows(
@@ -251,12 +260,20 @@ def _groups(lengths: list[int], rows: int) -> Iterator[slice]:
             begin = end
 
 
+@torch.inference_mode()
 def chunk_effects(
-    chunk: Chunk, metric: Metric, readout: Readout, rows: int, advance: Callable[[int], object]
+    chunk: Chunk,
+    metric: Metric,
+    readout: Readout,
+    rows: int,
+    advance: Callable[[int], object],
+    places: slice = slice(None),
 ) -> Float[Tensor, "place pair"]:
-    """`metric(patched) - metric(run)` of every place and pair of a chunk, NaN where the source has nothing."""
+    """`metric(patched) - metric(run)` of every place and pair of a chunk, NaN where the source has nothing. Only
+    `places` run: of the others it says no more than where the source has something, which is 0."""
     exists, first = needed(chunk)
-    runs = exists & (first < chunk.positions.shape[-1])
+    runs = torch.zeros_like(exists)
+    runs[places] = (exists & (first < chunk.positions.shape[-1]))[places]
     baseline = metric(chunk.embedding, readout)
     values = torch.where(exists, 0.0, float("nan")).to(baseline.dtype)
     advance(values.numel() - int(runs.sum()))

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from clip_lens.model.convert import Pool
-from clip_lens.model.site import LAYOUTS, Edge, Kind, Site, order, precedes
+from clip_lens.model.site import LAYOUTS, Edge, Kind, Site, order, precedes, readers, writers
 from clip_lens.model.tower import HookedTextTower
 
 Hook: TypeAlias = tuple[str, Callable[..., Tensor | None]]
@@ -225,12 +225,10 @@ class HookedTextEncoder:
             >>> len(encoder.edges()), [str(edge) for edge in encoder.edges(receivers=[Site("q", 0, unit=0)])]
             (1108, ['embed -> q 0.0'])
         """
-        heads = [Site("head", layer, unit) for layer in range(self.n_layers) for unit in range(self.n_heads)]
         if senders is None:
-            senders = [Site("embed"), *heads, *(Site("mlp", layer) for layer in range(self.n_layers))]
+            senders = writers(self.n_layers, self.n_heads)
         if receivers is None:
-            inputs = [Site(kind, head.layer, head.unit) for head in heads for kind in ("q", "k", "v")]
-            receivers = [*inputs, *(Site("mlp", layer) for layer in range(self.n_layers)), Site("out")]
+            receivers = readers(self.n_layers, self.n_heads)
         ends = [
             sorted({unit for site in sites for unit in self._single(site)}, key=order) for sites in (senders, receivers)
         ]

@@ -161,17 +161,66 @@ def order(site: Site) -> tuple[int, int, int, int, str]:
     return layer, site.kind == "mlp", site.unit or 0, KINDS.index(site.kind), str(site.slot)
 
 
-Place: TypeAlias = Site | Edge | tuple[Site | Edge, ...]
+@dataclass(frozen=True)
+class Outside:
+    """Every edge outside a circuit, patched together: a place by name, since it may have tens of thousands of members.
+
+    `edges` of the tower's `of` edges are in the circuit; `share` of them was asked for, where a circuit was selected by
+    size (it may have fewer: what lies on no path is pruned), `ranking` says by which score, "signed" or "absolute".
+
+    Example:
+        >>> str(Outside("exact", edges=20, of=1108))
+        'outside exact, 20 of 1108 edges'
+    """
+
+    circuit: str
+    edges: int
+    of: int
+    share: float | None = None
+    ranking: str = ""
+
+    def __str__(self) -> str:
+        ranking = f" ({self.ranking})" if self.ranking else ""
+        return f"outside {self.circuit}{ranking}, {self.edges} of {self.of} edges"
+
+
+Place: TypeAlias = Site | Edge | Outside | tuple[Site | Edge, ...]
 
 
 def members(place: Place) -> tuple[Site | Edge, ...]:
-    """The sites and edges of a place: one, or those of a tuple, which are patched together.
+    """The sites and edges of a place: one, or those of a tuple, which are patched together; a circuit's outside does not
+    list them.
 
     Example:
         >>> members(Site("mlp", 1))
         (Site(kind='mlp', layer=1, unit=None, slot=None),)
     """
+    if isinstance(place, Outside):
+        return ()
     return place if isinstance(place, tuple) else (place,)
+
+
+def writers(n_layers: int, n_heads: int) -> list[Site]:
+    """Every sender of a tower, single units each, in the order in which it computes them.
+
+    Example:
+        >>> [str(site) for site in writers(1, 2)]
+        ['embed', 'head 0.0', 'head 0.1', 'mlp 0']
+    """
+    heads = [Site("head", layer, unit) for layer in range(n_layers) for unit in range(n_heads)]
+    return sorted([Site("embed"), *heads, *(Site("mlp", layer) for layer in range(n_layers))], key=order)
+
+
+def readers(n_layers: int, n_heads: int) -> list[Site]:
+    """Every receiver of a tower, single units each, in the order in which it computes them.
+
+    Example:
+        >>> [str(site) for site in readers(1, 1)]
+        ['q 0.0', 'k 0.0', 'v 0.0', 'mlp 0', 'out']
+    """
+    units = [(layer, unit) for layer in range(n_layers) for unit in range(n_heads)]
+    inputs = [Site(kind, *at) for at in units for kind in ("q", "k", "v")]  # type: ignore[arg-type]
+    return sorted([*inputs, *(Site("mlp", layer) for layer in range(n_layers)), Site("out")], key=order)
 
 
 def slot_of(member: Site | Edge) -> str | int | None:
@@ -191,6 +240,8 @@ def at_slot(place: Place, slot: str | int | None) -> Place:
         >>> str(at_slot(Site("mlp", 4), "eot"))
         'mlp 4 @eot'
     """
+    if isinstance(place, Outside):
+        raise ValueError(f"{place} has no slot of its own")
     moved = tuple(
         replace(member, receiver=replace(member.receiver, slot=slot))
         if isinstance(member, Edge)
@@ -232,7 +283,7 @@ def label(place: Place) -> str:
         >>> label(tuple(Site("head", 2, head) for head in range(8)))
         'head 2.0 + head 2.1 + ... (8 places)'
     """
-    names = [str(member) for member in members(place)]
+    names = [str(place)] if isinstance(place, Outside) else [str(member) for member in members(place)]
     if len(names) > 4:
         return f"{names[0]} + {names[1]} + ... ({len(names)} places)"
     return " + ".join(names)
@@ -240,7 +291,8 @@ def label(place: Place) -> str:
 
 def index_rows(places: Iterable[Place]) -> list[dict[str, object]]:
     """One mapping per place with the columns `place, kind, layer, unit, slot, sender, receiver`; what a tuple's members
-    don't share is None. An edge's layer and unit are in its sender and receiver, its slot is the receiver's.
+    don't share is None. An edge's layer and unit are in its sender and receiver, its slot is the receiver's. A
+    circuit's outside has the kind "circuit".
 
     Example:
         >>> index_rows([Edge(Site("embed"), Site("mlp", 4))])[0]["sender"]
@@ -248,13 +300,16 @@ def index_rows(places: Iterable[Place]) -> list[dict[str, object]]:
     """
     rows = []
     for place in places:
-        fields = [_fields(member) for member in members(place)]
+        fields = [_fields(member) for member in ([place] if isinstance(place, Outside) else members(place))]
         shared = {name: value for name, value in fields[0].items() if all(line[name] == value for line in fields)}
         rows.append({"place": label(place), **dict.fromkeys(fields[0]), **shared})
     return rows
 
 
-def _fields(member: Site | Edge) -> dict[str, object]:
+def _fields(member: Site | Edge | Outside) -> dict[str, object]:
+    if isinstance(member, Outside):
+        empty = dict.fromkeys(("layer", "unit", "slot", "sender", "receiver"))
+        return {"kind": "circuit", **empty}
     if isinstance(member, Edge):
         ends = {"sender": str(member.sender), "receiver": str(replace(member.receiver, slot=None))}
         return {"kind": "edge", "layer": None, "unit": None, "slot": member.receiver.slot, **ends}

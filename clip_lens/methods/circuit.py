@@ -1,0 +1,535 @@
+"""`Circuit`: which edges of a tower are kept. A value: compared, drawn, written and read, never run by itself.
+
+Edges are a matrix of truth values, receivers by senders, both in the order in which the tower computes them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pandas import DataFrame
+from torch import Tensor
+
+from clip_lens.core.files import written_whole
+from clip_lens.model.encoder import HookedTextEncoder
+from clip_lens.model.site import Edge, Site, precedes, readers, writers
+
+if TYPE_CHECKING:
+    from networkx import DiGraph
+
+FORMAT = "clip_lens circuit 1"
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The senders and receivers of a tower of some depth and number of heads, and which pairs of them are edges.
+
+    `node_of[receiver]` is the number of the sender that a receiver belongs to (a head's q, k and v to the head), that of
+    `out` is the number of senders.
+
+    Example:
+        >>> graph = Graph.of(6, 4)
+        >>> len(graph.senders), len(graph.receivers), int(graph.edges.sum())
+        (31, 79, 1108)
+    """
+
+    senders: tuple[Site, ...]
+    receivers: tuple[Site, ...]
+    edges: Bool[Tensor, "receiver sender"]
+    node_of: Int[Tensor, "receiver"]
+    sender_at: Mapping[Site, int]
+    receiver_at: Mapping[Site, int]
+
+    @staticmethod
+    @lru_cache(maxsize=16)
+    def of(n_layers: int, n_heads: int) -> Graph:
+        senders, receivers = writers(n_layers, n_heads), readers(n_layers, n_heads)
+        sender_at = {site: number for number, site in enumerate(senders)}
+        owner = [Site("head", site.layer, site.unit) if site.kind in "qkv" else site for site in receivers]
+        return Graph(
+            tuple(senders),
+            tuple(receivers),
+            torch.tensor([[precedes(sender, receiver) for sender in senders] for receiver in receivers]),
+            torch.tensor([sender_at.get(site, len(senders)) for site in owner]),
+            sender_at,
+            {site: number for number, site in enumerate(receivers)},
+        )
+
+    def nodes(self, keep: Bool[Tensor, "receiver sender"]) -> Bool[Tensor, "node sender"]:
+        """Which node reads from which sender, through any of its inputs; the last node is `out`."""
+        count = torch.zeros(len(self.senders) + 1, len(self.senders), dtype=torch.int32)
+        return count.index_add(0, self.node_of, keep.int()) > 0
+
+    def from_embed(self, keep: Bool[Tensor, "receiver sender"]) -> Bool[Tensor, "node"]:
+        """Which nodes something of the embedding reaches along kept edges."""
+        reads, reached = self.nodes(keep), torch.zeros(len(self.senders) + 1, dtype=torch.bool)
+        reached[0] = True
+        for node in range(1, len(reached)):
+            reached[node] = (reads[node] & reached[:-1]).any()
+        return reached
+
+    def to_out(self, keep: Bool[Tensor, "receiver sender"]) -> Bool[Tensor, "node"]:
+        """Which nodes reach the output along kept edges."""
+        reads, reaches = self.nodes(keep), torch.zeros(len(self.senders) + 1, dtype=torch.bool)
+        reaches[-1] = True
+        for node in range(len(reads) - 1, 0, -1):
+            reaches[:-1] |= reads[node] & reaches[node]
+        return reaches
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Circuit:
+    """The edges of a tower that a method kept, `keep[receiver, sender]`, with a score for each where there is one.
+
+    A circuit's run reads, along every edge outside it, the source's value (method, section 8; `faithfulness`). `scores`
+    are in units of the metric, positive = the edge supports the model's own d, NaN where there is none. `meta` says how
+    the circuit came about: model, weights, method, source, metric, data.
+
+    Raises:
+        ValueError: matrices of another shape than this depth and number of heads have, or a kept pair of a receiver
+            and a sender between which no edge runs.
+
+    Example:
+        >>> from clip_lens import Edge, Site
+        >>> head = Site("head", 0, 1)
+        >>> edges = [Edge(Site("embed"), Site("v", 0, 1)), Edge(head, Site("out")), Edge(head, Site("mlp", 0))]
+        >>> circuit = Circuit.of(edges, n_layers=2, n_heads=2)
+        >>> circuit
+        Circuit(3 of 54 edges, 3 of 7 nodes)
+        >>> [str(edge) for edge in circuit.pruned().edges()]
+        ['embed -> v 0.1', 'head 0.1 -> out']
+    """
+
+    keep: Bool[Tensor, "receiver sender"]
+    n_layers: int
+    n_heads: int
+    scores: Float[Tensor, "receiver sender"] | None = None
+    meta: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        keep = torch.as_tensor(self.keep).detach().cpu()
+        if keep.dtype != torch.bool or keep.shape != self.graph.edges.shape:
+            raise ValueError(
+                f"keep must be truth values [receiver, sender] = {list(self.graph.edges.shape)} for {self.n_layers} "
+                f"layers x {self.n_heads} heads. Got {keep.dtype} of shape {list(keep.shape)}"
+            )
+        if bool((keep & ~self.graph.edges).any()):
+            receiver, sender = (keep & ~self.graph.edges).nonzero()[0].tolist()
+            raise ValueError(
+                f"no edge runs from {self.graph.senders[sender]} to {self.graph.receivers[receiver]}, yet it is kept"
+            )
+        object.__setattr__(self, "keep", keep)
+        object.__setattr__(self, "meta", {str(name): str(value) for name, value in self.meta.items()})
+        if self.scores is not None:
+            object.__setattr__(self, "scores", _scores(self.scores, keep))
+
+    @classmethod
+    def of(
+        cls,
+        edges: Iterable[Edge] | Mapping[Edge, float],
+        *,
+        n_layers: int,
+        n_heads: int,
+        meta: Mapping[str, str] | None = None,
+    ) -> Circuit:
+        """The circuit of some edges; a mapping gives their scores. An end without unit stands for all heads of its layer.
+
+        Raises:
+            ValueError: an edge that a tower of this depth and number of heads does not have, or one at a slot: a
+                circuit's edges carry every token.
+
+        Example:
+            >>> from clip_lens import Edge, Site
+            >>> len(Circuit.of([Edge(Site("embed"), Site("v", 0))], n_layers=2, n_heads=2).edges())
+            2
+        """
+        graph = Graph.of(n_layers, n_heads)
+        keep, scores = torch.zeros_like(graph.edges), torch.full(graph.edges.shape, torch.nan, dtype=torch.float64)
+        for edge in edges:
+            for at in _cells(edge, graph, n_heads):
+                keep[at] = True
+                scores[at] = edges[edge] if isinstance(edges, Mapping) else torch.nan
+        return cls(keep, n_layers, n_heads, scores if isinstance(edges, Mapping) else None, meta or {})
+
+    @classmethod
+    def full(cls, encoder: HookedTextEncoder) -> Circuit:
+        """The circuit of every edge that an encoder has.
+
+        Example:
+            >>> Circuit.full(clip_lens.load())
+            Circuit(1108 of 1108 edges, 32 of 32 nodes; every edge; tiny)
+        """
+        keep = Graph.of(encoder.n_layers, encoder.n_heads).edges.clone()
+        meta = {"model": encoder.full_name, "weights": encoder.digest, "method": "every edge"}
+        return cls(keep, encoder.n_layers, encoder.n_heads, None, meta)
+
+    @property
+    def graph(self) -> Graph:
+        """The senders and receivers that `keep` refers to."""
+        return Graph.of(self.n_layers, self.n_heads)
+
+    @property
+    def name(self) -> str:
+        """What tables and pictures call it: `meta["name"]`, else the method that found it."""
+        return self.meta.get("name") or self.meta.get("method") or "circuit"
+
+    def named(self, name: str) -> Circuit:
+        """The same circuit under another name.
+
+        Example:
+            >>> Circuit.full(clip_lens.load()).named("all").name
+            'all'
+        """
+        return replace(self, meta={**self.meta, "name": name})
+
+    def __len__(self) -> int:
+        return int(self.keep.sum())
+
+    def __contains__(self, edge: object) -> bool:
+        if not isinstance(edge, Edge):
+            return False
+        cells = _cells(edge, self.graph, self.n_heads)
+        return all(bool(self.keep[cell]) for cell in cells)
+
+    def edges(self) -> list[Edge]:
+        """The edges kept, receivers in the order of the tower and within one the senders.
+
+        Example:
+            >>> len(Circuit.full(clip_lens.load()).edges())
+            1108
+        """
+        return self._listed(self.keep)
+
+    def removed(self) -> list[Edge]:
+        """The edges outside: those that carry the source's value in a circuit's run.
+
+        Example:
+            >>> Circuit.full(clip_lens.load()).removed()
+            []
+        """
+        return self._listed(self.graph.edges & ~self.keep)
+
+    def _listed(self, mask: Bool[Tensor, "receiver sender"]) -> list[Edge]:
+        graph = self.graph
+        return [Edge(graph.senders[s], graph.receivers[r]) for r, s in mask.nonzero().tolist()]
+
+    def pruned(self) -> Circuit:
+        """The edges on a path from the embedding to the output. The others change nothing but the amount of edges:
+        what does not come from the embedding is the same in all texts, what does not reach the output is not read.
+
+        Example:
+            >>> full = Circuit.full(clip_lens.load())
+            >>> len(full.pruned()) == len(full)
+            True
+        """
+        graph = self.graph
+        sends, reads = graph.from_embed(self.keep)[:-1], graph.to_out(self.keep)[graph.node_of]
+        return self._with(self.keep & sends & reads[:, None])
+
+    def _with(self, keep: Bool[Tensor, "receiver sender"], meta: Mapping[str, str] | None = None) -> Circuit:
+        return replace(self, keep=keep, meta=self.meta if meta is None else meta)
+
+    def nodes(self) -> DataFrame:
+        """The senders, and the output, that have an edge: node, kind, layer, unit, incoming, outgoing (edges kept),
+        strongest (the largest of the scores of its edges by size, NaN without scores).
+
+        Example:
+            >>> Circuit.full(clip_lens.load()).nodes()[["node", "incoming", "outgoing"]].head(2)
+                   node  incoming  outgoing
+            0     embed         0        79
+            1  head 0.0         3        67
+        """
+        graph = self.graph
+        incoming = torch.zeros(len(graph.senders) + 1, dtype=torch.long).index_add(0, graph.node_of, self.keep.sum(1))
+        outgoing = torch.cat([self.keep.sum(0), torch.zeros(1, dtype=torch.long)])
+        sites = [*graph.senders, Site("out")]
+        lines = [
+            {
+                "node": str(sites[node]),
+                "kind": sites[node].kind,
+                "layer": None if sites[node].kind in ("embed", "out") else sites[node].layer,
+                "unit": sites[node].unit,
+                "incoming": int(incoming[node]),
+                "outgoing": int(outgoing[node]),
+                "strongest": self._strongest(node),
+            }
+            for node in (incoming + outgoing).nonzero().flatten().tolist()
+        ]
+        columns = ["node", "kind", "layer", "unit", "incoming", "outgoing", "strongest"]
+        return DataFrame(lines, columns=columns).astype({"layer": "Int64", "unit": "Int64", "strongest": "float64"})
+
+    def _strongest(self, node: int) -> float:
+        if self.scores is None:
+            return float("nan")
+        into = self.scores[self.graph.node_of == node].flatten()
+        out_of = self.scores[:, node] if node < len(self.graph.senders) else into[:0]
+        found = torch.cat([into, out_of])
+        found = found[~found.isnan()]
+        return float(found[found.abs().argmax()]) if len(found) else float("nan")
+
+    def to_networkx(self) -> DiGraph:
+        """A `networkx.DiGraph` of the nodes: embed, heads, MLPs, out. Nodes have kind, layer, unit; an arc has
+        `through`, the inputs that it enters (of q, k, v, mlp, out), `scores` by input, and `score`, the largest by size.
+
+        Example:
+            >>> graph = Circuit.full(clip_lens.load()).to_networkx()
+            >>> graph.edges["embed", "head 0.0"]["through"]
+            ('q', 'k', 'v')
+        """
+        import networkx
+
+        graph = networkx.DiGraph(**self.meta)
+        sites = [*self.graph.senders, Site("out")]
+        for row in self.nodes().itertuples():
+            site = next(site for site in sites if str(site) == row.node)
+            graph.add_node(row.node, kind=site.kind, layer=site.layer, unit=site.unit)
+        for r, s in self.keep.nonzero().tolist():
+            ends = str(sites[s]), str(sites[int(self.graph.node_of[r])])
+            score = float("nan") if self.scores is None else float(self.scores[r, s])
+            known = graph.edges[ends]["scores"] if graph.has_edge(*ends) else {}
+            scores = {**known, self.graph.receivers[r].kind: score}
+            strongest = max(scores.values(), key=lambda number: -1.0 if number != number else abs(number))
+            graph.add_edge(*ends, through=tuple(scores), scores=scores, score=strongest)
+        return graph
+
+    def __and__(self, other: Circuit) -> Circuit:
+        return self._joined(other, self.keep & self._same(other).keep, "&")
+
+    def __or__(self, other: Circuit) -> Circuit:
+        return self._joined(other, self.keep | self._same(other).keep, "|")
+
+    def __sub__(self, other: Circuit) -> Circuit:
+        return self._joined(other, self.keep & ~self._same(other).keep, "-")
+
+    def _joined(self, other: Circuit, keep: Bool[Tensor, "receiver sender"], sign: str) -> Circuit:
+        """Scores are the left circuit's, since those of two methods or models have no common scale."""
+        shared = {name: value for name, value in self.meta.items() if other.meta.get(name) == value}
+        shared = {name: value for name, value in shared.items() if name not in ("name", "method")}
+        return self._with(keep, {**shared, "method": f"({self.name}) {sign} ({other.name})"})
+
+    def _same(self, other: Circuit) -> Circuit:
+        if (self.n_layers, self.n_heads) != (other.n_layers, other.n_heads):
+            raise ValueError(
+                f"circuits of towers of one shape can be compared, not {self.n_layers} layers x {self.n_heads} heads "
+                f"and {other.n_layers} x {other.n_heads}"
+            )
+        return other
+
+    def jaccard(self, other: Circuit) -> float:
+        """Edges in both / edges in either: 1 = the same edges, 0 = none in common; two empty circuits are the same.
+
+        Raises:
+            ValueError: the other circuit's tower has another depth or number of heads.
+
+        Example:
+            >>> full = Circuit.full(clip_lens.load())
+            >>> full.jaccard(full - full), full.jaccard(full)
+            (0.0, 1.0)
+        """
+        either = int((self.keep | self._same(other).keep).sum())
+        return int((self.keep & other.keep).sum()) / either if either else 1.0
+
+    def table(self) -> DataFrame:
+        """The edges kept, strongest first: edge, sender, receiver, score (NaN without scores).
+
+        Example:
+            >>> Circuit.full(clip_lens.load()).table().iloc[0, :3].tolist()
+            ['embed -> q 0.0', 'embed', 'q 0.0']
+        """
+        edges = self.edges()
+        scores = [float("nan")] * len(edges) if self.scores is None else self.scores[self.keep].tolist()
+        lines = [(str(e), str(e.sender), str(e.receiver), score) for e, score in zip(edges, scores, strict=True)]
+        frame = DataFrame(lines, columns=["edge", "sender", "receiver", "score"])
+        order = frame["score"].abs().sort_values(ascending=False, kind="stable", na_position="last").index
+        return frame.loc[order].reset_index(drop=True)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a JSON file that a person can read: the tower's shape, the meta, and a line per edge with its score.
+
+        An interrupted call leaves an existing file as it was.
+
+        Example:
+            >>> from clip_lens import Edge, Site
+            >>> path = getfixture("tmp_path") / "circuit.json"
+            >>> circuit = Circuit.of({Edge(Site("embed"), Site("out")): 1.5}, n_layers=1, n_heads=1, meta={"method": "me"})
+            >>> circuit.save(path)
+            >>> print(path.read_text())
+            {
+              "format": "clip_lens circuit 1",
+              "layers": 1,
+              "heads": 1,
+              "meta": {
+                "method": "me"
+              },
+              "scored": true,
+              "edges": {
+                "embed -> out": 1.5
+              }
+            }
+        """
+        scores = torch.full(self.keep.shape, torch.nan) if self.scores is None else self.scores
+        numbers = scores[self.keep].tolist()
+        content = {
+            "format": FORMAT,
+            "layers": self.n_layers,
+            "heads": self.n_heads,
+            "meta": dict(self.meta),
+            "scored": self.scores is not None,
+            "edges": {str(e): None if n != n else n for e, n in zip(self.edges(), numbers, strict=True)},
+        }
+        with written_whole(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Circuit:
+        """The circuit that `save` wrote.
+
+        Raises:
+            ValueError: the file is damaged, not one that `save` wrote, or names an edge that its tower does not have.
+
+        Example:
+            >>> path = getfixture("tmp_path") / "circuit.json"
+            >>> full = Circuit.full(clip_lens.load())
+            >>> full.save(path)
+            >>> Circuit.load(path).jaccard(full)
+            1.0
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no whole JSON file, it may be damaged: {error}") from error
+        return cls(**_fields(content, str(path)))
+
+    def __repr__(self) -> str:
+        parts = [
+            f"{len(self)} of {int(self.graph.edges.sum())} edges, "
+            f"{len(self.nodes())} of {len(self.graph.senders) + 1} nodes",
+            self.name if self.name != "circuit" else "",
+            self.meta.get("model", ""),
+        ]
+        return f"Circuit({'; '.join(filter(None, parts))})"
+
+    def _repr_html_(self) -> str:
+        said = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in self.meta.items())
+        table = self.table().head(10)[["edge", "score"]]
+        shown = table.to_html(index=False, float_format="{:.3f}".format, na_rep="", border=0)
+        more = f"<p>... and {len(self) - len(table)} more edges</p>" if len(self) > len(table) else ""
+        return f"<p>{escape(repr(self))}</p><dl>{said}</dl>{shown}{more}"
+
+
+def overlaps(circuits: Mapping[str, Circuit]) -> DataFrame:
+    """How much each two circuits share, across methods, seeds or models of one shape: a row per two of them.
+
+    Columns: first, second, edges_first, edges_second, shared, jaccard, and by_chance, the number that two circuits of
+    these sizes drawn at random share on average (`edges_first * edges_second / all edges`).
+
+    Raises:
+        ValueError: the circuits are of towers of different shapes.
+
+    Example:
+        >>> full = Circuit.full(clip_lens.load())
+        >>> overlaps({"all": full, "none": full - full})[["first", "second", "shared", "jaccard"]]
+          first second  shared  jaccard
+        0   all   none       0      0.0
+    """
+    items = list(circuits.items())
+    lines = [
+        {
+            "first": a,
+            "second": b,
+            "edges_first": len(one),
+            "edges_second": len(two),
+            "shared": len(one & two),
+            "jaccard": one.jaccard(two),
+            "by_chance": len(one) * len(two) / int(one.graph.edges.sum()),
+        }
+        for number, (a, one) in enumerate(items)
+        for b, two in items[number + 1 :]
+    ]
+    columns = ["first", "second", "edges_first", "edges_second", "shared", "jaccard", "by_chance"]
+    return DataFrame(lines, columns=columns)
+
+
+def random_circuit(like: Circuit, seed: int = 0) -> Circuit:
+    """As many edges as `like` has, drawn at random from all of its tower: the baseline for a circuit of that size.
+
+    Example:
+        >>> full = Circuit.full(clip_lens.load())
+        >>> len(random_circuit(full & full, seed=1)), len(random_circuit(full - full))
+        (1108, 0)
+    """
+    cells = like.graph.edges.nonzero()
+    drawn = cells[torch.randperm(len(cells), generator=torch.Generator().manual_seed(seed))[: len(like)]]
+    keep = torch.zeros_like(like.keep)
+    keep[drawn[:, 0], drawn[:, 1]] = True
+    meta = {name: like.meta[name] for name in ("model", "weights", "share", "ranking") if name in like.meta}
+    return Circuit(keep, like.n_layers, like.n_heads, None, {**meta, "method": f"random({seed})"})
+
+
+def _scores(
+    scores: Float[Tensor, "receiver sender"], keep: Bool[Tensor, "receiver sender"]
+) -> Float[Tensor, "receiver sender"]:
+    """Scores on the CPU, NaN outside of the circuit."""
+    scores = scores.detach().cpu().double()
+    if scores.shape != keep.shape:
+        raise ValueError(f"scores must be [receiver, sender] = {list(keep.shape)}. Got {list(scores.shape)}")
+    return scores.masked_fill(~keep, torch.nan)
+
+
+def _cells(edge: Edge, graph: Graph, n_heads: int) -> list[tuple[int, int]]:
+    """The rows and columns of an edge in the matrix, one per head where an end has no unit."""
+    if edge.receiver.slot is not None:
+        raise ValueError(f"a circuit's edges carry every token, got one at a slot: {edge}")
+    receivers, senders = (
+        [replace(site, unit=unit) for unit in range(n_heads)]
+        if site.unit is None and site.kind in ("head", "q", "k", "v")
+        else [site]
+        for site in (edge.receiver, edge.sender)
+    )
+    if any(r not in graph.receiver_at for r in receivers) or any(s not in graph.sender_at for s in senders):
+        depth = sum(site.kind == "mlp" for site in graph.senders)
+        raise ValueError(f"{edge}: a tower of {depth} layers x {n_heads} heads has no such edge")
+    return [(graph.receiver_at[r], graph.sender_at[s]) for r in receivers for s in senders]
+
+
+def _unique(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in entries]
+    if twice := sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
+        raise ValueError(f"{twice[0]!r} stands twice in a circuit's file; keep one of them")
+    return dict(entries)
+
+
+def _fields(content: Any, path: str) -> dict[str, Any]:
+    """The fields of a circuit from what its file says."""
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is JSON, but not a circuit that this version's Circuit.save wrote")
+    try:
+        n_layers, n_heads, meta = content["layers"], content["heads"], dict(content["meta"])
+        lines, scored = dict(content["edges"]), bool(content["scored"])
+        graph = Graph.of(int(n_layers), int(n_heads))
+        numbers = torch.tensor([float("nan") if n is None else float(n) for n in lines.values()], dtype=torch.float64)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is a circuit's file, but damaged: {type(error).__name__} {error}") from error
+    cells = graph.edges.nonzero()
+    at = {f"{graph.senders[s]} -> {graph.receivers[r]}": (r, s) for r, s in cells.tolist()}
+    if unknown := [line for line in lines if line not in at]:
+        raise ValueError(
+            f"{path} names {unknown[0]!r}, which a tower of {n_layers} layers x {n_heads} heads does not have"
+        )
+    keep, scores = torch.zeros_like(graph.edges), torch.full(graph.edges.shape, torch.nan, dtype=torch.float64)
+    if lines:
+        rows, columns = zip(*(at[line] for line in lines), strict=True)
+        keep[list(rows), list(columns)] = True
+        scores[list(rows), list(columns)] = numbers
+    return {
+        "keep": keep, "n_layers": n_layers, "n_heads": n_heads, "scores": scores if scored else None, "meta": meta,
+    }  # fmt: skip
