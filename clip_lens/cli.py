@@ -444,11 +444,13 @@ def _print_table(effects: Effects) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from clip_lens.core.bootstrap import SIDES
+
     index = effects.index
     ablated = effects.meta.get("source") != "counterpart"
     value, what = ("effect", "logits that a patch moves") if ablated else ("fraction", "share of d that a patch moves")
     laid_out = index["slot"].notna().all() and not index.duplicated(["slot", "layer"]).any()
-    for side in dict.fromkeys(effects.pairs["side"]):
+    for side in (side for side in SIDES if side in set(effects.pairs["side"])):
         count = int((effects.pairs["side"] == side).sum())
         table = Table(title=f"{what}; negation in the {side}, {count} pairs")
         if laid_out:
@@ -457,7 +459,8 @@ def _print_table(effects: Effects) -> None:
             for layer in grid.columns:
                 table.add_column(str(layer), justify="right")
             for slot, line in grid.iterrows():
-                table.add_row(str(slot), *(f"{value:.2f}" if value == value else "" for value in line))
+                cells = (f"{value:.2f}".replace("-0.00", "0.00") if value == value else "" for value in line)
+                table.add_row(str(slot), *cells)
         else:
             for column in ("place", *([] if ablated else ["share"]), "logits", "95% interval"):
                 table.add_column(column, justify="left" if column == "place" else "right")

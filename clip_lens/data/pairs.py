@@ -152,12 +152,14 @@ class Pairs:
         return pd.concat([pd.DataFrame(columns, dtype=str), self.info], axis=1)
 
     def where(self, **filters: Any) -> Pairs:
-        """The pairs whose columns have the given values: one value, or a collection of those that fit.
+        """The pairs whose columns have the given values: one value, a collection of those that fit, or a function from
+        the column to a truth value per pair, as in `Effects.where`.
 
         Columns are those of `to_frame()`.
 
         Raises:
-            ValueError: there is no such column, or no pair is left; the message lists what there is.
+            ValueError: there is no such column, no pair is left (the message lists what there is), or a function gives
+                something else than a truth value per pair.
 
         Example:
             >>> set(read_pairs("tiny").where(side="foil").side)
@@ -168,7 +170,7 @@ class Pairs:
         for column, wanted in filters.items():
             if column not in frame:
                 raise ValueError(f"pairs have no column {column!r}{_close(column, frame.columns)}")
-            mask &= frame[column].isin(_collection(wanted)).to_numpy()
+            mask &= _fits(frame[column], wanted)
         if len(self) and not mask.any():
             there = "; ".join(f"{column} has {_some(frame[column].unique())}" for column in filters)
             asked = ", ".join(f"{column}={wanted!r}" for column, wanted in filters.items())
@@ -481,6 +483,15 @@ def _rows(index: Any, length: int) -> list[int]:
     if outside:
         raise IndexError(f"there are {length} pairs, got index {_some(outside)}")
     return [int(row) for row in rows]
+
+
+def _fits(column: pd.Series, wanted: Any) -> np.ndarray:
+    if not callable(wanted):
+        return column.isin(_collection(wanted)).to_numpy(dtype=bool)
+    found = np.asarray(wanted(column))
+    if found.shape != (len(column),):
+        raise ValueError(f"a filter on {column.name!r} must give one truth value per pair. Got {found!r}")
+    return found.astype(bool)
 
 
 def _collection(wanted: Any) -> list[Any]:

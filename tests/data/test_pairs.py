@@ -221,6 +221,12 @@ def test_where_filters_by_value_and_by_collection(many):
     assert not len(many.where(form="two").dropped)
 
 
+def test_where_filters_by_function(many):
+    assert many.where(size=lambda size: size < 2).key == ("k0", "k1")
+    with pytest.raises(ValueError, match="one truth value per pair"):
+        many.where(size=lambda size: True)
+
+
 def test_where_says_what_there_is(many):
     with pytest.raises(ValueError, match=r"no column 'from'; did you mean 'form'\?"):
         many.where(**{"from": "one"})

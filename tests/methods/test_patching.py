@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from towers import random_clip, random_store
+from towers import random_clip, random_encoder, random_store
 
 from clip_lens.core.metric import logit
 from clip_lens.core.source import counterpart
@@ -22,7 +22,7 @@ from clip_lens.data.batch import align
 from clip_lens.data.pairs import Pairs
 from clip_lens.methods.patching import patch_effects
 from clip_lens.model.load import load
-from clip_lens.model.site import LAYOUTS, Site, members
+from clip_lens.model.site import LAYOUTS, Layout, Site, members
 
 NAN = float("nan")
 LAYERS, HEADS, WIDTH = 2, 4, 32
@@ -449,3 +449,23 @@ def test_batch_of_another_width_is_refused():
     batch = batch_of(encoder, "foil")
     with pytest.raises(ValueError, match="7 components"):
         patch_effects(encoder, replace(batch, direction=batch.direction[:, :7]), [Site("mlp", 1)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "twin"),
+    [
+        ("pre", Layout("blocks.{layer}.mlp.hook_pre", unit_axis=2), "neuron"),
+        ("scores", Layout("blocks.{layer}.attn.hook_attn_scores", unit_axis=1, pos_axis=2), "pattern"),
+    ],
+)
+def test_a_new_kind_of_site_is_one_line(kind: str, layout: Layout, twin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neurons before and behind their activation function, patterns before and behind the softmax, patched whole from a
+    text of equal length, do the same."""
+    monkeypatch.setitem(LAYOUTS, kind, layout)
+    encoder = random_encoder(dtype=torch.float64)
+    pairs = Pairs(["a"], ["There are no dogs in it."], ["There are some dogs in it."], ["1.jpg"])
+    batch = align(pairs, random_store(pairs, encoder.d_embed), encoder, run="caption")
+    mine, known = (patch_effects(encoder, batch, encoder.sites(name, slots=(None, "eot"))) for name in (kind, twin))
+    assert str(mine.places[-1]).startswith(f"{kind} 2.") and len(mine.places) == len(known.places)
+    torch.testing.assert_close(mine.values, known.values, atol=1e-10, rtol=0)
+    assert mine.values.abs().max() > 1e-3
