@@ -29,18 +29,49 @@ _HOME = {
     "counterpart": "core.source",
     "zeros": "core.source",
     "mean": "core.source",
+    "mean_over": "core.source",
     "resample": "core.source",
     "noise": "core.source",
     "via": "core.via",
     "logit": "core.metric",
     "cosine": "core.metric",
     "kl": "core.metric",
+    "correlations": "core.statistics",
     "patch_effects": "methods.patching",
     "path_effects": "methods.paths",
+    "acdc": "methods.acdc",
+    "Circuit": "methods.circuit",
+    "overlaps": "methods.circuit",
+    "random_circuit": "methods.circuit",
+    "completeness": "methods.faithfulness",
+    "cpr_cmd": "methods.faithfulness",
+    "faithfulness": "methods.faithfulness",
+    "faithfulness_table": "methods.faithfulness",
+    "minimality": "methods.faithfulness",
+    "edges_above": "methods.selection",
+    "selection_frequency": "methods.selection",
+    "shuffled": "methods.selection",
+    "sized_circuits": "methods.selection",
+    "stability": "methods.selection",
+    "top_edges": "methods.selection",
+    "gradient_effects": "methods.gradient",
+    "attention_effects": "methods.attention",
+    "scores": "methods.scores",
+    "confounds": "methods.confounds",
     "heatmap": "show.plots",
     "qkv": "show.edges",
-    "path_diagram": "show.edges",
+    "path_diagram": "show.network",
+    "network": "show.network",
+    "bars": "show.bars",
+    "curve": "show.curves",
+    "lens_lines": "show.curves",
+    "scatter": "show.curves",
+    "scatter_pairs": "show.pictures",
+    "patterns": "show.attention",
+    "save_figure": "show.export",
+    "themed": "show.style",
     "report": "show.report",
+    "explore": "show.explore",
 }
 __all__ = sorted(_HOME)
 __version__ = "0.1.0"
@@ -52,9 +83,11 @@ if TYPE_CHECKING:
     from clip_lens.core.metric import logit as logit
     from clip_lens.core.source import counterpart as counterpart
     from clip_lens.core.source import mean as mean
+    from clip_lens.core.source import mean_over as mean_over
     from clip_lens.core.source import noise as noise
     from clip_lens.core.source import resample as resample
     from clip_lens.core.source import zeros as zeros
+    from clip_lens.core.statistics import correlations as correlations
     from clip_lens.core.via import via as via
     from clip_lens.data.batch import Batch as Batch
     from clip_lens.data.batch import align as align
@@ -63,8 +96,27 @@ if TYPE_CHECKING:
     from clip_lens.data.images import ImageStore as ImageStore
     from clip_lens.data.pairs import Pairs as Pairs
     from clip_lens.data.pairs import read_pairs as read_pairs
+    from clip_lens.methods.acdc import acdc as acdc
+    from clip_lens.methods.attention import attention_effects as attention_effects
+    from clip_lens.methods.circuit import Circuit as Circuit
+    from clip_lens.methods.circuit import overlaps as overlaps
+    from clip_lens.methods.circuit import random_circuit as random_circuit
+    from clip_lens.methods.confounds import confounds as confounds
+    from clip_lens.methods.faithfulness import completeness as completeness
+    from clip_lens.methods.faithfulness import cpr_cmd as cpr_cmd
+    from clip_lens.methods.faithfulness import faithfulness as faithfulness
+    from clip_lens.methods.faithfulness import faithfulness_table as faithfulness_table
+    from clip_lens.methods.faithfulness import minimality as minimality
+    from clip_lens.methods.gradient import gradient_effects as gradient_effects
     from clip_lens.methods.patching import patch_effects as patch_effects
     from clip_lens.methods.paths import path_effects as path_effects
+    from clip_lens.methods.scores import scores as scores
+    from clip_lens.methods.selection import edges_above as edges_above
+    from clip_lens.methods.selection import selection_frequency as selection_frequency
+    from clip_lens.methods.selection import shuffled as shuffled
+    from clip_lens.methods.selection import sized_circuits as sized_circuits
+    from clip_lens.methods.selection import stability as stability
+    from clip_lens.methods.selection import top_edges as top_edges
     from clip_lens.model.encoder import HookedTextEncoder as HookedTextEncoder
     from clip_lens.model.load import load as load
     from clip_lens.model.site import Edge as Edge
@@ -73,8 +125,10 @@ if TYPE_CHECKING:
     from clip_lens.model.tower import HookedTextTower as HookedTextTower
     from clip_lens.show.edges import path_diagram as path_diagram
     from clip_lens.show.edges import qkv as qkv
+    from clip_lens.show.explore import explore as explore
     from clip_lens.show.plots import heatmap as heatmap
     from clip_lens.show.report import report as report
+    from clip_lens.show.style import themed as themed
 
 
 def __getattr__(name: str) -> object:

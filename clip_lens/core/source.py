@@ -9,9 +9,9 @@ number of leading positions at which it is known to give what the run has, so th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -19,11 +19,15 @@ from torch import Tensor
 
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import Cache, HookedTextEncoder
+from clip_lens.model.site import Kind, Site, hook_name
 
 Fetch: TypeAlias = Callable[[Int[Tensor, "pair"], Iterable[str]], Cache]
 Source: TypeAlias = Callable[[HookedTextEncoder, Batch], Fetch]
 
+How = Literal["add", "remove"]
+
 QUERY_BY_KEY = ("hook_pattern", "hook_attn_scores")
+STEERABLE: tuple[Kind, ...] = ("embed", "resid", "mid", "attn", "mlp")
 CHUNK = 256
 
 
@@ -143,6 +147,42 @@ class Mean:
         return {name: total / counts.reshape(-1, *[1] * (total.ndim - 1)) for name, total in sums.items()}
 
 
+def mean_over(batch: Batch) -> Source:
+    """A source: `mean`, with the means taken over the run texts of this batch, whichever batch is patched: a pair or a
+    split reads the means of the whole. Slots that no text of the batch has are nothing here: NaN.
+
+    Raises:
+        ValueError: (from the fetch) patterns have no mean: texts differ in length.
+
+    Example:
+        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+        >>> batch = clip_lens.align(clip_lens.read_pairs()[:64], store, encoder)
+        >>> places = encoder.sites("mlp")
+        >>> whole = clip_lens.patch_effects(encoder, batch, places, source=clip_lens.mean).values[:, :1]
+        >>> one = clip_lens.patch_effects(encoder, batch[:1], places, source=mean_over(batch)).values
+        >>> torch.allclose(one, whole, atol=1e-4)
+        True
+    """
+
+    def source(encoder: HookedTextEncoder, patched: Batch) -> Fetch:
+        return MeanOver(Mean(encoder, batch), patched)
+
+    return named(source, f"mean_over({batch!r})")
+
+
+@dataclass(frozen=True)
+class MeanOver:
+    """The fetch of `mean_over`: the means of `whole`, at the slots of another batch."""
+
+    whole: Mean
+    batch: Batch
+
+    def __call__(self, pairs: Int[Tensor, "pair"], names: Iterable[str]) -> Cache:
+        names = set(names)
+        self.whole(torch.arange(1, device=pairs.device), names)  # computes the means that are not known yet
+        return replace(self.whole, batch=self.batch)(pairs, names)
+
+
 def resample(seed: int = 0) -> Source:
     """A source: the activations of another pair's run text with the same slot structure, drawn once per batch
     (resample ablation; method, section 9). A pair without such a partner has no effect there: NaN, and counted.
@@ -219,6 +259,90 @@ def _noisy(name: str, value: Tensor, batch: Batch, pairs: Int[Tensor, "pair"], s
         drawn = torch.randn(own.shape, generator=generator, dtype=torch.float64).to(own)
         result[row][here] = own + std * own.std(correction=0) * drawn
     return result
+
+
+def steered(
+    directions: Mapping[Site, Float[Tensor, "d_model"] | Float[Tensor, "pair d_model"]],
+    how: How = "add",
+    *,
+    origin: Mapping[Site, Float[Tensor, "d_model"]] | None = None,
+) -> Source:
+    """A source: the run's own activations with a direction added or removed at some sites, as they are elsewhere.
+
+    `how="add"`: `x + v`. `how="remove"`: `x - <x - o, v/|v|> v/|v|`, the projection onto the plane through `origin` o
+    (0 where it names none) that has no component along v; a direction of 0 removes nothing. One direction for all pairs
+    or one each. The place that is patched says at which positions, a site's slot is not read here. The total is what
+    the last residual stream gives: 0 unless that one is steered.
+
+    Raises:
+        ValueError: an unknown `how`, an `origin` for what is added; (from the source) a site whose activation is not
+            d_model wide, two sites of one activation, a direction of another shape or one that is not finite.
+
+    Example:
+        >>> from clip_lens import Site
+        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+        >>> batch, site = clip_lens.align(clip_lens.read_pairs()[:4], store, encoder), Site("resid", 3, slot="eot")
+        >>> source = steered({site: torch.zeros(128)})
+        >>> clip_lens.patch_effects(encoder, batch, [site], source=source).values.abs().max() < 1e-5
+        tensor(True)
+    """
+    if how not in get_args(How):
+        raise ValueError(f"how={how!r}; give one of {', '.join(get_args(How))}")
+    if origin and how == "add":
+        raise ValueError("an origin says what a direction is removed from; leave it out where one is added")
+
+    def source(encoder: HookedTextEncoder, batch: Batch) -> Fetch:
+        return Steered(
+            encoder, batch, _by_hook(directions, encoder, batch), how, _by_hook(origin or {}, encoder, batch)
+        )
+
+    return named(source, f"steered({how} {', '.join(map(str, directions))})")
+
+
+@dataclass(frozen=True)
+class Steered:
+    """The fetch of `steered`."""
+
+    encoder: HookedTextEncoder
+    batch: Batch
+    directions: Mapping[str, Float[Tensor, "pair d_model"]]
+    how: How
+    origin: Mapping[str, Float[Tensor, "pair d_model"]]
+    is_run = True
+
+    def __call__(self, pairs: Int[Tensor, "pair"], names: Iterable[str]) -> Cache:
+        own = _own(self.encoder, self.batch, pairs, names)
+        return {name: self._changed(name, value, pairs) for name, value in own.items()}
+
+    def _changed(self, name: str, value: Tensor, pairs: Int[Tensor, "pair"]) -> Tensor:
+        if name not in self.directions:
+            return value
+        v = self.directions[name][pairs].unsqueeze(1)
+        if self.how == "add":
+            return value + v
+        unit = torch.nn.functional.normalize(v, dim=-1)
+        origin = self.origin[name][pairs].unsqueeze(1) if name in self.origin else torch.zeros_like(v)
+        return value - ((value - origin) * unit).sum(-1, keepdim=True) * unit
+
+
+def _by_hook(
+    vectors: Mapping[Site, Tensor], encoder: HookedTextEncoder, batch: Batch
+) -> dict[str, Float[Tensor, "pair d_model"]]:
+    """Vectors by the hook that they are for, one line per pair."""
+    found: dict[str, Tensor] = {}
+    shape = (len(batch), encoder.tower.cfg.d_model)
+    for site, vector in vectors.items():
+        if site.kind not in STEERABLE:
+            raise ValueError(f"{site} can't be steered by a direction of the stream; {', '.join(STEERABLE)} can")
+        if vector.shape not in (shape, shape[1:]):
+            raise ValueError(f"the direction at {site} has shape {tuple(vector.shape)}; give {shape[1:]} or {shape}")
+        if not vector.isfinite().all():
+            raise ValueError(f"the direction at {site} has components that are not finite")
+        name = hook_name(site, encoder.n_layers)
+        if name in found:
+            raise ValueError(f"two directions for the activation of {site}: steer its slots one after the other")
+        found[name] = vector.to(encoder.device, encoder.dtype).expand(shape)
+    return found
 
 
 def named(source: Source, name: str) -> Source:
