@@ -123,9 +123,17 @@ if TYPE_CHECKING:
     from clip_lens.model.site import Place as Place
     from clip_lens.model.site import Site as Site
     from clip_lens.model.tower import HookedTextTower as HookedTextTower
-    from clip_lens.show.edges import path_diagram as path_diagram
+    from clip_lens.show.attention import patterns as patterns
+    from clip_lens.show.bars import bars as bars
+    from clip_lens.show.curves import curve as curve
+    from clip_lens.show.curves import lens_lines as lens_lines
+    from clip_lens.show.curves import scatter as scatter
     from clip_lens.show.edges import qkv as qkv
     from clip_lens.show.explore import explore as explore
+    from clip_lens.show.export import save_figure as save_figure
+    from clip_lens.show.network import network as network
+    from clip_lens.show.network import path_diagram as path_diagram
+    from clip_lens.show.pictures import scatter_pairs as scatter_pairs
     from clip_lens.show.plots import heatmap as heatmap
     from clip_lens.show.report import report as report
     from clip_lens.show.style import themed as themed

@@ -14,6 +14,7 @@ from pandas import DataFrame
 from plotly.subplots import make_subplots
 
 from clip_lens.core.effects import SHOWN, Effects, one_side, pivot
+from clip_lens.show.style import LARGE, LIGHT, scale, template
 
 SLOT_NAMES = {
     "sot": "start of text",
@@ -38,15 +39,15 @@ VALUE_NAMES = {
     "n": "pairs",
     "dropped": "pairs dropped",
 }
-SCALE = "RdBu"  # red below 0, white at 0, blue above: told apart with every common colour blindness
-GREY = "#d4d4d4"
-INK = "#222222"
+SCALE = scale(LIGHT.diverging)
+GREY = LIGHT.gap
 CELLS = {"xgap": 1, "ygap": 1, "hoverongaps": False}
 HOVER = (  # customdata holds SHOWN
     "<br>recovered fraction <b>%{customdata[0]:.3f}</b> [%{customdata[1]:.3f}, %{customdata[2]:.3f}]"
     "<br>mean signed effect <b>%{customdata[3]:.3f}</b> [%{customdata[4]:.3f}, %{customdata[5]:.3f}]"
     "<br>%{customdata[6]:d} pairs, %{customdata[7]:d} dropped"
 )
+BESIDE = 10  # columns
 BELOW = 128  # pixels for the x axis' labels and title and for the colour bar
 
 
@@ -115,12 +116,8 @@ def assemble(
     )  # fmt: skip
     figure.update_layout(
         coloraxis={"colorscale": SCALE, "cmin": -limit, "cmax": limit, "colorbar": _colour_bar(figure.layout.height)},
-        title={"text": heading, "x": 0.01, "y": 0.99, "yanchor": "top", "font": {"size": 15}} if heading else None,
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"size": 12, "color": INK, "family": "system-ui, sans-serif"},
-        hoverlabel={"font": {"size": 13}, "align": "left"},
-        autosize=True,
+        title={"text": heading, "font": {"size": LARGE}} if heading else None,
+        template=template(),
     )
     return figure
 
@@ -163,8 +160,8 @@ def _panels(
 
 
 def _stacked(panels: Sequence[Panel]) -> bool:
-    """Panels of many columns stand one above the other, narrow ones side by side."""
-    return max(panel.grid.shape[1] for panel in panels) > 16
+    """Panels stand side by side only where numbers in their cells stay readable on a narrow screen."""
+    return sum(panel.grid.shape[1] for panel in panels) > BESIDE
 
 
 def _canvas(panels: Sequence[Panel], title: str | None) -> tuple[go.Figure, str]:
@@ -173,7 +170,7 @@ def _canvas(panels: Sequence[Panel], title: str | None) -> tuple[go.Figure, str]
     several, stacked = len(panels) > 1, _stacked(panels)
     heading = title if title is not None else ("" if several else _describe(panels[0], ", "))
     cell = 30 if n_rows <= 12 else max(15, 24 - n_rows // 8)
-    inner, gap = min(max(n_rows, 2) * cell, 1100), 90
+    inner, gap = min(max(n_rows, 2) * cell, 1100), 118  # labels turned upright, a title and a note fit into the gap
     top = (44 if heading else 12) + (34 if several else 0)
     down = len(panels) if stacked else 1
     height = top + inner * down + gap * (down - 1) + BELOW

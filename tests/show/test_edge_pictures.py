@@ -10,8 +10,10 @@ from show.test_plots import make
 import clip_lens
 from clip_lens.core.effects import SHOWN, one_side
 from clip_lens.model.site import Edge, Site, precedes
-from clip_lens.show.edges import NEGATIVE, POSITIVE, path_diagram, qkv, strongest
+from clip_lens.show.edges import qkv
+from clip_lens.show.network import network, path_diagram, strongest
 from clip_lens.show.plots import heatmap
+from clip_lens.show.style import LIGHT
 
 SENDERS = [Site("embed"), *(Site("head", layer, unit) for layer in (0, 1, 10) for unit in (0, 1)), Site("mlp", 0)]
 RECEIVERS = [Site(kind, layer, unit) for kind in "qkv" for layer in (1, 2, 11) for unit in (0, 1)]
@@ -21,7 +23,7 @@ IN_ORDER = ["embed", "head 0.0", "head 0.1", "mlp 0", "head 1.0", "head 1.1", "h
 
 
 def lines(figure):
-    return [trace for trace in figure.data if trace.mode == "lines"]
+    return [trace for trace in figure.data if trace.mode == "lines" and trace.x[0] is not None]
 
 
 def test_senders_and_receivers_come_in_the_order_of_the_tower():
@@ -74,9 +76,9 @@ def test_the_diagram_draws_the_largest_as_wide_as_they_are(n):
     widths = [trace.line.width for trace in drawn]
     assert sizes == sorted(sizes) and widths == sorted(widths)  # the strongest on top, and the widest
     for trace in drawn:
-        assert trace.line.color == (POSITIVE if table.loc[trace.name, "effect"] >= 0 else NEGATIVE)
+        assert trace.line.color == (LIGHT.positive if table.loc[trace.name, "effect"] >= 0 else LIGHT.negative)
         expected = table.loc[trace.name, list(SHOWN)].to_numpy(dtype=float)
-        np.testing.assert_allclose(trace.customdata[0], expected, rtol=1e-5)
+        np.testing.assert_allclose(trace.meta, expected, rtol=1e-12)
         assert (np.diff(trace.x) > 0).all()  # from left to right
 
 
