@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,7 +104,7 @@ class Circuit:
         >>> edges = [Edge(Site("embed"), Site("v", 0, 1)), Edge(head, Site("out")), Edge(head, Site("mlp", 0))]
         >>> circuit = Circuit.of(edges, n_layers=2, n_heads=2)
         >>> circuit
-        Circuit(3 of 54 edges, 3 of 7 nodes)
+        Circuit(3 of 46 edges, 4 of 8 nodes)
         >>> [str(edge) for edge in circuit.pruned().edges()]
         ['embed -> v 0.1', 'head 0.1 -> out']
     """
@@ -338,6 +338,18 @@ class Circuit:
         either = int((self.keep | self._same(other).keep).sum())
         return int((self.keep & other.keep).sum()) / either if either else 1.0
 
+    def scored(self) -> dict[Edge, float]:
+        """The score of each edge kept, NaN where there is none.
+
+        Example:
+            >>> from clip_lens import Edge, Site
+            >>> edge = Edge(Site("embed"), Site("out"))
+            >>> Circuit.of({edge: 1.5}, n_layers=1, n_heads=1).scored()[edge]
+            1.5
+        """
+        scores = [float("nan")] * len(self) if self.scores is None else self.scores[self.keep].tolist()
+        return dict(zip(self.edges(), scores, strict=True))
+
     def table(self) -> DataFrame:
         """The edges kept, strongest first: edge, sender, receiver, score (NaN without scores).
 
@@ -345,9 +357,7 @@ class Circuit:
             >>> Circuit.full(clip_lens.load()).table().iloc[0, :3].tolist()
             ['embed -> q 0.0', 'embed', 'q 0.0']
         """
-        edges = self.edges()
-        scores = [float("nan")] * len(edges) if self.scores is None else self.scores[self.keep].tolist()
-        lines = [(str(e), str(e.sender), str(e.receiver), score) for e, score in zip(edges, scores, strict=True)]
+        lines = [(str(e), str(e.sender), str(e.receiver), score) for e, score in self.scored().items()]
         frame = DataFrame(lines, columns=["edge", "sender", "receiver", "score"])
         order = frame["score"].abs().sort_values(ascending=False, kind="stable", na_position="last").index
         return frame.loc[order].reset_index(drop=True)
@@ -376,15 +386,13 @@ class Circuit:
               }
             }
         """
-        scores = torch.full(self.keep.shape, torch.nan) if self.scores is None else self.scores
-        numbers = scores[self.keep].tolist()
         content = {
             "format": FORMAT,
             "layers": self.n_layers,
             "heads": self.n_heads,
             "meta": dict(self.meta),
             "scored": self.scores is not None,
-            "edges": {str(e): None if n != n else n for e, n in zip(self.edges(), numbers, strict=True)},
+            "edges": {str(edge): None if n != n else n for edge, n in self.scored().items()},
         }
         with written_whole(path) as temporary:
             temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,407 @@
+"""How much of what a model does a circuit does: faithfulness, CPR and CMD, completeness, minimality."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from pandas import DataFrame
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from clip_lens.core.bootstrap import Draws, sides_of
+from clip_lens.core.effects import Effects
+from clip_lens.core.metric import Metric, logit
+from clip_lens.core.source import Source, counterpart
+from clip_lens.data.batch import Batch
+from clip_lens.methods.circuit import Circuit
+from clip_lens.methods.patching import describe, pairs_frame
+from clip_lens.methods.removal import Removal, parts
+from clip_lens.model.encoder import HookedTextEncoder
+from clip_lens.model.site import Outside
+
+By = Literal["node", "edge"]
+
+
+def faithfulness(
+    encoder: HookedTextEncoder,
+    batch: Batch,
+    circuits: Circuit | Sequence[Circuit],
+    *,
+    source: Source = counterpart,
+    metric: Metric = logit,
+    rows: int = 256,
+    progress: bool = False,
+) -> Effects:
+    """What each circuit loses in each pair, in units of the metric: an `Effects` with a place per circuit, its outside.
+
+    In a circuit's run every edge outside it carries the source's value (method, section 8). `values = m(C) - m(full)`,
+    `total = m(empty) - m(full)`: a circuit that loses nothing has 0, one that keeps nothing the total, and
+    `f(C) = 1 - values / total`, a ratio of dataset means, is what `faithfulness_table` and `cpr_cmd` say (Mueller et al.
+    2025, MIB). Circuits usually run the caption: `align(..., run="caption")`.
+
+    Raises:
+        ValueError: no circuit, one of a tower of another shape, or what `patch_effects` refuses.
+
+    Example:
+        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+        >>> batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder, run="caption")
+        >>> full = clip_lens.Circuit.full(encoder)
+        >>> effects = faithfulness(encoder, batch, [full, (full - full).named("nothing")])
+        >>> faithfulness_table(effects, resamples=10)[["circuit", "side", "f"]].tail(2).round(6)
+              circuit    side    f
+        4  every edge  pooled  1.0
+        5     nothing  pooled  0.0
+    """
+    circuits = [circuits] if isinstance(circuits, Circuit) else list(circuits)
+    if not circuits:
+        raise ValueError("no circuits to judge; top_edges and acdc find some")
+    for circuit in circuits:
+        _fits(circuit, encoder)
+    removed = torch.stack([circuit.graph.edges & ~circuit.keep for circuit in circuits])
+    values = torch.zeros(len(circuits), len(batch), dtype=encoder.dtype)
+    total, baseline, d = values.new_zeros(3, len(batch))
+    bar = tqdm(total=values.numel(), unit="row", disable=not progress or not sys.stderr.isatty(), leave=False)
+    with bar:
+        for part in parts(encoder, batch, source, metric, rows):
+            values[:, part.index] = part.values(removed)
+            total[part.index], baseline[part.index], d[part.index] = part.total, part.baseline, part.d
+            bar.update(len(circuits) * len(part.index))
+    meta = describe(encoder, batch, method=METHOD, source=source, metric=metric)
+    meta["found on these pairs"] = _found_here(circuits, meta["batch"])
+    if missing := int(total.isnan().sum()):
+        meta["pairs without a source"] = str(missing)
+    return Effects(values, total, baseline, tuple(map(_outside, circuits)), pairs_frame(batch, d), meta)
+
+
+METHOD = "faithfulness of circuits"
+
+
+def _fits(circuit: Circuit, encoder: HookedTextEncoder) -> None:
+    if (circuit.n_layers, circuit.n_heads) != (encoder.n_layers, encoder.n_heads):
+        raise ValueError(
+            f"{circuit} is of a tower of {circuit.n_layers} layers x {circuit.n_heads} heads, {encoder.full_name} has "
+            f"{encoder.n_layers} x {encoder.n_heads}"
+        )
+
+
+def _outside(circuit: Circuit) -> Outside:
+    share, ranking = circuit.meta.get("share"), circuit.meta.get("ranking", "")
+    size = int(circuit.graph.edges.sum())
+    return Outside(circuit.name, len(circuit), size, None if share is None else float(share), ranking)
+
+
+def _found_here(circuits: Sequence[Circuit], batch: str) -> str:
+    """Which circuits were found on the very pairs that judge them: those figures flatter."""
+    names = dict.fromkeys(circuit.name for circuit in circuits if circuit.meta.get("batch") == batch)
+    return ", ".join(names) or "none"
+
+
+def faithfulness_table(effects: Effects, interval: float = 0.95, *, resamples: int = 1000, seed: int = 0) -> DataFrame:
+    """f of every circuit: a row per circuit and side, and if there are several sides, over all pairs ("pooled").
+
+    Columns: circuit, ranking, share (asked for, else kept), edges (kept), of (all edges), side, f, lower, upper (the
+    bootstrap over pairs of `Effects.table`), lost (mean of what the circuit loses of d, metric units), n, dropped.
+
+    Raises:
+        ValueError: the result has places that are no circuits' outsides.
+
+    Example:
+        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+        >>> batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder, run="caption")
+        >>> effects = faithfulness(encoder, batch, clip_lens.Circuit.full(encoder))
+        >>> faithfulness_table(effects, resamples=10)[["side", "f", "lower", "upper", "lost", "n"]].tail(1)
+             side    f  lower  upper  lost  n
+        2  pooled  1.0    1.0    1.0   0.0  8
+    """
+    places = _outsides(effects)
+    several = len(sides_of(effects.pairs, pooled=False)) > 1
+    found = []
+    for pooled in (False, True) if several else (False,):
+        table = effects.table(interval, pooled=pooled, resamples=resamples, seed=seed)
+        repeats = len(table) // max(1, len(places))
+        found.append(_described(places * repeats).assign(
+            side=table["side"], f=1 - table["fraction"], lower=1 - table["upper"], upper=1 - table["lower"],
+            lost=table["effect"], n=table["n"], dropped=table["dropped"],
+        ))  # fmt: skip
+    return pd.concat(found, ignore_index=True)
+
+
+def _described(places: Sequence[Outside]) -> DataFrame:
+    lines = [(p.circuit, p.ranking, _share(p), p.edges, p.of) for p in places]
+    return DataFrame(lines, columns=["circuit", "ranking", "share", "edges", "of"])
+
+
+def _share(place: Outside) -> float:
+    return place.edges / place.of if place.share is None else place.share
+
+
+def _outsides(effects: Effects) -> list[Outside]:
+    wrong = [place for place in effects.places if not isinstance(place, Outside)]
+    if wrong:
+        raise ValueError(f"this says how faithful circuits are, from the result of faithfulness. Got {wrong[0]}")
+    return [place for place in effects.places if isinstance(place, Outside)]
+
+
+def cpr_cmd(effects: Effects, interval: float = 0.95, *, resamples: int = 1000, seed: int = 0) -> DataFrame:
+    """MIB's two areas of each method: a row per name of circuits and side, and "pooled" if there are several sides.
+
+    `CPR` = integral of f over the share of edges asked for (larger is better), of circuits ranked by signed score;
+    `CMD` = integral of |1 - f| (smaller is better), of circuits ranked by size: trapezoids on a linear axis from the
+    smallest share to 1, where f = 1 by definition (method, section 8; Mueller et al. 2025). NaN where that
+    ranking is missing. Columns: circuit, side, CPR, CPR_lower, CPR_upper, CMD, CMD_lower, CMD_upper, points, n. Pairs are
+    resampled jointly at all sizes, with the draws of `Effects.table`.
+
+    Raises:
+        ValueError: circuits without a share and a ranking, as `sized_circuits` gives them, or a share that comes twice.
+
+    Example:
+        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+        >>> batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder, run="caption")
+        >>> scores = clip_lens.patch_effects(encoder, batch, encoder.edges())
+        >>> effects = faithfulness(encoder, batch, clip_lens.sized_circuits(scores, (.1, .5, 1)))
+        >>> cpr_cmd(effects, resamples=10)[["circuit", "side", "points", "n"]].tail(1)
+                       circuit    side  points  n
+        2  activation patching  pooled       3  8
+    """
+    draws = Draws(interval, resamples, seed)
+    curves = _curves(_outsides(effects))
+    sides = sides_of(effects.pairs, pooled=False)
+    lines = []
+    for name in dict.fromkeys(name for name, _ in curves):
+        for side in [*sides, "pooled"] if len(sides) > 1 else sides:
+            line: dict[str, object] = {"circuit": name, "side": side}
+            for ranking, measure in MEASURES.items():
+                line |= _areas(effects, curves.get((name, ranking), {}), side, measure, draws)
+            lines.append(line)
+    return DataFrame(lines)[["circuit", "side", *AREAS, "points", "n"]]
+
+
+MEASURES = {"signed": "CPR", "absolute": "CMD"}
+AREAS = [f"{measure}{end}" for measure in MEASURES.values() for end in ("", "_lower", "_upper")]
+
+
+def _curves(places: Sequence[Outside]) -> dict[tuple[str, str], dict[float, int]]:
+    """The rows of each name's circuits by share, for either ranking."""
+    curves: dict[tuple[str, str], dict[float, int]] = {}
+    for row, place in enumerate(places):
+        if place.share is None or place.ranking not in MEASURES:
+            raise ValueError(f"CPR and CMD need circuits of several sizes, as sized_circuits gives them. Got {place}")
+        curve = curves.setdefault((place.circuit, place.ranking), {})
+        if place.share in curve:
+            raise ValueError(
+                f"the share {place.share:g} of {place.circuit} ({place.ranking}) comes twice; name them apart"
+            )
+        curve[place.share] = row
+    return curves
+
+
+def _areas(effects: Effects, curve: dict[float, int], side: str, measure: str, draws: Draws) -> dict[str, object]:
+    if not curve:
+        return dict.fromkeys((measure, f"{measure}_lower", f"{measure}_upper"), float("nan"))
+    shares = sorted(curve)
+    f, drawn, n = _f(effects, [curve[share] for share in shares], side, draws)
+    if shares[-1] < 1:
+        shares.append(1.0)
+        f, drawn = (torch.cat([curve_, torch.ones_like(curve_[:1])]) for curve_ in (f, drawn))
+    x = torch.tensor(shares, dtype=torch.float64)
+    area, areas = (
+        torch.trapezoid(curve_ if measure == "CPR" else (1 - curve_).abs(), x, dim=0) for curve_ in (f, drawn)
+    )
+    tail = (1 - draws.interval) / 2
+    lower, upper = areas.nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return {
+        measure: float(area), f"{measure}_lower": lower, f"{measure}_upper": upper, "points": len(curve), "n": n,
+    }  # fmt: skip
+
+
+def _f(
+    effects: Effects, rows: list[int], side: str, draws: Draws
+) -> tuple[Float[Tensor, "circuit 1"], Float[Tensor, "circuit draw"], int]:
+    """f of some circuits over one side's pairs, and in each resample of them."""
+    columns = (effects.pairs["side"] == side).to_numpy() | (side == "pooled")
+    codes, keys = pd.factorize(effects.pairs["key"][columns])
+    weight = draws.counts(side, len(keys))[torch.from_numpy(codes)]
+    chosen = torch.from_numpy(columns)
+    total = (effects.total * torch.tensor(effects.pairs["sigma"].to_numpy())).double()[chosen]
+    values = effects.signed().double()[rows][:, chosen]
+    known = ~total.isnan()
+    values, total, weight = values[:, known], total[known], weight[known]
+    whole = torch.ones(len(total), 1, dtype=torch.float64)
+    f, drawn = (1 - (values @ w) / (total @ w) for w in (whole, weight))
+    return f, drawn, len(set(codes[known.numpy()]))
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A circuit ready to lose members: `touching[member]` are the edges that go with each."""
+
+    removal: Removal
+    circuit: Circuit
+    members: list[str]
+    touching: Bool[Tensor, "member receiver sender"]
+
+    @classmethod
+    def of(cls, removal: Removal, circuit: Circuit, by: By) -> _Trial:
+        if by not in get_args(By):
+            raise ValueError(f"by={by!r}; give one of {', '.join(get_args(By))}")
+        graph = circuit.graph
+        if by == "edge":
+            cells = circuit.keep.nonzero()
+            touching = torch.zeros(len(cells), *graph.edges.shape, dtype=torch.bool)
+            touching[torch.arange(len(cells)), cells[:, 0], cells[:, 1]] = True
+            return cls(removal, circuit, [str(edge) for edge in circuit.edges()], touching)
+        names = [name for name in circuit.nodes()["node"] if name not in ("embed", "out")]
+        numbers = [number for number, site in enumerate(graph.senders) if str(site) in names]
+        touching = torch.stack([_of_node(number, circuit) for number in numbers]) if numbers else graph.edges[None][:0]
+        return cls(removal, circuit, names, touching)
+
+    def removed(self, chosen: Bool[Tensor, "set member"], whole: bool) -> Bool[Tensor, "set receiver sender"]:
+        """The edges removed with some members, from the whole model or from the circuit."""
+        edges = (chosen.double() @ self.touching.flatten(1).double() > 0).unflatten(1, self.circuit.keep.shape)
+        return edges if whole else edges | (self.circuit.graph.edges & ~self.circuit.keep)
+
+    def gap(self, chosen: Bool[Tensor, "set member"]) -> tuple[Float[Tensor, "set"], Float[Tensor, "set"]]:
+        """What the circuit and the model lose without some members."""
+        both = torch.cat([self.removed(chosen, whole=False), self.removed(chosen, whole=True)])
+        circuit, model = self.removal.means(both).chunk(2)
+        return circuit, model
+
+    def label(self, chosen: Bool[Tensor, "member"]) -> str:
+        return ", ".join(self.members[number] for number in chosen.nonzero().flatten().tolist())
+
+
+def _of_node(number: int, circuit: Circuit) -> Bool[Tensor, "receiver sender"]:
+    """Every edge of the tower that enters or leaves a node."""
+    graph = circuit.graph
+    column = torch.arange(len(graph.senders)) == number
+    return graph.edges & (column | (graph.node_of == number)[:, None])
+
+
+def completeness(
+    encoder: HookedTextEncoder,
+    batch: Batch,
+    circuit: Circuit,
+    *,
+    by: By = "node",
+    samples: int = 20,
+    greedy: int = 0,
+    seed: int = 0,
+    source: Source = counterpart,
+    metric: Metric = logit,
+    rows: int = 256,
+) -> DataFrame:
+    """How far circuit C and model M part when both lose the same members K: a row per K (Wang et al. 2023).
+
+    `incompleteness = |F(C \\ K) - F(M \\ K)|`, F the mean over pairs of the signed metric and 0 the best. K is part of the
+    circuit's heads and MLPs (`by="node"`: every edge that enters or leaves them goes) or of its edges: first
+    none, then `samples` sets in which each member is with probability 1/2, then the sets of a greedy search of `greedy`
+    steps, which adds of ten members drawn the one that parts C and M most. Columns: found, size, removed (K's names),
+    circuit and model (F(C \\ K) and F(M \\ K), relative to the plain run), incompleteness, share (of what removing every
+    edge moves).
+
+    Raises:
+        ValueError: a circuit of a tower of another shape, an unknown `by`, or what `faithfulness` refuses.
+
+    Example:
+        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+        >>> batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder, run="caption")
+        >>> completeness(encoder, batch, clip_lens.Circuit.full(encoder), samples=3)["incompleteness"].tolist()
+        [0.0, 0.0, 0.0, 0.0]
+    """
+    _fits(circuit, encoder)
+    trial = _Trial.of(Removal.of(encoder, batch, source, metric, rows), circuit, by)
+    generator = torch.Generator().manual_seed(seed)
+    nothing = torch.zeros(1, len(trial.members), dtype=torch.bool)
+    drawn = torch.rand(samples, len(trial.members), generator=generator) < 0.5
+    steps = list(_greedy(trial, greedy, generator)) if trial.members else []
+    chosen = torch.cat([nothing, drawn, *steps])
+    found = ["nothing"] + ["sampled"] * samples + ["greedy"] * len(steps)
+    circuit_means, model_means = trial.gap(chosen)
+    gap = (circuit_means - model_means).abs()
+    return DataFrame(
+        {
+            "found": found,
+            "size": chosen.sum(1).numpy(),
+            "removed": [trial.label(row) for row in chosen],
+            "circuit": -circuit_means.numpy(),
+            "model": -model_means.numpy(),
+            "incompleteness": gap.numpy(),
+            "share": (gap / abs(trial.removal.total)).numpy(),
+        }
+    )
+
+
+TRIED = 10
+"""Members that a greedy step tries."""
+
+
+def _greedy(trial: _Trial, steps: int, generator: torch.Generator) -> Iterable[Bool[Tensor, "1 member"]]:
+    chosen = torch.zeros(1, len(trial.members), dtype=torch.bool)
+    for _ in range(min(steps, len(trial.members))):
+        left = (~chosen[0]).nonzero().flatten()
+        tried = left[torch.randperm(len(left), generator=generator)[:TRIED]]
+        sets = chosen.repeat(len(tried), 1)
+        sets[torch.arange(len(tried)), tried] = True
+        circuit, model = trial.gap(sets)
+        best = int((circuit - model).abs().argmax())
+        chosen = sets[best : best + 1]
+        yield chosen
+
+
+def minimality(
+    encoder: HookedTextEncoder,
+    batch: Batch,
+    circuit: Circuit,
+    *,
+    by: By = "edge",
+    samples: int = 5,
+    seed: int = 0,
+    source: Source = counterpart,
+    metric: Metric = logit,
+    rows: int = 256,
+) -> DataFrame:
+    """What each member of a circuit is there for: a row per member, the least needed last (Wang et al. 2023).
+
+    `minimality(v) = max over K of |F(C \\ (K + v)) - F(C \\ K)|`, F the mean over pairs of the signed metric, K nothing or
+    one of `samples` sets of the other members, each in with probability 1/2: a backup matters only when
+    what it stands in for is gone. Members are the circuit's edges or (`by="node"`) its heads and MLPs. Columns: member,
+    minimality (metric units), share (of what removing every edge moves), alone (the signed change with K nothing: positive
+    = it supports d), removed (the K of the maximum).
+
+    Raises:
+        ValueError: what `completeness` refuses.
+
+    Example:
+        >>> from clip_lens import Circuit, Edge, Site
+        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+        >>> batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder, run="caption")
+        >>> circuit = Circuit.of([Edge(Site("mlp", 0), Site("out"))], n_layers=6, n_heads=4)
+        >>> minimality(encoder, batch, circuit)["member"].tolist()
+        ['mlp 0 -> out']
+    """
+    _fits(circuit, encoder)
+    trial = _Trial.of(Removal.of(encoder, batch, source, metric, rows), circuit, by)
+    n = len(trial.members)
+    generator = torch.Generator().manual_seed(seed)
+    others = torch.cat([torch.zeros(1, n, dtype=torch.bool), torch.rand(samples, n, generator=generator) < 0.5])
+    without = others[:, None] & ~torch.eye(n, dtype=torch.bool)  # K, member, member
+    both = torch.cat([without.flatten(0, 1), (without | torch.eye(n, dtype=torch.bool)).flatten(0, 1)])
+    before, after = trial.removal.means(trial.removed(both, whole=False)).chunk(2)
+    change = (after - before).unflatten(0, (len(others), n))
+    largest, at = change.abs().max(0)
+    frame = DataFrame(
+        {
+            "member": trial.members,
+            "minimality": largest.numpy(),
+            "share": (largest / abs(trial.removal.total)).numpy(),
+            "alone": change[0].numpy(),
+            "removed": [trial.label(without[k, v]) for v, k in enumerate(at.tolist())],
+        }
+    )
+    return frame.sort_values("minimality", ascending=False, kind="stable").reset_index(drop=True)

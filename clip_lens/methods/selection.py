@@ -1,0 +1,349 @@
+"""Circuits from scores of edges: the strongest, those above a threshold, those that hang together; and how stable that
+choice is over pairs."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Literal, get_args
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from pandas import DataFrame
+from torch import Tensor
+
+from clip_lens.core.bootstrap import Draws
+from clip_lens.core.effects import Effects
+from clip_lens.core.metric import unsigned
+from clip_lens.methods.circuit import Circuit, Graph
+from clip_lens.model.site import Edge, Site
+
+Select = Literal["top", "greedy"]
+SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""The shares of edges at which MIB (2504.13151) judges circuits."""
+KEPT = ("model", "weights", "data", "batch", "pairs", "run", "method", "source", "metric")
+"""What a circuit's meta takes over from the effects it was selected by."""
+
+
+@dataclass(frozen=True)
+class EdgeScores:
+    """Effects over edges, as a matrix edge x pair, oriented so that positive = the edge supports the model's own d."""
+
+    graph: Graph
+    n_layers: int
+    n_heads: int
+    cells: tuple[list[int], list[int]]
+    values: Float[Tensor, "edge pair"]
+
+    @classmethod
+    def of(cls, effects: Effects) -> EdgeScores:
+        n_layers, n_heads = _shape(effects)
+        graph = Graph.of(n_layers, n_heads)
+        edges = [_single(place) for place in effects.places]
+        cells = [graph.receiver_at[edge.receiver] for edge in edges], [graph.sender_at[edge.sender] for edge in edges]
+        if len(set(edges)) < len(edges):
+            raise ValueError("an edge stands in the result more than once; keep one line for each")
+        without_side = unsigned(effects.meta.get("metric", ""))
+        values = effects.values if without_side else effects.signed()
+        return cls(graph, n_layers, n_heads, cells, values.double())
+
+    def means(self, weight: Float[Tensor, "pair draw"] | None = None) -> Float[Tensor, "edge draw"]:
+        """The mean over the pairs that have a value, pairs counted `weight` times; NaN where there is none."""
+        weight = torch.ones(self.values.shape[1], 1, dtype=torch.float64) if weight is None else weight
+        known = ~self.values.isnan()
+        return (self.values.nan_to_num(0.0) @ weight) / (known.double() @ weight)
+
+    def matrix(self, column: Float[Tensor, "edge"]) -> Float[Tensor, "receiver sender"]:
+        matrix = torch.full(self.graph.edges.shape, torch.nan, dtype=torch.float64)
+        matrix[self.cells] = column
+        return matrix
+
+
+def top_edges(effects: Effects, n: int, *, signed: bool = False, select: Select = "top") -> Circuit:
+    """The circuit of the n edges with the largest scores, by size, or (`signed`) of the n that support d the most.
+
+    An edge's score is the mean over pairs of `sigma * effect`, over those that have one: positive = the edge supports
+    the model's own d (method, section 8). `select="greedy"` grows the circuit from the output backwards instead: of all
+    edges into what it has so far it takes the strongest (Hanna et al. 2024), so that every edge leads to the output.
+    Ties go to the edge that comes first in the tower. Nothing is pruned: `Circuit.pruned`.
+
+    Raises:
+        ValueError: places that are not single edges at every position, or n is negative or more than there are edges.
+
+    Example:
+        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+        >>> batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder, run="caption")
+        >>> effects = clip_lens.patch_effects(encoder, batch, encoder.edges(receivers=[clip_lens.Site("out")]))
+        >>> len(top_edges(effects, 5)), len(top_edges(effects, 5, signed=True) & top_edges(effects, 5))
+        (5, 5)
+    """
+    scores = EdgeScores.of(effects)
+    return _circuit(effects, scores, _keys(scores, n, signed, select), n, signed, select)
+
+
+def edges_above(effects: Effects, threshold: float, *, signed: bool = False) -> Circuit:
+    """The circuit of the edges whose score (see `top_edges`) is larger than a threshold, by size or (`signed`) itself.
+
+    Raises:
+        ValueError: places that are not single edges at every position.
+
+    Example:
+        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+        >>> batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder, run="caption")
+        >>> effects = clip_lens.patch_effects(encoder, batch, encoder.edges(receivers=[clip_lens.Site("out")]))
+        >>> len(edges_above(effects, 1e9))
+        0
+    """
+    scores = EdgeScores.of(effects)
+    keys = _ranked(scores.means()[:, 0], signed)
+    circuit = _circuit(effects, scores, keys, int((keys > threshold).sum()), signed, "top")
+    return replace(circuit, meta={**circuit.meta, "selection": f"above {threshold:g}"})
+
+
+def sized_circuits(
+    effects: Effects, shares: Sequence[float] = SHARES, *, signed: bool = False, select: Select = "top"
+) -> list[Circuit]:
+    """One circuit per share of the N edges, of `int(share * N)` edges and pruned after that, for a curve over size.
+
+    MIB's CPR takes them by signed score, CMD by size (method, section 8): `signed=True`, `signed=False`.
+
+    Raises:
+        ValueError: a share outside of 0..1, or what `top_edges` refuses.
+
+    Example:
+        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+        >>> batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder, run="caption")
+        >>> effects = clip_lens.patch_effects(encoder, batch, encoder.edges(receivers=[clip_lens.Site("out")]))
+        >>> [circuit.meta["share"] for circuit in sized_circuits(effects, (.1, .5))]
+        ['0.1', '0.5']
+    """
+    if wrong := [share for share in shares if not 0 <= share <= 1]:
+        raise ValueError(f"a share of edges lies between 0 and 1. Got {wrong[0]}")
+    scores = EdgeScores.of(effects)
+    found = []
+    for share in shares:
+        n = int(share * len(effects.places) + 1e-9)
+        circuit = _circuit(effects, scores, _keys(scores, n, signed, select), n, signed, select).pruned()
+        found.append(replace(circuit, meta={**circuit.meta, "share": f"{share:g}"}))
+    return found
+
+
+def shuffled(effects: Effects, seed: int = 0) -> Effects:
+    """The same effects at edges drawn anew: the baseline of random circuits, selected and pruned like any other.
+
+    Example:
+        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+        >>> batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder, run="caption")
+        >>> effects = clip_lens.patch_effects(encoder, batch, encoder.edges(receivers=[clip_lens.Site("out")]))
+        >>> top_edges(shuffled(effects, seed=3), 5).name
+        'random(3)'
+    """
+    order = torch.randperm(len(effects.places), generator=torch.Generator().manual_seed(seed))
+    return replace(effects, values=effects.values[order], meta={**effects.meta, "method": f"random({seed})"})
+
+
+def stability(
+    effects: Effects,
+    n: int | Sequence[int],
+    *,
+    signed: bool = False,
+    select: Select = "top",
+    interval: float = 0.95,
+    resamples: int = 200,
+    seed: int = 0,
+) -> DataFrame:
+    """How much of a circuit of n edges stays when the pairs are drawn anew: a row per n.
+
+    Whole pairs are drawn with replacement, edges ranked again by the mean of their effects per pair; nothing is run.
+    Columns: edges, jaccard (mean over resamples of the overlap with the circuit of all pairs), lower, upper (its
+    percentile interval), pairwise (mean overlap of two resamples), certain (edges that are in every resample), resamples, pairs.
+
+    Raises:
+        ValueError: what `top_edges` refuses, fewer than one resample, an interval outside of (0, 1).
+
+    Example:
+        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+        >>> batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder, run="caption")
+        >>> effects = clip_lens.patch_effects(encoder, batch, encoder.edges(receivers=[clip_lens.Site("out")]))
+        >>> stability(effects, [31], resamples=10)[["edges", "jaccard", "certain"]]
+           edges  jaccard  certain
+        0     31      1.0       31
+    """
+    if not 0 < interval < 1:
+        raise ValueError(f"interval must lie between 0 and 1, as .95 does. Got {interval}")
+    lines = []
+    for size in [n] if isinstance(n, int) else n:
+        full, drawn = _resampled(effects, size, signed, select, resamples, seed)
+        overlap = _overlap(drawn, full[None])[:, 0]
+        tail = (1 - interval) / 2
+        pairwise = [float(_overlap(drawn[a][None], drawn[b][None])) for a, b in _some_pairs(len(drawn), seed)]
+        lines.append(
+            {
+                "edges": size,
+                "jaccard": float(overlap.mean()),
+                "lower": float(overlap.quantile(tail)),
+                "upper": float(overlap.quantile(1 - tail)),
+                "pairwise": float(np.mean(pairwise)) if pairwise else float("nan"),
+                "certain": int(drawn.all(0).sum()),
+                "resamples": resamples,
+                "pairs": effects.pairs["key"].nunique(),
+            }
+        )
+    return DataFrame(lines)
+
+
+def selection_frequency(
+    effects: Effects, n: int, *, signed: bool = False, select: Select = "top", resamples: int = 200, seed: int = 0
+) -> DataFrame:
+    """How often each edge is among the n of a resample of the pairs (see `stability`): a row per edge, most often first.
+
+    Columns: edge, sender, receiver, score (over all pairs), selected (whether it is in the circuit of all pairs),
+    frequency (share of the resamples that select it).
+
+    Raises:
+        ValueError: what `stability` refuses.
+
+    Example:
+        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+        >>> batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder, run="caption")
+        >>> effects = clip_lens.patch_effects(encoder, batch, encoder.edges(receivers=[clip_lens.Site("out")]))
+        >>> selection_frequency(effects, 31, resamples=10)["frequency"].to_list() == [1.0] * 31
+        True
+    """
+    full, drawn = _resampled(effects, n, signed, select, resamples, seed)
+    scores = EdgeScores.of(effects)
+    frame = DataFrame(
+        {
+            "edge": [str(place) for place in effects.places],
+            "sender": effects.index["sender"],
+            "receiver": effects.index["receiver"],
+            "score": scores.means()[:, 0].numpy(),
+            "selected": full[scores.cells].numpy(),
+            "frequency": drawn[:, scores.cells[0], scores.cells[1]].double().mean(0).numpy(),
+        }
+    )
+    order = frame.assign(size=frame["score"].abs()).sort_values(["frequency", "size"], ascending=False, kind="stable")
+    return frame.loc[order.index].reset_index(drop=True)
+
+
+PAIRWISE = 1000
+"""Two resamples are compared at most so many times."""
+
+
+def _some_pairs(n: int, seed: int) -> list[tuple[int, int]]:
+    every = list(combinations(range(n), 2))
+    if len(every) <= PAIRWISE:
+        return every
+    chosen = np.random.default_rng([seed, len(every)]).choice(len(every), PAIRWISE, replace=False)
+    return [every[number] for number in sorted(chosen)]
+
+
+def _overlap(
+    drawn: Bool[Tensor, "some receiver sender"], other: Bool[Tensor, "one receiver sender"]
+) -> Float[Tensor, "some 1"]:
+    both, either = (drawn & other).flatten(1).sum(1), (drawn | other).flatten(1).sum(1)
+    return torch.where(either > 0, both / either.clamp(min=1), 1.0).double()[:, None]
+
+
+def _resampled(
+    effects: Effects, n: int, signed: bool, select: Select, resamples: int, seed: int
+) -> tuple[Bool[Tensor, "receiver sender"], Bool[Tensor, "resample receiver sender"]]:
+    """The n edges of all pairs, and those of each resample."""
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1. Got {resamples}")
+    scores = EdgeScores.of(effects)
+    _check_n(scores, n, select)
+    codes, keys = pd.factorize(effects.pairs["key"])
+    weight = Draws(0.95, resamples, seed).counts("pooled", len(keys))[torch.from_numpy(codes)]
+    means = [scores.means(), *scores.means(weight).split(1, 1)]
+    kept = [_keep(scores, _ranked(column[:, 0], signed), n, select) for column in means]
+    return kept[0], torch.stack(kept[1:])
+
+
+def _ranked(score: Float[Tensor, "edge"], signed: bool) -> Float[Tensor, "edge"]:
+    """What edges are sorted by; an edge that has no value in any pair comes last."""
+    key = score if signed else score.abs()
+    return key.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+
+def _keys(scores: EdgeScores, n: int, signed: bool, select: Select) -> Float[Tensor, "edge"]:
+    _check_n(scores, n, select)
+    return _ranked(scores.means()[:, 0], signed)
+
+
+def _check_n(scores: EdgeScores, n: int, select: Select) -> None:
+    if select not in get_args(Select):
+        raise ValueError(f"select={select!r}; give one of {', '.join(get_args(Select))}")
+    if not 0 <= n <= len(scores.values):
+        raise ValueError(f"n={n}: the result has {len(scores.values)} edges to select from")
+
+
+def _keep(scores: EdgeScores, keys: Float[Tensor, "edge"], n: int, select: Select) -> Bool[Tensor, "receiver sender"]:
+    if select == "greedy":
+        return _greedy(scores, keys, n)
+    keep = torch.zeros_like(scores.graph.edges)
+    rank = scores.matrix(keys).nan_to_num(nan=-torch.inf)  # in the tower's order, which decides between equals
+    known = torch.zeros_like(keep)
+    known[scores.cells] = True
+    at = known.nonzero()
+    best = rank[known].sort(descending=True, stable=True).indices[:n]
+    keep[at[best, 0], at[best, 1]] = True
+    return keep
+
+
+def _greedy(scores: EdgeScores, keys: Float[Tensor, "edge"], n: int) -> Bool[Tensor, "receiver sender"]:
+    """From the output backwards: of all edges into the nodes reached so far always the strongest."""
+    graph, keep = scores.graph, torch.zeros_like(scores.graph.edges)
+    into: dict[int, list[tuple[float, int, int]]] = {}
+    for key, r, s in zip(keys.tolist(), *scores.cells, strict=True):
+        into.setdefault(int(graph.node_of[r]), []).append((-key, r, s))
+    heap, reached = list(into.get(len(graph.senders), ())), {len(graph.senders)}
+    heapq.heapify(heap)
+    while heap and n > 0:
+        _, r, s = heapq.heappop(heap)
+        keep[r, s] = True
+        n -= 1
+        if s not in reached:
+            reached.add(s)
+            for entry in into.get(s, ()):
+                heapq.heappush(heap, entry)
+    return keep
+
+
+def _circuit(
+    effects: Effects, scores: EdgeScores, keys: Float[Tensor, "edge"], n: int, signed: bool, select: Select
+) -> Circuit:
+    means = scores.means()[:, 0]
+    entered = (~scores.values.isnan()).sum(1)
+    fewest, most = (int(entered.min()), int(entered.max())) if len(entered) else (0, 0)
+    meta = {name: effects.meta[name] for name in KEPT if name in effects.meta}
+    meta |= {
+        "selection": f"{select} {n} of {len(keys)}",
+        "ranking": "signed" if signed else "absolute",
+        "pairs per edge": str(most) if fewest == most else f"{fewest} to {most}",
+    }
+    keep = _keep(scores, keys, n, select)
+    return Circuit(keep, scores.n_layers, scores.n_heads, scores.matrix(means), meta)
+
+
+def _single(place: object) -> Edge:
+    ends = (place.sender, place.receiver) if isinstance(place, Edge) else ()
+    if not isinstance(place, Edge) or any(_whole_layer(site) for site in ends) or place.receiver.slot is not None:
+        raise ValueError(f"a circuit is made of single edges at every position, as encoder.edges() lists. Got {place}")
+    return place
+
+
+def _whole_layer(site: Site) -> bool:
+    return site.unit is None and site.kind in ("head", "q", "k", "v")
+
+
+def _shape(effects: Effects) -> tuple[int, int]:
+    """Layers and heads of the tower: as the result says, else as deep and wide as its edges reach."""
+    if "layers" in effects.meta and "heads" in effects.meta:
+        return int(effects.meta["layers"]), int(effects.meta["heads"])
+    sites = [site for place in effects.places for site in (_single(place).sender, _single(place).receiver)]
+    return 1 + max((site.layer for site in sites), default=0), 1 + max((site.unit or 0 for site in sites), default=0)
