@@ -244,7 +244,8 @@ class HookedTextEncoder:
         """The units of a kind: heads, neurons, or None where it has none."""
         if kind not in LAYOUTS or LAYOUTS[kind].unit_axis is None:
             return (None,)
-        return range(self.tower.cfg.d_mlp if kind == "neuron" else self.n_heads)  # type: ignore[arg-type]
+        neurons = ".mlp." in LAYOUTS[kind].hook
+        return range(self.tower.cfg.d_mlp if neurons else self.n_heads)  # type: ignore[arg-type]
 
     def to(self, *args: Any, **kwargs: Any) -> HookedTextEncoder:
         """The encoder itself, moved or cast as `torch.nn.Module.to` does."""

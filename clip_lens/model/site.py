@@ -57,7 +57,8 @@ LAYOUTS: dict[Kind, Layout] = {
     "pattern": Layout("blocks.{layer}.attn.hook_pattern", unit_axis=1, pos_axis=2),
     "neuron": Layout("blocks.{layer}.mlp.hook_post", unit_axis=2),
 }
-"""Every kind that can be patched as a site."""
+"""Every kind that can be patched as a site. A line more is a kind more: with
+`LAYOUTS["pre"] = Layout("blocks.{layer}.mlp.hook_pre", unit_axis=2)` the place `Site("pre", 3)` is one like any other."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,10 @@ class Site:
     slot: str | int | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"no kind of site {self.kind!r}; the kinds are {', '.join(KINDS)}")
+        if self.kind not in KINDS and self.kind not in LAYOUTS:
+            raise ValueError(
+                f"no kind of site {self.kind!r}; the kinds are {', '.join(dict.fromkeys([*KINDS, *LAYOUTS]))}"
+            )
         if self.unit is not None and (self.kind not in LAYOUTS or LAYOUTS[self.kind].unit_axis is None):
             raise ValueError(f"a site of kind {self.kind!r} has no units, got unit={self.unit}; leave it None")
         if self.kind in NO_LAYER and self.layer != 0:
@@ -158,7 +161,8 @@ def order(site: Site) -> tuple[int, int, int, int, str]:
         ['q 0.1', 'v 0.1', 'mlp 0', 'out']
     """
     layer = {"embed": -1, "token": -1, "position": -1, "out": 10**9, "constant": 10**9}.get(site.kind, site.layer)
-    return layer, site.kind == "mlp", site.unit or 0, KINDS.index(site.kind), str(site.slot)
+    kind = KINDS.index(site.kind) if site.kind in KINDS else len(KINDS)
+    return layer, site.kind == "mlp", site.unit or 0, kind, str(site.slot)
 
 
 @dataclass(frozen=True)
