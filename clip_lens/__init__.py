@@ -39,6 +39,10 @@ _HOME = {
     "correlations": "core.statistics",
     "patch_effects": "methods.patching",
     "path_effects": "methods.paths",
+    "direct_effects": "methods.direct",
+    "logit_lens": "methods.direct",
+    "components": "methods.direct",
+    "labels": "methods.labels",
     "acdc": "methods.acdc",
     "Circuit": "methods.circuit",
     "overlaps": "methods.circuit",
@@ -102,12 +106,16 @@ if TYPE_CHECKING:
     from clip_lens.methods.circuit import overlaps as overlaps
     from clip_lens.methods.circuit import random_circuit as random_circuit
     from clip_lens.methods.confounds import confounds as confounds
+    from clip_lens.methods.direct import components as components
+    from clip_lens.methods.direct import direct_effects as direct_effects
+    from clip_lens.methods.direct import logit_lens as logit_lens
     from clip_lens.methods.faithfulness import completeness as completeness
     from clip_lens.methods.faithfulness import cpr_cmd as cpr_cmd
     from clip_lens.methods.faithfulness import faithfulness as faithfulness
     from clip_lens.methods.faithfulness import faithfulness_table as faithfulness_table
     from clip_lens.methods.faithfulness import minimality as minimality
     from clip_lens.methods.gradient import gradient_effects as gradient_effects
+    from clip_lens.methods.labels import labels as labels
     from clip_lens.methods.patching import patch_effects as patch_effects
     from clip_lens.methods.paths import path_effects as path_effects
     from clip_lens.methods.scores import scores as scores
