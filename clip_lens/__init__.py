@@ -75,6 +75,10 @@ _HOME = {
     "save_figure": "show.export",
     "themed": "show.style",
     "report": "show.report",
+    "section_of": "show.effects_section",
+    "Section": "show.section",
+    "Picture": "show.section",
+    "Table": "show.section",
     "explore": "show.explore",
 }
 __all__ = sorted(_HOME)
@@ -137,6 +141,7 @@ if TYPE_CHECKING:
     from clip_lens.show.curves import lens_lines as lens_lines
     from clip_lens.show.curves import scatter as scatter
     from clip_lens.show.edges import qkv as qkv
+    from clip_lens.show.effects_section import section_of as section_of
     from clip_lens.show.explore import explore as explore
     from clip_lens.show.export import save_figure as save_figure
     from clip_lens.show.network import network as network
@@ -144,6 +149,9 @@ if TYPE_CHECKING:
     from clip_lens.show.pictures import scatter_pairs as scatter_pairs
     from clip_lens.show.plots import heatmap as heatmap
     from clip_lens.show.report import report as report
+    from clip_lens.show.section import Picture as Picture
+    from clip_lens.show.section import Section as Section
+    from clip_lens.show.section import Table as Table
     from clip_lens.show.style import themed as themed
 
 

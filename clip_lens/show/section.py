@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import plotly.graph_objects as go
 from pandas import DataFrame
 
+PAIRS = ("key", "caption", "foil", "image", "side", "d", "segment")
 Data = DataFrame | bytes | str | os.PathLike[str]  # a str is a path
 
 
@@ -87,11 +88,11 @@ class Section:
 
     `findings` are sentences, put first in the page as well; `text` is prose, paragraphs parted by an empty line;
     `notes` stand small below the figures. `meta` is what was run: what all sections have in common is said once.
-    `pairs` (as `Effects.pairs`: key, caption, foil, image, side, d, segment) are counted, and those of the first section
-    that has any give the example pairs. `data` maps a file's name to a table or a file that readers can save.
+    `pairs` (as `Effects.pairs`, with the columns `PAIRS` of this module) are counted, and those of the first
+    section that has any give the example pairs. `data` maps a file's name to a table or a file that readers can save.
 
     Raises:
-        ValueError: no title.
+        ValueError: no title, a single str for findings or notes, or pairs without one of their columns.
 
     Example:
         >>> Section("Accuracy", findings=["The model is right on 60 % of the pairs."]).pictures
@@ -112,6 +113,8 @@ class Section:
         if not self.title.strip():
             raise ValueError("a section needs a title")
         if isinstance(self.findings, str) or isinstance(self.notes, str):
-            raise ValueError("findings and notes are lists of sentences. Got a single str")
+            raise ValueError("findings and notes are lists of sentences. Got a single str; put it into a list")
+        if self.pairs is not None and (missing := [name for name in PAIRS if name not in self.pairs]):
+            raise ValueError(f"pairs of a section need the columns {', '.join(PAIRS)}; missing: {', '.join(missing)}")
         for name in ("findings", "pictures", "tables", "notes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))

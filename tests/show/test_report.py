@@ -1,5 +1,8 @@
 """report: one file that loads nothing, says only what the numbers say, and lets no data become markup."""
 
+import base64
+import gzip
+import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -13,6 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from clip_lens.core.effects import Effects, toy_effects
 from clip_lens.model.site import Edge, Site, precedes
+from clip_lens.show.examples import examples
 from clip_lens.show.report import report
 
 PATHS = [
@@ -74,9 +78,15 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
+def files_of(path):
+    """What the page's script unpacks: id -> (name, content)."""
+    packed = json.loads(re.search(r'id="packed">(.*?)</script>', path.read_text(encoding="utf-8"), re.S)[1])
+    return {key: (file["name"], gzip.decompress(base64.b64decode(file["gz"]))) for key, file in packed.items()}
+
+
 def own_part(path):
-    """The page without plotly.js, whose source names addresses that it does not load."""
-    return path.read_text(encoding="utf-8").replace(get_plotlyjs(), "")
+    """The page without its packed files, which hold plotly.js and data."""
+    return re.sub(r'(id="packed">).*?(</script>)', r"\1\2", path.read_text(encoding="utf-8"), flags=re.S)
 
 
 @pytest.fixture
@@ -92,13 +102,13 @@ def test_nothing_is_loaded_from_anywhere(tmp_path, pictures):
     meta = {"model": EVIL, "data": "https://example.org/pairs.csv", "pairs dropped": "2 no image"}
     path = report({"resid": make(meta=meta)}, tmp_path / "r.html", pictures=pictures)
     page = own_part(path)
-    assert get_plotlyjs() in path.read_text(encoding="utf-8")
-    assert not re.findall(r"""(?:src|href)\s*=\s*["']?(?!data:)[^"'\s>]""", re.sub(r"&lt;.*?&gt;", "", page))
+    assert files_of(path)["plotly"][1].decode() == get_plotlyjs()
+    assert not re.findall(r"""(?:src|href)\s*=\s*["']?(?!data:|#)[^"'\s>]""", re.sub(r"&lt;.*?&gt;", "", page))
     assert "url(" not in page and "@import" not in page
     for tag, attributes in Page(path).tags:
         assert tag not in ("iframe", "object", "embed", "base")
         for name in ("src", "href", "srcset", "action", "data"):
-            assert attributes.get(name, "data:").startswith("data:"), (tag, attributes)
+            assert attributes.get(name, "data:").startswith(("data:", "#")), (tag, attributes)
     policy = Page(path).all("meta")[1]["content"]
     assert policy.startswith("default-src 'none'")
     assert path.stat().st_size < 6e6
@@ -111,6 +121,7 @@ def test_data_never_becomes_markup(tmp_path):
     path = report({EVIL: effects}, tmp_path / "r.html", title=EVIL, summary=EVIL)
     page = own_part(path)
     assert "<script>alert" not in page and "<img" not in page
+    assert "<script>alert" not in path.read_text(encoding="utf-8")
     assert page.count("<script") == page.count("</script>") == 3
     assert EVIL in Page(path).text
 
@@ -196,13 +207,23 @@ def test_examples_have_pictures_where_there_are_some(tmp_path, pictures):
     effects = make()
     effects.pairs.loc[9, "image"] = "../secret.png"
     page = Page(report({"resid": effects}, tmp_path / "r.html", pictures=pictures))
-    assert len(page.all("li")) - 2 == 6  # two findings, six pairs
+    assert len([tag for tag in page.all("li") if tag.get("class") == "example"]) == 10
     shown = page.all("img")
-    assert len(shown) == 4  # 0.png is unreadable, ../secret.png outside of the folder
+    assert len(shown) == 8  # 0.png is unreadable, ../secret.png outside of the folder
     assert all(image["alt"] and image["src"].startswith("data:image/jpeg;base64,") for image in shown)
     mapped = Page(report({"resid": effects}, tmp_path / "m.html", pictures={"8.png": pictures / "8.png"}))
     assert len(mapped.all("img")) == 1
     assert not Page(report({"resid": effects}, tmp_path / "n.html")).all("img")
+
+
+def test_examples_are_of_every_segment_failures_first():
+    pairs = make(n_pairs=200).pairs.sample(frac=1, random_state=0)
+    found = examples(pairs)
+    assert list(found) == ["incorrect", "ambiguous", "correct"]
+    for segment, side in ((s, side) for s in found for side in ("caption", "foil")):
+        d = sorted(pairs.loc[(pairs["segment"] == segment) & (pairs["side"] == side), "d"])
+        shown = [pair.d for pair in found[segment] if pair.side == side]
+        assert shown == [d[0], d[len(d) // 2], d[-1]]
 
 
 PAIRED = (Site("mlp", 0), Site("head", 1, 2))

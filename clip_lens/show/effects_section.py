@@ -1,0 +1,356 @@
+"""Effects -> a section of a report: what moved most in words, a figure per side, the largest effects, all numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import pandas as pd
+from pandas import DataFrame
+
+from clip_lens.core.effects import SHOWN, SIDES, Effects
+from clip_lens.model.site import Edge
+from clip_lens.show.network import path_diagram, strongest
+from clip_lens.show.plots import SIDE_NAMES, VALUE_NAMES, heatmap, largest, slot_name
+from clip_lens.show.section import Picture, Section, Table
+
+KIND_NAMES = {
+    "embed": "the embedding",
+    "resid": "the residual stream",
+    "mid": "the residual stream between attention and MLP",
+    "attn": "the attention's output",
+    "mlp": "the MLP's output",
+    "head": "a head's output",
+    "q": "the queries",
+    "k": "the keys",
+    "v": "the values",
+    "pattern": "the attention pattern",
+    "neuron": "a neuron's activation",
+}
+NEGATION_IN = {"caption": "the caption", "foil": "the foil", "none": "neither"}
+MOST_FIGURES = 12  # per result
+MOST_UNITS = 40  # heads, neurons or joint places, as rows of a figure
+MOST_ENDS = 48  # senders, or receivers, of a figure
+MOST_PATHS = 30  # edges of a path diagram
+TOP = 8  # rows of the table, per side
+D = (
+    "The logit difference d",
+    "S(text, image) is the model's logit: its scale times the cosine of the text's and the image's embedding. For a "
+    "pair d = S(caption, image) \N{MINUS SIGN} S(foil, image); the model is right where d > 0. By two thresholds on d, "
+    "pairs are incorrect, ambiguous or correct.",
+)
+EFFECT = (
+    "Effects",
+    "One text of the pair is run. At a place, what it computes is replaced by what the source gives there, and "
+    "everything that reads it is computed again. The effect is the change of the metric. Its sign is turned so that it "
+    "counts with d whichever text is run: only then can pairs be averaged.",
+)
+SHARE = (
+    "Recovered fractions",
+    "Where the source is the other text of the pair, the recovered fraction is the sum of the effects over the sum of "
+    "the differences between the two texts: 0 is nothing, 1 is all of it. It is a ratio of means, for each side of the "
+    "negation by itself, because the sides have opposite signs; it can be below 0 or above 1.",
+)
+INTERVAL = (
+    "Intervals",
+    "All intervals are 95 % percentile bootstrap intervals: 1000 resamples of whole pairs, drawn with a fixed seed.",
+)
+
+
+class _View(NamedTuple):
+    """A part of a result that one figure per side can show; `paths`: as a path diagram."""
+
+    effects: Effects
+    rows: str
+    columns: str
+    name: str = ""
+    note: str = ""
+    paths: bool = False
+
+
+def section_of(name: str, effects: Effects) -> Section:
+    """A section on one result: findings, a figure per side and part, the largest effects, the whole table as data.
+
+    Raises:
+        ValueError: the result has no places or no pairs.
+
+    Example:
+        >>> from clip_lens.core.effects import toy_effects
+        >>> section = section_of("resid", toy_effects())
+        >>> [picture.title for picture in section.pictures]
+        ['Negation in the caption (1 pair)', 'Negation in the foil (2 pairs)']
+    """
+    if not effects.places or not len(effects.pairs):
+        raise ValueError(f"the result {name!r} is empty: {effects!r}")
+    views, table, data = _views(effects), effects.table(), re.sub(r"[^\w.]+", "-", name).strip("-") + ".csv"
+    sides = [side for side in SIDES if side in set(effects.pairs["side"])]
+    shown = [(view, side) for view in views for side in sides]
+    limit = max((largest(_grid(view, side)) for view, side in shown if not view.paths), default=0.0)
+    wide = any(_grid(view, side).shape[1] > 16 for view, side in shown)
+    left_out = len(shown) - MOST_FIGURES
+    return Section(
+        name,
+        findings=[_finding(views, effects, side) for side in sides],
+        pictures=[_picture(view, side, limit, table, data, wide) for view, side in shown[:MOST_FIGURES]],
+        tables=[_largest_effects(effects, data)],
+        meta=effects.meta,
+        notes=[f"{left_out} further figures are left out; Effects.grid and heatmap give them."] if left_out > 0 else [],
+        pairs=effects.pairs,
+        data={data: table},
+    )
+
+
+def methods_of(results: Iterable[Effects]) -> list[tuple[str, str]]:
+    """What a reader must know of these results' numbers: headings and texts.
+
+    Example:
+        >>> from clip_lens.core.effects import toy_effects
+        >>> [heading for heading, _ in methods_of([toy_effects()])]
+        ['The logit difference d', 'Effects', 'Recovered fractions', 'Intervals']
+    """
+    shares = [_is_share(effects) for effects in results]
+    return [D, EFFECT, *([SHARE] if any(shares) else []), INTERVAL] if shares else []
+
+
+def _largest_effects(effects: Effects, data: str) -> Table:
+    names = {
+        "place": "place", "side": "negation in", "fraction": "fraction", "lower": "lower", "upper": "upper",
+        "effect": "effect", "effect_lower": "effect, lower", "effect_upper": "effect, upper",
+        "n": "pairs", "dropped": "dropped",
+    }  # fmt: skip
+    if not _is_share(effects):
+        names = {key: name for key, name in names.items() if key not in ("fraction", "lower", "upper")}
+    top = effects.top(TOP).assign(side=lambda table: table["side"].map(NEGATION_IN))
+    return Table(
+        top[list(names)].rename(columns=names),
+        "The largest effects",
+        f"The largest mean signed effects on each side, in {_unit(effects)}; lower and upper are the bounds of 95 % "
+        "bootstrap intervals over pairs.",
+        rows=len(top),
+        data=data,
+    )
+
+
+# Figures
+
+
+def _views(effects: Effects) -> list[_View]:
+    """Slots (else heads or neurons) as rows and layers as columns; a view for each kind, and for each slot of units.
+
+    Edges: a diagram of the strongest, and senders by receivers, for each slot.
+    """
+    index = effects.index
+    if all(isinstance(place, Edge) for place in effects.places):
+        return [_View(effects, "sender", "receiver", "the strongest paths", paths=True), *_ends(effects)]
+    if index[["kind", "layer"]].isna().any(axis=None):  # sites of several kinds or layers, patched together
+        return [_busiest(_View(effects, "place", "kind"), "place", MOST_UNITS, "places")]
+    rows = "unit" if index["unit"].notna().any() else "slot"
+    parts = [part for part in ("kind", "slot") if part != rows]
+    views = []
+    for entries in index[parts].astype(object).drop_duplicates().itertuples(index=False):
+        chosen = dict(zip(parts, (None if entry is pd.NA else entry for entry in entries), strict=True))
+        part = effects.where(**chosen)
+        names = [str(chosen["kind"])] if index["kind"].nunique() > 1 else []
+        names += [slot_name(chosen["slot"])] if "slot" in chosen and index["slot"].nunique(dropna=False) > 1 else []
+        view = _View(part, rows, "layer", ", ".join(names))
+        views.append(_busiest(view, "unit", MOST_UNITS, "units") if rows == "unit" else view)
+    return views
+
+
+def _ends(effects: Effects) -> list[_View]:
+    """Senders by receivers, a view for each slot."""
+    slots = dict.fromkeys(None if slot is pd.NA else slot for slot in effects.index["slot"].astype(object))
+    views = []
+    for slot in slots:
+        name = f"senders and receivers, {slot_name(slot)}" if len(slots) > 1 else "senders and receivers"
+        view = _View(effects.where(slot=slot), "sender", "receiver", name)
+        view = _busiest(view, "sender", MOST_ENDS, "senders")
+        views.append(_busiest(view, "receiver", MOST_ENDS, "receivers"))
+    return views
+
+
+def _busiest(view: _View, column: str, most: int, words: str) -> _View:
+    """The view with no more entries of a column than a figure can show: those of the largest effects."""
+    count = view.effects.index[column].nunique()
+    if count <= most:
+        return view
+    order = view.effects.fraction().assign(size=lambda table: table["effect"].abs()).groupby(column)["size"].max()
+    kept = order.nlargest(most).index
+    note = f"{view.note} Shown are the {most} of {count} {words} with the largest effects."
+    return view._replace(effects=view.effects.where(**{column: list(kept)}), note=note)
+
+
+def _grid(view: _View, side: str) -> DataFrame:
+    if view.paths:
+        return DataFrame()
+    return view.effects.grid(view.rows, view.columns, _value(view.effects), side=side)
+
+
+def _is_share(effects: Effects) -> bool:
+    """Whether fractions mean something: with the counterpart patched everywhere, the run becomes the other text's."""
+    return effects.meta.get("source", "counterpart") == "counterpart"
+
+
+def _value(effects: Effects) -> str:
+    return "fraction" if _is_share(effects) else "effect"
+
+
+def _unit(effects: Effects) -> str:
+    return "logits" if effects.meta.get("metric", "logit").startswith("logit") else "metric units"
+
+
+def _picture(view: _View, side: str, limit: float, table: DataFrame, data: str, wide: bool) -> Picture:
+    chosen = view.effects.where(side=side)
+    value = _value(view.effects)
+    if view.paths:
+        figure = path_diagram(chosen, MOST_PATHS)
+    else:
+        figure = heatmap(chosen, view.rows, view.columns, value, title="", limit=limit)
+    words = ", ".join(filter(None, (view.name, SIDE_NAMES[side])))
+    count = _counted(chosen.pairs["key"].nunique())
+    gaps = bool(_grid(view, side).isna().any(axis=None))
+    return Picture(
+        figure,
+        f"{words[0].upper()}{words[1:]} ({count})",
+        _caption(view, gaps),
+        _alt(view, f"{words}, {count}", chosen.fraction().dropna(subset=value)),
+        data,
+        _numbers(view, side, table),
+        wide,
+    )
+
+
+def _alt(view: _View, words: str, values: DataFrame) -> str:
+    """A figure in a sentence or two."""
+    value = _value(view.effects)
+    what = "Path diagram" if view.paths else f"Heat map of the {VALUE_NAMES[value]} by {view.rows} and {view.columns}"
+    if values.empty:
+        return f"{what}: {words}."
+    peak = values.loc[values[value].abs().idxmax()]
+    return f"{what}: {words}. The largest, {peak[value]:.2f}, is at {peak['place']}."
+
+
+def _numbers(view: _View, side: str, table: DataFrame) -> DataFrame:
+    """The rows of the table that a figure shows, with the columns that a reader of the figure asks for."""
+    if view.paths:
+        rows = strongest(view.effects, MOST_PATHS, side)
+    else:
+        rows = table[(table["side"] == side) & table["place"].isin(set(view.effects.index["place"]))]
+    shown = SHOWN if _is_share(view.effects) else SHOWN[SHOWN.index("effect") :]
+    return rows[["place", *shown]].rename(columns={"n": "pairs"})
+
+
+def _caption(view: _View, gaps: bool) -> str:
+    """How to read a figure."""
+    if view.paths:
+        return (
+            f"The up to {MOST_PATHS} paths of the largest mean signed effect. A line is a path, its width the effect, "
+            "blue where that is positive, red where it is negative. Hover over a line or a node for the numbers."
+        )
+    lines = [
+        f"{_what_is_patched(view.effects)} {_reading(view.effects)}",
+        " Layer 0 is the embedding, layer l the output of block l." if _kinds(view.effects) == {"resid"} else "",
+        (" Grey: no such path." if view.rows == "sender" else " Grey: no pair has a counterpart there.")
+        if gaps
+        else "",
+        view.note,
+    ]
+    return "".join(lines)
+
+
+def _kinds(effects: Effects) -> set[str]:
+    return set(effects.index["kind"])
+
+
+def _what_is_patched(effects: Effects) -> str:
+    source = effects.meta.get("source", "counterpart")
+    if _kinds(effects) == {"edge"}:
+        through = " and through MLPs" if "MLP" in effects.meta.get("method", "") else ""
+        return f"Each cell patches what a sender gives a receiver directly{through}, from the {source}."
+    kinds = [KIND_NAMES.get(kind, kind) for kind in dict.fromkeys(effects.index["kind"].dropna())]
+    tokens = "single tokens, averaged over pairs and tokens" if "token" in effects.pairs else "a slot's tokens together"
+    slots = f" ({tokens})" if effects.index["slot"].notna().any() else ""
+    patched = f"Each cell replaces {' and '.join(kinds) or 'several activations'} at one place"
+    return f"{patched}{slots} by what the {source} gives there."
+
+
+def _reading(effects: Effects) -> str:
+    """What a cell's number is."""
+    if not _is_share(effects):
+        number = f"Its number is the mean signed effect in {_unit(effects)}"
+        return f"{number}: {_signs(effects)} 0, without colour, is nothing."
+    return (
+        f"Its number is the share of {_whole(effects)} that this alone moves, a ratio of means over pairs: "
+        f"0, without colour, is nothing and 1 all of it; {_signs(effects)}"
+    )
+
+
+def _signs(effects: Effects) -> str:
+    """What blue and red mean: an effect times sigma counts with d, whichever text is run."""
+    if _is_share(effects):
+        return "blue moves it the way the whole does, red the other way."
+    if _unit(effects) == "logits":
+        return "blue lowers the caption's lead over the foil by that much, red raises it."
+    return "blue is positive, red negative."
+
+
+# Words and numbers
+
+
+def _whole(effects: Effects) -> str:
+    """What the fractions are shares of."""
+    plain = effects.meta.get("source", "counterpart") == "counterpart"
+    return "d" if plain and effects.meta.get("metric", "logit").startswith("logit") else "the total effect"
+
+
+def _finding(views: list[_View], effects: Effects, side: str) -> str:
+    """One side's numbers as a sentence: the slot of the largest share at each layer, else the largest effect of all."""
+    count = effects.pairs.loc[effects.pairs["side"] == side, "key"].nunique()
+    start = f"{SIDE_NAMES[side].capitalize()} ({_counted(count)}): "
+    by_slot = len(views) == 1 and views[0].rows == "slot" and _is_share(effects)
+    runs = _runs(_grid(views[0], side)) if by_slot else []
+    if 0 < len(runs) <= 4 and len(views[0].effects.index["slot"].drop_duplicates()) > 1:
+        layer = "layer" if set(effects.index["kind"]) == {"resid"} else "block"
+        steps = [f'"{slot_name(slot)}" {_span(layer, cells)}' for slot, cells in runs]
+        return f"{start}the largest share of {_whole(effects)} moves at {', then at '.join(steps)}."
+    top = effects.where(side=side).top(1)
+    if top["effect"].isna().all():
+        return f"{start}no place has a value."
+    row = next(top.itertuples())
+    share = (
+        f", {_number(row.fraction)} of {_whole(effects)} (95 % interval {_interval(row.lower, row.upper)})"
+        if row.fraction == row.fraction and _is_share(effects)
+        else ""
+    )
+    effect = f"{_number(row.effect)} {_interval(row.effect_lower, row.effect_upper)}"
+    return f"{start}the largest mean signed effect in size is that of {row.place}: {effect}{share}."
+
+
+def _interval(lower: float, upper: float) -> str:
+    return f"[{_number(lower)}, {_number(upper)}]"
+
+
+def _runs(grid: DataFrame) -> list[tuple[Any, list[tuple[Any, float]]]]:
+    """Consecutive layers at which the same slot has the largest fraction: [(slot, [(layer, fraction), ...]), ...]."""
+    grid = grid.loc[:, grid.notna().any()]
+    best = [(grid.index[int(grid[layer].argmax())], layer, float(grid[layer].max())) for layer in grid.columns]
+    return [
+        (slot, [(layer, share) for _, layer, share in run]) for slot, run in groupby(best, key=lambda cell: cell[0])
+    ]
+
+
+def _span(layer: str, cells: list[tuple[Any, float]]) -> str:
+    (first, share), (last, end) = cells[0], cells[-1]
+    if first == last:
+        return f"in {layer} {first} ({100 * share:.0f} %)"
+    return f"from {layer} {first} ({100 * share:.0f} %) to {layer} {last} ({100 * end:.0f} %)"
+
+
+def _counted(count: int) -> str:
+    return f"{count} pair" if count == 1 else f"{count} pairs"
+
+
+def _number(value: float) -> str:
+    return "" if value != value else f"{value:.3f}".replace("-", "\N{MINUS SIGN}")

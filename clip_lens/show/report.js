@@ -1,0 +1,151 @@
+"use strict";
+const read = id => JSON.parse(document.getElementById(id).textContent);
+const files = read("packed");
+const darkened = read("dark");
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const MOST_ROWS = 500; // of a figure's table; the file has them all
+const READABLE = 29; // pixels of a cell that holds a number of 11 pixels' height
+let printing = false;
+
+const unpack = id => {
+  const bytes = Uint8Array.from(atob(files[id].gz), letter => letter.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip")));
+};
+
+// Files to save
+
+document.addEventListener("click", async event => {
+  const button = event.target.closest("button[data-file]");
+  if (!button) return;
+  const {name, type} = files[button.dataset.file];
+  const url = URL.createObjectURL(new Blob([await unpack(button.dataset.file).arrayBuffer()], {type}));
+  const link = Object.assign(document.createElement("a"), {href: url, download: name});
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(url), 60000);
+});
+
+// The numbers of a figure as a table
+
+const lines = csv => {
+  const found = [[]];
+  for (const [whole, cell, end] of csv.matchAll(/("(?:[^"]|"")*"|[^,\n]*)(,|\n|$)/g)) {
+    if (!whole) break;
+    found.at(-1).push(cell.startsWith('"') ? cell.slice(1, -1).replaceAll('""', '"') : cell);
+    if (end === "\n") found.push([]);
+  }
+  return found.filter(line => line.length);
+};
+
+const short = cell => {
+  const number = Number(cell);
+  if (cell === "" || Number.isNaN(number)) return cell;
+  return (Number.isInteger(number) ? cell : String(Number(number.toPrecision(4)))).replace("-", "\u2212");
+};
+
+const make = (tag, text, attributes = {}) => {
+  const element = document.createElement(tag);
+  if (text !== undefined) element.textContent = text;
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  return element;
+};
+
+const row = (cells, words, tag) => {
+  const line = make("tr");
+  cells.forEach((cell, number) => {
+    const head = tag === "th" || number === 0;
+    const scope = head ? {scope: tag === "th" ? "col" : "row"} : {};
+    line.append(make(head ? "th" : "td", short(cell), {...scope, ...(words[number] ? {class: "words"} : {})}));
+  });
+  return line;
+};
+
+const fill = async details => {
+  const box = details.querySelector(".scroll");
+  if (!details.open || box.firstChild) return;
+  const [names, ...body] = lines(await unpack(details.dataset.table).text());
+  const words = (names || []).map((_, number) => body.some(line => line[number] && Number.isNaN(Number(line[number]))));
+  const table = make("table"), head = make("thead"), rows = make("tbody");
+  if (names) head.append(row(names, words, "th"));
+  rows.append(...body.slice(0, MOST_ROWS).map(line => row(line, words, "td")));
+  table.append(head, rows);
+  table.setAttribute("aria-label", box.getAttribute("aria-label"));
+  box.append(table);
+  if (body.length > MOST_ROWS)
+    box.after(make("p", `The first ${MOST_ROWS} of ${body.length} rows; the file has all.`, {class: "small"}));
+};
+for (const details of document.querySelectorAll("details[data-table]"))
+  details.addEventListener("toggle", () => fill(details));
+
+// Figures: the colours follow the page, numbers are printed where cells are wide enough to read them
+
+const recoloured = (value, coloured = false) => {
+  if (typeof value === "string") return coloured && darkened[value] || value;
+  if (Array.isArray(value)) return value.map(entry => recoloured(entry, coloured));
+  if (value === null || typeof value !== "object") return value;
+  return Object.fromEntries(Object.entries(value).map(([name, entry]) => [name, recoloured(entry, name.includes("color"))]));
+};
+
+const ground = layout => {
+  const style = getComputedStyle(document.documentElement);
+  const [ink, line] = ["--ink", "--faint"].map(name => style.getPropertyValue(name).trim());
+  const axes = Object.keys(layout).concat("xaxis", "yaxis").filter(name => /^[xy]axis\d*$/.test(name));
+  const lined = name => ({gridcolor: line, zerolinecolor: line, linecolor: line, ...layout[name]});
+  return {
+    ...layout,
+    ...Object.fromEntries(axes.map(name => [name, lined(name)])),
+    font: {...layout.font, color: ink},
+    margin: layout.margin || {t: layout.title?.text ? 60 : 24, r: 16, b: 48, l: 48},
+    paper_bgcolor: "rgba(0,0,0,0)",
+    plot_bgcolor: "rgba(0,0,0,0)",
+  };
+};
+
+const isDark = () => dark.matches && !printing;
+const recolour = value => (isDark() ? recoloured(value) : value);
+
+const draw = (box, {data, layout, columns}) => {
+  box.narrow = columns > 0 && (box.clientWidth - 110) / columns < READABLE;
+  const traces = data.map(trace => (box.narrow && trace.texttemplate ? {...trace, texttemplate: ""} : trace));
+  return Plotly.react(box, recolour(traces), ground(recolour(layout)), {responsive: true, displayModeBar: false});
+};
+
+const start = async () => {
+  document.head.append(make("script", await unpack("plotly").text()));
+  const figures = await unpack("figures").json();
+  const boxes = Object.keys(figures).map(id => document.getElementById(id));
+  const again = () => boxes.forEach(box => draw(box, figures[box.id]));
+  const fit = new ResizeObserver(entries => {
+    for (const {target} of entries) {
+      const {columns} = figures[target.id];
+      if (columns && target.narrow !== (target.clientWidth - 110) / columns < READABLE) draw(target, figures[target.id]);
+    }
+  });
+  for (const box of boxes) {
+    await draw(box, figures[box.id]);
+    fit.observe(box);
+  }
+  dark.addEventListener("change", again);
+  addEventListener("beforeprint", () => { printing = true; again(); });
+  addEventListener("afterprint", () => { printing = false; again(); });
+};
+start();
+
+// Contents: folded on narrow screens, the section in view is marked
+
+const contents = document.querySelector(".contents details");
+const narrow = matchMedia("(max-width: 1000px)");
+const fold = () => { contents.open = !narrow.matches; };
+narrow.addEventListener("change", fold);
+fold();
+const links = new Map([...contents.querySelectorAll("a")].map(link => [link.hash.slice(1), link]));
+contents.addEventListener("click", event => {
+  if (narrow.matches && event.target.closest("a")) contents.open = false;
+});
+const mark = () => {
+  const heads = [...links.keys()].map(id => document.getElementById(id));
+  const passed = heads.filter(head => head.getBoundingClientRect().top < innerHeight / 3);
+  const current = (passed.at(-1) || heads[0]).id;
+  links.forEach((link, id) => (id === current ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current")));
+};
+addEventListener("scroll", mark, {passive: true});
+mark();
