@@ -1,0 +1,200 @@
+"""`attention_effects`: how much more each head attends to a slot in the text with the negation than in the one
+without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from clip_lens.core.effects import Effects
+from clip_lens.core.metric import Readout, logit
+from clip_lens.core.patch import address, slot_positions
+from clip_lens.core.source import CHUNK, counterpart
+from clip_lens.data.batch import Batch
+from clip_lens.methods.patching import describe, pairs_frame
+from clip_lens.model.encoder import HookedTextEncoder
+from clip_lens.model.site import Site, hook_name
+
+Slot: TypeAlias = str | int
+Attention: TypeAlias = Float[Tensor, "layer head pair pos"]
+"""What each position attends to a slot: the sum over the slot's tokens of the attention weights."""
+
+
+def attention_effects(
+    encoder: HookedTextEncoder,
+    batch: Batch,
+    slot: Slot = "negator",
+    *,
+    contrast: bool = True,
+    queries: Sequence[Slot] | None = None,
+) -> Effects:
+    """Every head's selectivity for a slot, an attention weight between -1 and 1 per pair: an `Effects`.
+
+    `sel = max over q < p <= e(t) of (A_neg[l,h,p,q] - A_aff[l,h,p,q])`, q the slot's position, A_neg the pattern of
+    the text with the negation, whichever is run (Quantmeyer et al. 2024; method, section 5). Of a slot with several
+    tokens q, the weights are summed and p lies behind the last. Pairs without a side have the other text in A_neg and
+    the run in A_aff. Places are `Site("pattern", l, h)`; `queries` names slots, each of which gives places
+    `Site("pattern", l, h, slot=query)`: the maximum over that slot's positions p alone. `contrast=False`: the largest
+    weight itself, in the text with the negation. A raw position, of slot or query, is the run's.
+
+    Texts that differ in length are compared at matched positions, of slot and queries: both texts have the slot there,
+    or one has and the other fits no template. Tokens without counterpart are left out; `meta` counts them. NaN: nothing
+    is left to compare.
+    Values are oriented already, so sigma is 1 for every pair. `total` is 1, the most that a weight can change, so that
+    `fraction()` and its effect are the mean selectivity, per side; `baseline` is 0. `d` is the pairs' own.
+
+    Raises:
+        ValueError: a slot that the batch does not have, no or repeated queries, or a batch of another width than the
+            encoder's embedding.
+
+    Example:
+        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+        >>> batch = clip_lens.align(clip_lens.read_pairs()[:200], store, encoder)
+        >>> table = attention_effects(encoder, batch).fraction(pooled=True).round(2)
+        >>> table.nlargest(2, "fraction")[["place", "fraction"]]
+                 place  fraction
+        3  pattern 0.3      0.99
+        1  pattern 0.1      0.98
+    """
+    if batch.direction.shape[1] != encoder.d_embed:
+        raise ValueError(
+            f"the batch's direction has {batch.direction.shape[1]} components, {encoder.name} {encoder.d_embed}"
+        )
+    asked: tuple[Slot | None, ...] = (None,) if queries is None else tuple(queries)
+    places = tuple(encoder.sites("pattern", slots=asked))
+    _check(encoder, batch, slot, asked)
+    values, d = torch.zeros(len(places), len(batch), dtype=encoder.dtype), torch.zeros(len(batch), dtype=encoder.dtype)
+    with torch.inference_mode():
+        for index in batch.length.argsort(stable=True).split(CHUNK):
+            found, d[index.cpu()] = _chunk(encoder, batch[index], slot, asked, contrast)
+            values[:, index.cpu()] = found.cpu()
+    one = torch.ones(len(batch), dtype=encoder.dtype)
+    meta = _meta(encoder, batch, slot, contrast, values)
+    return Effects(values, one, torch.zeros_like(one), places, pairs_frame(batch, d).assign(sigma=1), meta)
+
+
+def negation_is_run(batch: Batch) -> Bool[Tensor, "pair"]:
+    """Whether the run is the text with the negation; False too where neither is, and the other text stands for it.
+
+    Example:
+        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+        >>> batch = clip_lens.align(clip_lens.read_pairs()[:3], store, encoder, run="negated")
+        >>> negation_is_run(batch), negation_is_run(batch.flip())
+        (tensor([True, True, True]), tensor([False, False, False]))
+    """
+    with_negation = [{"caption": -1, "foil": 1}.get(side, 0) for side in batch.pairs.side]
+    return torch.tensor(with_negation, device=batch.sigma.device) == batch.sigma
+
+
+class _Slots(NamedTuple):
+    """Which positions of a text have a slot, a line per slot: the one attended to, then the queries. And which have no
+    name at all, as in a text that fits no template, so that their counterpart's may stand."""
+
+    has: Bool[Tensor, "slot pair pos"]
+    unnamed: Bool[Tensor, "slot pair pos"]
+
+
+def _chunk(
+    encoder: HookedTextEncoder, batch: Batch, slot: Slot, queries: Sequence[Slot | None], contrast: bool
+) -> tuple[Float[Tensor, "place pair"], Float[Tensor, "pair"]]:
+    """Values and d of some pairs."""
+    flipped = batch.flip()
+    run, other = _slots((slot, *queries), batch, flipped)
+    mine, theirs = run.has, other.has
+    if contrast:
+        mine = _matched(run, other, batch.origin)
+        theirs = _moved(mine, flipped.origin)
+    paid, u = _attention(encoder, batch.tokens, mine[0])
+    paid_other, v = _attention(encoder, batch.other, theirs[0])
+    later = _later(mine, encoder.pool(batch.tokens))
+    negated = negation_is_run(batch)
+    if contrast:
+        extra = _moved(paid_other, batch.origin) - paid
+        values = _largest(torch.where(negated[:, None], -extra, extra), later)
+    else:
+        later_other = _later(theirs, encoder.pool(batch.other))
+        values = torch.where(negated, _largest(paid, later), _largest(paid_other, later_other))
+    readout = Readout(batch.direction, u, v)
+    d = batch.sigma * (logit(v, readout) - logit(u, readout))
+    return values.flatten(0, 2), d.cpu()
+
+
+def _slots(slots: Sequence[Slot | None], batch: Batch, flipped: Batch) -> tuple[_Slots, _Slots]:
+    """Where run and other have each slot. Raw positions are the run's, in the other their counterparts."""
+    own = slot_positions(slots, batch)
+    raw = torch.tensor([isinstance(each, int) for each in slots], device=own.device)[:, None, None]
+    named = torch.tensor([isinstance(each, str) for each in slots], device=own.device)[:, None, None]
+    names = [None if isinstance(each, int) else each for each in slots]
+    other = torch.where(raw, _moved(own, flipped.origin), slot_positions(names, flipped))
+    return _Slots(own, named & (batch.slot < 0)), _Slots(other, named & (flipped.slot < 0))
+
+
+def _matched(run: _Slots, other: _Slots, origin: Int[Tensor, "pair pos"]) -> Bool[Tensor, "slot pair pos"]:
+    """Which of the run's positions have the slot together with their counterpart: both, or one if the other has no
+    name."""
+    has, unnamed = _moved(other.has, origin), _moved(other.unnamed, origin)
+    return (run.has & (has | unnamed)) | (run.unnamed & has)
+
+
+def _moved(value: Tensor, origin: Int[Tensor, "pair pos"]) -> Tensor:
+    """What stands at each position's counterpart, `... pair pos`; 0 where it has none."""
+    index = origin.clamp(min=0).expand(*value.shape[:-1], -1)
+    return value.gather(-1, index) * (origin >= 0)
+
+
+def _later(slots: Bool[Tensor, "slot pair pos"], pooled: Int[Tensor, "pair"]) -> Bool[Tensor, "query pair pos"]:
+    """The queries behind the first slot's last token, up to the pooled position; none where it has no token."""
+    position = torch.arange(slots.shape[-1], device=pooled.device)
+    last = torch.where(slots[0], position, -1).amax(1, keepdim=True)
+    return slots[1:] & (position > last) & (last >= 0) & (position <= pooled[:, None])
+
+
+def _attention(
+    encoder: HookedTextEncoder, tokens: Int[Tensor, "pair pos"], keys: Bool[Tensor, "pair pos"]
+) -> tuple[Attention, Float[Tensor, "pair d_embed"]]:
+    """What every head pays these keys, summed as the patterns come by, so that none is kept; and the embedding."""
+    paid: list[Tensor] = []
+
+    def keep(pattern: Float[Tensor, "pair head query key"], hook: object) -> None:
+        weights = keys[:, : pattern.shape[-1]].to(pattern.dtype)
+        # The encoder cuts what lies behind the chunk's longest text; nothing is attended from there.
+        paid.append(pad(torch.einsum("bhqk,bk->hbq", pattern, weights), (0, keys.shape[1] - pattern.shape[2])))
+
+    names = [hook_name(Site("pattern", layer), encoder.n_layers) for layer in range(encoder.n_layers)]
+    embedding = encoder(tokens, hooks=[(name, keep) for name in names])
+    return torch.stack(paid), embedding
+
+
+def _largest(attention: Attention, where: Bool[Tensor, "query pair pos"]) -> Float[Tensor, "layer head query pair"]:
+    """The maximum over each query's positions, NaN where there is none."""
+    found = attention.unsqueeze(2).masked_fill(~where, -torch.inf).amax(-1)
+    return found.masked_fill(~where.any(-1), torch.nan)
+
+
+def _check(encoder: HookedTextEncoder, batch: Batch, slot: Slot, queries: Sequence[Slot | None]) -> None:
+    if not queries or len(set(queries)) < len(queries):
+        raise ValueError(f"queries are one or several different slots, None for all together. Got {queries}")
+    address([Site("pattern", slot=each) for each in (slot, *queries)], encoder, batch)  # says which slots there are
+
+
+def _meta(encoder: HookedTextEncoder, batch: Batch, slot: Slot, contrast: bool, values: Tensor) -> dict[str, str]:
+    what = f"weights to {slot!r} (its tokens' sum) from the later position with the largest, up to the pooled one"
+    compared = "the text with the negation minus the text without, at matched positions"
+    absolute = "the text with the negation"
+    if "none" in batch.pairs.side:
+        compared, absolute = f"{compared}; without a side, other minus run", f"{absolute}; without a side, the other"
+    return {
+        **describe(encoder, batch, method="attention selectivity", source=counterpart, metric=logit),
+        **({} if contrast else {"method": "attention"}),
+        "run": "both texts are run, nothing is patched",
+        "source": "none",
+        "metric": "attention weight",
+        "slot": str(slot),
+        "convention": f"{what}: {compared if contrast else absolute}",
+        "pairs without a value": str(int(values.isnan().all(0).sum())),
+    }
