@@ -32,6 +32,7 @@ _HOME = {
     "mean_over": "core.source",
     "resample": "core.source",
     "noise": "core.source",
+    "steered": "core.source",
     "via": "core.via",
     "logit": "core.metric",
     "cosine": "core.metric",
@@ -62,6 +63,9 @@ _HOME = {
     "attention_effects": "methods.attention",
     "scores": "methods.scores",
     "confounds": "methods.confounds",
+    "probe": "methods.probe",
+    "probe_effects": "methods.probe",
+    "steer": "methods.probe",
     "heatmap": "show.plots",
     "qkv": "show.edges",
     "path_diagram": "show.network",
@@ -94,6 +98,7 @@ if TYPE_CHECKING:
     from clip_lens.core.source import mean_over as mean_over
     from clip_lens.core.source import noise as noise
     from clip_lens.core.source import resample as resample
+    from clip_lens.core.source import steered as steered
     from clip_lens.core.source import zeros as zeros
     from clip_lens.core.statistics import correlations as correlations
     from clip_lens.core.via import via as via
@@ -122,6 +127,9 @@ if TYPE_CHECKING:
     from clip_lens.methods.labels import labels as labels
     from clip_lens.methods.patching import patch_effects as patch_effects
     from clip_lens.methods.paths import path_effects as path_effects
+    from clip_lens.methods.probe import probe as probe
+    from clip_lens.methods.probe import probe_effects as probe_effects
+    from clip_lens.methods.probe import steer as steer
     from clip_lens.methods.scores import scores as scores
     from clip_lens.methods.selection import edges_above as edges_above
     from clip_lens.methods.selection import selection_frequency as selection_frequency

@@ -260,7 +260,6 @@ def _groups(lengths: list[int], rows: int) -> Iterator[slice]:
             begin = end
 
 
-@torch.inference_mode()
 def chunk_effects(
     chunk: Chunk,
     metric: Metric,
@@ -277,8 +276,9 @@ def chunk_effects(
     baseline = metric(chunk.embedding, readout)
     values = torch.where(exists, 0.0, float("nan")).to(baseline.dtype)
     advance(values.numel() - int(runs.sum()))
-    for place, pair in schedule(chunk, first, runs, rows):
-        patched = run_rows(chunk, place, pair, first[place, pair])
-        values[place, pair] = metric(patched, readout.rows(pair)) - baseline[pair]
-        advance(len(place))
+    with torch.inference_mode():
+        for place, pair in schedule(chunk, first, runs, rows):
+            patched = run_rows(chunk, place, pair, first[place, pair])
+            values[place, pair] = metric(patched, readout.rows(pair)) - baseline[pair]
+            advance(len(place))
     return values

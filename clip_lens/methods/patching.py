@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 
 import pandas as pd
 import torch
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 from clip_lens.core.effects import Effects, segments
 from clip_lens.core.metric import Metric, Readout, logit
 from clip_lens.core.patch import address
-from clip_lens.core.rows import chunk_effects, pairs_at_once, prepare
+from clip_lens.core.rows import Chunk, chunk_effects, pairs_at_once, prepare
 from clip_lens.core.source import Fetch, Source, counterpart
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import HookedTextEncoder
@@ -52,8 +53,53 @@ def patch_effects(
         >>> effects.values.shape, bool((effects.values[-1] - effects.total).abs().max() < 1e-4)
         (torch.Size([14, 8]), True)
     """
-    places = tuple(places)
-    if not places:
+    return sweep(encoder, batch, places, chunk_effects, source=source, metric=metric, rows=rows, progress=progress)
+
+
+Score: TypeAlias = Callable[
+    [Chunk, Metric, Readout, int, Callable[[int], object]], Float[Tensor, "place_and_everything pair"]
+]
+"""(chunk, metric, readout, rows, what to call with the number of values done) -> a value per place and pair of the
+chunk, and on the last line the total."""
+
+
+def sweep(
+    encoder: HookedTextEncoder,
+    batch: Batch,
+    places: Sequence[Place],
+    score: Score,
+    *,
+    source: Source,
+    metric: Metric,
+    rows: int,
+    progress: bool,
+    also: Iterable[str] = (),
+) -> Effects:
+    """What `score` says of each place, some pairs at a time, as an `Effects`; `also` names hooks whose source it needs
+    beside those of the places."""
+    places = checked(places, encoder, batch, rows)
+    fetch = source(encoder, batch)
+    addresses = address((*places, everything(encoder, fetch)), encoder, batch)
+    values = torch.zeros(len(places) + 1, len(batch), dtype=encoder.dtype)
+    baseline, d = torch.zeros(len(batch), dtype=encoder.dtype), torch.zeros(len(batch), dtype=encoder.dtype)
+    bar = tqdm(total=values.numel(), unit="row", disable=not progress or not sys.stderr.isatty(), leave=False)
+    with torch.no_grad(), bar:
+        for index in batch.length.argsort(stable=True).split(pairs_at_once(addresses, encoder, batch, rows)):
+            chunk = prepare(encoder, batch, addresses, fetch, index, also)
+            readout = Readout(chunk.batch.direction, chunk.embedding, encoder(chunk.batch.other))
+            check_metric(metric(chunk.embedding, readout), index)
+            values[:, index.cpu()] = score(chunk, metric, readout, rows, bar.update).cpu()
+            baseline[index.cpu()] = metric(chunk.embedding, readout).cpu()
+            d[index.cpu()] = (batch.sigma[index] * (logit(readout.other, readout) - logit(readout.run, readout))).cpu()
+    meta = describe(encoder, batch, method=METHOD, source=source, metric=metric)
+    if missing := int(values[-1].isnan().sum()):
+        meta["pairs without a source"] = str(missing)
+    return Effects(values[:-1], values[-1], baseline, places, pairs_frame(batch, d), meta)
+
+
+def checked(places: Sequence[Place], encoder: HookedTextEncoder, batch: Batch, rows: int) -> tuple[Place, ...]:
+    """The places, after what can be refused before anything runs."""
+    if not (places := tuple(places)):
         raise ValueError("no places to patch; encoder.sites('resid') lists some")
     if rows < 1:
         raise ValueError(f"rows={rows}: at least one sequence must fit into a forward")
@@ -61,23 +107,7 @@ def patch_effects(
         raise ValueError(
             f"the batch's direction has {batch.direction.shape[1]} components, {encoder.name} {encoder.d_embed}"
         )
-    fetch = source(encoder, batch)
-    addresses = address((*places, everything(encoder, fetch)), encoder, batch)
-    values = torch.zeros(len(places) + 1, len(batch), dtype=encoder.dtype)
-    baseline, d = torch.zeros(len(batch), dtype=encoder.dtype), torch.zeros(len(batch), dtype=encoder.dtype)
-    bar = tqdm(total=values.numel(), unit="row", disable=not progress or not sys.stderr.isatty(), leave=False)
-    with torch.inference_mode(), bar:
-        for index in batch.length.argsort(stable=True).split(pairs_at_once(addresses, encoder, batch, rows)):
-            chunk = prepare(encoder, batch, addresses, fetch, index)
-            readout = Readout(chunk.batch.direction, chunk.embedding, encoder(chunk.batch.other))
-            check_metric(metric(chunk.embedding, readout), index)
-            values[:, index.cpu()] = chunk_effects(chunk, metric, readout, rows, bar.update).cpu()
-            baseline[index.cpu()] = metric(chunk.embedding, readout).cpu()
-            d[index.cpu()] = (batch.sigma[index] * (logit(readout.other, readout) - logit(readout.run, readout))).cpu()
-    meta = describe(encoder, batch, method=METHOD, source=source, metric=metric)
-    if missing := int(values[-1].isnan().sum()):
-        meta["pairs without a source"] = str(missing)
-    return Effects(values[:-1], values[-1], baseline, places, pairs_frame(batch, d), meta)
+    return places
 
 
 def everything(encoder: HookedTextEncoder, fetch: Fetch) -> Place:
@@ -125,6 +155,8 @@ def describe(
     return {
         "model": encoder.full_name,
         "weights": encoder.digest,
+        "layers": str(encoder.n_layers),
+        "heads": str(encoder.n_heads),
         "data": batch.pairs.name,
         "data digest": batch.pairs.digest,
         "images": batch.images,
