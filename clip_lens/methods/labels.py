@@ -56,8 +56,8 @@ def labels(
     as in `direct_effects`, its direction is
 
     - `of="variance"`: the first principal component, what the head tells apart. Of its two ends "to" is the one to
-      which the other texts lie from the runs. The default, because most of what a head writes is the same for
-      every text (Gandelsman et al. 2024 replace it by its mean without loss), and labels of the mean name that.
+      which the other texts lie from the runs. The default: what a head writes for every text alike moves no difference
+      between texts, but would decide the labels of the mean.
     - `of="contrast"`: the mean over pairs of other - run, whose product with w is the head's mean direct effect.
     - `of="mean"`: the mean over all texts.
 
