@@ -247,7 +247,8 @@ def _caption(view: _View, gaps: bool) -> str:
     if view.paths:
         return (
             f"The up to {MOST_PATHS} paths of the largest mean signed effect. A line is a path, its width the effect, "
-            "blue where that is positive, red where it is negative. Hover over a line or a node for the numbers."
+            "blue where that is positive, red where it is negative. Hover over a line or a node for the numbers, or "
+            "show them as a table."
         )
     lines = [
         f"{_what_is_patched(view.effects)} {_reading(view.effects)}",

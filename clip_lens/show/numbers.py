@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import unescape
 from typing import Any
@@ -11,14 +12,15 @@ import pandas as pd
 import plotly.graph_objects as go
 from pandas import DataFrame
 
-COLUMNS = ("series", "text", "x", "y", "lower", "upper", "value")
+COLUMNS = ("panel", "series", "text", "x", "y", "lower", "upper", "value")
 
 
 def numbers(figure: go.Figure) -> DataFrame:
     """A row per point, bar or cell of a figure: series (of several), text, x, y, the bounds of error bars, value.
 
     Ticks' words stand for their positions. Left out are traces that answer to no hover, like the bands of intervals,
-    grids of one colour, which mark gaps, and empty cells and points.
+    grids of one colour, which mark gaps, and empty cells and points. Of a diagram, whose lines carry what they tell as
+    their `meta`, it is a row per line, that on top first, with the words that hovering tells.
 
     Example:
         >>> numbers(go.Figure(go.Heatmap(z=[[1.0, None]], x=["a", "b"], y=["r"])))
@@ -26,6 +28,8 @@ def numbers(figure: go.Figure) -> DataFrame:
         0  a  r    1.0
     """
     traces = [trace for trace in figure.data if not _mute(trace)]
+    if lines := [trace for trace in traces if isinstance(trace.meta, list | tuple) and trace.hovertemplate]:
+        return _lines(lines[::-1])
     parts = [_cells(figure, t) if getattr(t, "z", None) is not None else _points(figure, t) for t in traces]
     if sum(len(part) > 0 for part in parts) > 1:
         names = [trace.name or f"series {number}" for number, trace in enumerate(traces, start=1)]
@@ -39,6 +43,26 @@ def _mute(trace: Any) -> bool:
     colours = getattr(trace, "colorscale", None)
     marks = trace.type == "heatmap" and colours is not None and len({colour for _, colour in colours}) == 1
     return marks or getattr(trace, "hoverinfo", None) == "skip"
+
+
+def _lines(traces: list[Any]) -> DataFrame:
+    """The lines of a diagram: their names and their hover in words."""
+    panels = [int((trace.xaxis or "x")[1:] or 1) for trace in traces]
+    rows = DataFrame({"series": [trace.name for trace in traces], "text": [_told(trace) for trace in traces]})
+    return rows if len(set(panels)) == 1 else rows.assign(panel=panels)[["panel", "series", "text"]]
+
+
+def _told(trace: Any) -> str:
+    """A trace's hover template with its `meta` filled in, a line break as a semicolon."""
+    words = re.sub(r"<extra>.*?</extra>", "", trace.hovertemplate)
+    filled = re.sub(
+        r"%\{meta\[(\d+)\](?::([^}]*))?\}", lambda found: _formatted(trace.meta[int(found[1])], found[2] or ""), words
+    )
+    return unescape(re.sub(r"<[^>]*>", "", filled.replace("<br>", "; ")))
+
+
+def _formatted(value: Any, how: str) -> str:
+    return format(int(value) if how == "d" else value, how)
 
 
 def _points(figure: go.Figure, trace: Any) -> DataFrame:

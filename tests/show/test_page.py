@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -11,10 +12,13 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+import torch
 from test_report import EVIL, Page, files_of, make, own_part
 
 import clip_lens.show
 from clip_lens.core.effects import toy_effects
+from clip_lens.model.site import Edge, Site
+from clip_lens.show.network import network
 from clip_lens.show.numbers import numbers
 from clip_lens.show.report import report
 from clip_lens.show.section import Picture, Section, Table
@@ -307,6 +311,18 @@ def test_numbers_are_those_of_the_traces():
     assert found["y"].tolist() == [0, 1, 1, 5]  # one of two ticks has a word: positions say more than a mixture
     assert found["value"].tolist()[:3] == [1.0, 3.0, 4.0] and found["text"].iloc[-1] == "p & q"
     assert numbers(go.Figure()).empty
+
+
+def test_the_lines_of_a_diagram_are_told_in_words():
+    edges = tuple(Edge(Site("embed"), Site("v", 0, head)) for head in range(3))
+    effects = replace(toy_effects(), values=torch.tensor([[1.0, 2, 3], [0, 1, 2], [4, 4, 4]]), places=edges)
+    found = numbers(network(effects, n=2, side="foil"))
+    table = effects.table().query("side == 'foil'").set_index("place")["effect"]
+    assert found["series"].tolist() == table.abs().nlargest(2).index.tolist()
+    for name, text in zip(found["series"], found["text"], strict=True):
+        assert f"{table[name]:.3f}" in text and "%{" not in text and "<" not in text
+    both = numbers(network(effects, n=2))
+    assert both["panel"].tolist() == [2, 2, 1, 1]
 
 
 def test_a_figure_without_numbers_has_no_table(tmp_path):
