@@ -246,7 +246,7 @@ def _overlap(
     drawn: Bool[Tensor, "some receiver sender"], other: Bool[Tensor, "one receiver sender"]
 ) -> Float[Tensor, "some 1"]:
     both, either = (drawn & other).flatten(1).sum(1), (drawn | other).flatten(1).sum(1)
-    return torch.where(either > 0, both / either.clamp(min=1), 1.0).double()[:, None]
+    return torch.where(either > 0, both.double() / either.clamp(min=1), 1.0)[:, None]
 
 
 def _resampled(
