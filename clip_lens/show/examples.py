@@ -32,7 +32,8 @@ class Example(NamedTuple):
 def examples(pairs: DataFrame, pictures: Pictures = None) -> dict[str, list[Example]]:
     """Example pairs by segment, failures first: on each side the pair of the smallest, the middle and the largest d.
 
-    `pairs` as in `Effects`. `pictures` is a folder that holds the image ids, or a mapping from image id to file.
+    Of the pairs of a segment and side that have a picture, where some have. `pairs` as in `Effects`. `pictures` is a
+    folder that holds the image ids, or a mapping from image id to file.
 
     Example:
         >>> from clip_lens.core.effects import toy_effects
@@ -40,10 +41,12 @@ def examples(pairs: DataFrame, pictures: Pictures = None) -> dict[str, list[Exam
         {'correct': ['a', 'c', 'b']}
     """
     pairs = pairs.drop_duplicates("key").sort_values("d", kind="stable")
+    seen = pairs["image"].map(lambda image: _file(str(image), pictures) is not None)
     found: dict[str, list[Example]] = {}
     for segment in dict.fromkeys([*SEGMENTS, *pairs["segment"]]):
         for side in SIDES:
-            part = pairs[(pairs["segment"] == segment) & (pairs["side"] == side)]
+            chosen = (pairs["segment"] == segment) & (pairs["side"] == side)
+            part = pairs[chosen & seen] if (chosen & seen).any() else pairs[chosen]
             for number in sorted({0, len(part) // 2, len(part) - 1} if len(part) else ()):
                 found.setdefault(str(segment), []).append(_example(part.iloc[number], pictures))
     return found
@@ -55,14 +58,16 @@ def _example(row: Any, pictures: Pictures) -> Example:
 
 
 def _file(image: str, pictures: Pictures) -> Path | None:
-    """The file of an image id; an id never leads out of the folder."""
+    """The file of an image id, None where there is none; an id never leads out of the folder."""
     if pictures is None:
         return None
     if isinstance(pictures, Mapping):
-        return Path(pictures[image]) if image in pictures else None
-    folder = Path(pictures).resolve()
-    file = (folder / image).resolve()
-    return file if file.is_relative_to(folder) else None
+        file = Path(pictures[image]) if image in pictures else None
+    else:
+        folder = Path(pictures).resolve()
+        file = (folder / image).resolve()
+        file = file if file.is_relative_to(folder) else None
+    return file if file is not None and file.is_file() else None
 
 
 def thumbnail(file: Path | None) -> str | None:

@@ -109,6 +109,23 @@ const draw = (box, {data, layout, columns}) => {
   return Plotly.react(box, recolour(traces), ground(recolour(layout)), {responsive: true, displayModeBar: false});
 };
 
+// The picture of the point under the pointer, of figures that carry pictures (scatter_pairs)
+
+const point = (box, {meta}) => {
+  if (!meta?.pictures) return;
+  const shown = make("img", undefined, {class: "pointed", alt: "", hidden: ""});
+  box.append(shown);
+  box.on("plotly_hover", ({points: [{customdata, x, xaxis}]}) => {
+    const id = (customdata || [])[0];
+    shown.hidden = !Object.hasOwn(meta.pictures, id);
+    if (shown.hidden) return;
+    Object.assign(shown, {src: meta.pictures[id], alt: id});
+    const right = xaxis.d2p(x) > box.clientWidth / 2;
+    Object.assign(shown.style, {left: right ? "64px" : "auto", right: right ? "auto" : "4px"});
+  });
+  box.on("plotly_unhover", () => { shown.hidden = true; });
+};
+
 const start = async () => {
   document.head.append(make("script", await unpack("plotly").text()));
   const figures = await unpack("figures").json();
@@ -122,13 +139,28 @@ const start = async () => {
   });
   for (const box of boxes) {
     await draw(box, figures[box.id]);
+    point(box, figures[box.id].layout);
     fit.observe(box);
   }
   dark.addEventListener("change", again);
-  addEventListener("beforeprint", () => { printing = true; again(); });
-  addEventListener("afterprint", () => { printing = false; again(); });
+  const print = on => {
+    printing = on;
+    again();
+  };
+  addEventListener("beforeprint", () => print(true));
+  addEventListener("afterprint", () => print(false));
 };
 start();
+
+// Paper can't unfold: what is folded is printed, but for the numbers of figures
+
+const folded = document.querySelectorAll("main details:not([data-table])");
+let opened = [];
+addEventListener("beforeprint", () => {
+  opened = [...folded].filter(details => !details.open);
+  opened.forEach(details => { details.open = true; });
+});
+addEventListener("afterprint", () => opened.forEach(details => { details.open = false; }));
 
 // Contents: folded on narrow screens, the section in view is marked
 

@@ -207,7 +207,7 @@ def test_examples_have_pictures_where_there_are_some(tmp_path, pictures):
     effects = make()
     effects.pairs.loc[9, "image"] = "../secret.png"
     page = Page(report({"resid": effects}, tmp_path / "r.html", pictures=pictures))
-    assert len([tag for tag in page.all("li") if tag.get("class") == "example"]) == 10
+    assert len([tag for tag in page.all("li") if tag.get("class") == "example"]) == 9
     shown = page.all("img")
     assert len(shown) == 8  # 0.png is unreadable, ../secret.png outside of the folder
     assert all(image["alt"] and image["src"].startswith("data:image/jpeg;base64,") for image in shown)
@@ -224,6 +224,13 @@ def test_examples_are_of_every_segment_failures_first():
         d = sorted(pairs.loc[(pairs["segment"] == segment) & (pairs["side"] == side), "d"])
         shown = [pair.d for pair in found[segment] if pair.side == side]
         assert shown == [d[0], d[len(d) // 2], d[-1]]
+
+
+def test_examples_are_those_that_can_be_seen(pictures):
+    found = examples(make(n_pairs=200).pairs, pictures)  # ten of the incorrect pairs have a picture
+    assert [pair.picture is not None for pair in found["incorrect"]] == [True] * 6
+    assert {pair.key for pair in found["incorrect"]} == {f"pair-{number}" for number in (0, 4, 8, 1, 5, 9)}
+    assert len(found["correct"]) == 6 and not any(pair.picture for pair in found["correct"])
 
 
 PAIRED = (Site("mlp", 0), Site("head", 1, 2))
