@@ -34,6 +34,7 @@ function controls(choices) {
     at: select(heads),
   };
   fields.image.setAttribute("list", images.id);
+  const about = make("span");
   const step = (by, text, name) => {
     const button = make("button", { type: "button", textContent: text, title: name });
     button.setAttribute("aria-label", name);
@@ -43,19 +44,19 @@ function controls(choices) {
   const box = make(
     "div",
     { className: "cl-controls" },
-    labelled(`Pair of the batch (${choices.pairs})`, fields.pair, "wide"),
+    make("label", { className: "wide" }, about, fields.pair),
     make("div", { className: "cl-steps" }, step(-1, "◀", "pair before"), step(1, "▶", "next pair")),
     labelled("Image", fields.image, "third"),
     labelled("Caption", fields.caption, "half"),
     labelled("Foil", fields.foil, "half"),
     labelled("Patch", fields.kind, "third"),
-    labelled("with", fields.source, "third"),
-    labelled("into", fields.run),
+    labelled("with", fields.source),
+    labelled("into", fields.run, "third"),
     labelled("Rows", fields.rows),
     labelled("Head (block.head)", fields.at),
     images,
   );
-  return { box, fields };
+  return { box, fields, about };
 }
 
 function changeOf(name, value) {
@@ -87,7 +88,7 @@ function lines(grid) {
 }
 
 function render({ model, el }) {
-  const { box, fields } = controls(model.get("choices"));
+  const { box, fields, about } = controls(model.get("choices"));
   const panels = make("div", { className: "cl-panels" });
   const root = make("div", { className: "clip-lens-explore" }, box, panels);
   let open = false;
@@ -102,6 +103,7 @@ function render({ model, el }) {
     const { view, html } = model.get("state");
     for (const [name, field] of Object.entries(fields)) if (document.activeElement !== field || field.tagName === "SELECT") field.value = view[name];
     fields.pair.selectedIndex = view.pair;
+    about.textContent = `Pair of the batch (${model.get("choices").pairs})${view.typed ? ": other texts were typed, below" : ""}`;
     fields.rows.disabled = ["head", "q", "k", "v", "pattern"].includes(view.kind);
     panels.innerHTML = html;
     panels.classList.remove("busy");

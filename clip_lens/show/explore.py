@@ -12,6 +12,7 @@ from typing import Any, get_args
 from clip_lens.core.effects import Effects
 from clip_lens.data.batch import Batch, Run
 from clip_lens.data.images import ImageStore, UnknownImage
+from clip_lens.methods.patching import RUNS
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.show.examples import Pictures, thumbnail
 from clip_lens.show.explore_page import KIND_NAMES, SOURCE_NAMES, data_uri, render, style
@@ -78,7 +79,7 @@ class Explorer:
             >>> explorer.show(caption="There is no dog.").notes
             ("tiny never saw 'dog.' in training: what it says of texts with this word means nothing",)
             >>> explorer.show(foil="There is no dog.").message
-            'caption and foil are the same text; change one of them'
+            'caption and foil are the same tokens; change one of them'
         """
         try:
             self.view, self.panels, self.message = self.desk.change(self.view, **changes), None, ""
@@ -152,7 +153,7 @@ class Explorer:
             "image": list(self.desk.images.ids[:LISTED]),
             "kind": {kind: KIND_NAMES[kind] for kind in KINDS},
             "source": SOURCE_NAMES,
-            "run": {run: f"the {run} text" if run.endswith("d") else f"the {run}" for run in _runs(pairs.side)},
+            "run": {run: RUNS.get(run, f"the {run}") for run in _runs(pairs.side)},
             "rows": {"token": "by token", "slot": "by slot"},
             "layers": self.desk.encoder.n_layers,
             "heads": self.desk.encoder.n_heads,

@@ -18,7 +18,7 @@ from clip_lens.show.plots import SLOT_NAMES
 
 KIND_NAMES = {
     "resid": "residual stream",
-    "mid": "residual stream between attention and MLP",
+    "mid": "residual stream in mid-block",
     "attn": "attention's output",
     "mlp": "MLP's output",
     "head": "head's output",
@@ -111,9 +111,13 @@ def _ran(panels: Panels) -> str:
 def _cell(value: float, limit: float, sets: dict[str, Any] | None, title: str, **more: Any) -> dict[str, Any]:
     gap = not isfinite(value)
     size = 0.0 if gap or not limit else min(abs(value) / limit, 1.0)
-    text = "" if gap else f"{value:.2f}".replace("-0.00", "0.00")
+    text = "" if gap else _signed(value).removeprefix("+")
     cell = {"value": 0.0 if gap else value, "sets": sets, "title": title, "size": size, "gap": gap}
     return {**cell, "text": text, "on": False, "kind": "signed", **more}
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-0.00", "0.00").replace("+0.00", "0.00")
 
 
 def _effects_grid(panels: Panels) -> dict[str, Any]:
@@ -242,14 +246,12 @@ def _bars(panels: Panels) -> list[dict[str, Any]]:
 def _says(panels: Panels) -> str:
     """The chosen cell in a sentence."""
     view = panels.view
-    direct = panels.direct.iloc[view.head, min(view.layer, len(panels.direct.columns) - 1)]
-    head = (
-        f"Head {min(view.layer, len(panels.direct.columns) - 1)}.{view.head} adds {direct:+.2f} logits to d directly."
-    )
+    layer = min(view.layer, len(panels.direct.columns) - 1)
+    head = f"Head {layer}.{view.head} adds {_signed(panels.direct.iloc[view.head, layer])} logits to d directly."
     if panels.chosen is None:
         return head
     value = float(panels.grid.iloc[panels.chosen, view.layer])
     place = label(Site(view.kind, view.layer, view.head if view.by_head else None))
     where = "" if view.by_head else f" at “{_row_name(view, panels.labels[panels.chosen])}”"
-    moved = f"moves {value:+.2f} of d" if isfinite(value) else "has no counterpart"
+    moved = f"moves {_signed(value)} logits of d" if isfinite(value) else "has no counterpart"
     return f"Patching {place}{where} {moved}. {head}"

@@ -152,7 +152,7 @@ class Desk:
         if not 0 <= pair < len(self.batch):
             raise ValueError(f"the batch has the pairs 0 to {len(self.batch) - 1}, got {pair}")
         run = self.batch.run if self.batch.run in get_args(Run) else "foil"
-        return View(*self.own(pair), pair=pair, run=run)  # type: ignore[arg-type]
+        return View(*self.own(pair), pair=pair, run=run, layer=self.encoder.n_layers // 2)  # type: ignore[arg-type]
 
     def own(self, pair: int) -> tuple[str, str, str]:
         """Caption, foil and image of a pair of the batch."""
@@ -249,9 +249,12 @@ class Desk:
             raise ValueError(
                 f"longer than the {self.encoder.n_ctx} tokens of the context: {long[:60]!r}...; shorten it"
             )
-        if view.caption == view.foil:
-            raise ValueError("caption and foil are the same text; change one of them")
-        return align(_pair(view), self.images, self.encoder, run=view.run)
+        tokens = self.encoder.tokenize([view.caption, view.foil])
+        if bool((tokens[0] == tokens[1]).all()):
+            raise ValueError("caption and foil are the same tokens; change one of them")
+        pair = Pairs(["typed"], [view.caption], [view.foil], [view.image], name="typed")
+        _sigma(view.run, pair.side[0])  # says what is wrong in words that fit one pair
+        return align(pair, self.images, self.encoder, run=view.run)
 
     def _row(self, view: View) -> Batch:
         one = self.batch[[view.pair]]
@@ -352,13 +355,16 @@ class Desk:
 
     def _reading(self, view: View) -> Reading:
         encoder, one = self.encoder, self._one(_texts(view)).batch
-        hooks = [hook_name(site, encoder.n_layers) for site in encoder.sites("pattern") if site.unit == 0]
+        names = [hook_name(Site("pattern", layer), encoder.n_layers) for layer in range(encoder.n_layers)]
         patterns, logits = [], []
         with torch.inference_mode():
             for tokens in (one.tokens, one.other):
-                cache = encoder.cache(tokens, names=hooks)
-                patterns.append(torch.stack([cache[hook][0] for hook in hooks]).cpu())
-                logits.append(float((encoder(tokens)[0] * one.direction[0]).sum()))
+                seen: list[Tensor] = []  # one run gives the patterns and the embedding
+                u = encoder(
+                    tokens, hooks=[(name, lambda value, hook, seen=seen: seen.append(value[0])) for name in names]
+                )
+                patterns.append(torch.stack(seen).cpu())
+                logits.append(float((u[0] * one.direction[0]).sum()))
         return Reading(tuple(patterns), tuple(logits))
 
 
@@ -394,10 +400,6 @@ def _stem(view: View) -> View:
 def _texts(view: View) -> View:
     """The view without what is patched: only the texts, the image and which text is run."""
     return replace(_stem(view), kind="resid", source="counterpart", rows="token")
-
-
-def _pair(view: View) -> Pairs:
-    return Pairs(["typed"], [view.caption], [view.foil], [view.image], name="typed")
 
 
 def _sigma(run: Run, side: str) -> int:
