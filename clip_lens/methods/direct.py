@@ -47,10 +47,9 @@ STREAMS: tuple[Kind, ...] = ("embed", "resid", "mid", "attn", "mlp")
 FIXED: tuple[Kind, ...] = ("token", "position", "attn_bias", "mlp_bias", "constant")
 READABLE: tuple[Kind, ...] = (*FIXED, *STREAMS, "head", "v", "neuron")
 
-SCALE = "ln_final.hook_scale"
 PAIRS_AT_ONCE = 256
-HELD = 2**26
-"""Numbers that one chunk of pairs may hold at a time: 256 MB in float32."""
+HELD = 2**25
+"""Numbers that one chunk of pairs may hold at a time: 256 MB in float64."""
 FROZEN = "each text's own std of the final LayerNorm and norm of its embedding, frozen"
 NORMS = {
     "frozen": FROZEN,
@@ -261,22 +260,23 @@ def _attributed(
             f"the batch's direction has {batch.direction.shape[1]} components, {encoder.name} {encoder.d_embed}"
         )
     values = torch.zeros(len(places), len(batch), dtype=encoder.dtype)
-    run, other = torch.zeros(2, len(batch), dtype=encoder.dtype)
+    metrics = torch.zeros(2, len(batch), dtype=torch.float64)
     bar = tqdm(total=len(batch), unit="pair", disable=not progress or not sys.stderr.isatty(), leave=False)
     with torch.inference_mode(), bar:
         for index in batch.length.argsort(stable=True).split(_at_once(encoder, batch, len(places))):
-            (own, own_metric), (its, its_metric) = (read(text) for text in _both(batch[index]))
-            check_metric(own_metric, index)
-            check_metric(its_metric, index)
-            here = index.cpu()
-            values[:, here] = (_difference(its, own) if contrast else own).cpu()
-            run[here], other[here] = own_metric.cpu(), its_metric.cpu()
+            (own, run), (its, other) = (read(text) for text in _both(batch[index]))
+            check_metric(run, index)
+            check_metric(other, index)
+            values[:, index.cpu()] = (_difference(its, own) if contrast else own).to(values)
+            metrics[:, index.cpu()] = torch.stack([run, other]).to(metrics)
             bar.update(len(index))
-    pairs = pairs_frame(batch, batch.sigma.cpu() * (other - run))
+    baseline, difference = metrics[0], metrics[1] - metrics[0]
+    pairs = pairs_frame(batch, batch.sigma.cpu() * difference)
     if not contrast:
         pairs["sigma"] = 1
     said = describe(encoder, batch, method="", source=counterpart, metric=logit) | _said(batch, contrast) | dict(meta)
-    return Effects(values, other - run if contrast else run.clone(), run, places, pairs, said)
+    total = difference if contrast else baseline
+    return Effects(values, total.to(values), baseline.to(values), places, pairs, said)
 
 
 def _at_once(encoder: HookedTextEncoder, batch: Batch, places: int) -> int:
@@ -307,27 +307,64 @@ def observe(
     tokens: Int[Tensor, "pair pos"],
     names: Iterable[str],
     readers: Mapping[str, Reader] | None = None,
-) -> tuple[dict[str, Tensor], Float[Tensor, "pair d_embed"]]:
-    """What a run has at some hooks at the pooled position (or what `readers` keep of others), and `y` there.
+) -> dict[str, Tensor]:
+    """What a run has at some hooks at the pooled position, or what `readers` keep of others, in float64.
 
     `tokens` are cut already. Nothing else is kept, so memory does not grow with the texts' length.
 
     Example:
         >>> encoder = clip_lens.load()
-        >>> seen, y = observe(encoder, encoder.tokens("There are no circles."), ["blocks.1.hook_mlp_out"])
-        >>> seen["blocks.1.hook_mlp_out"].shape, y.shape
-        (torch.Size([1, 128]), torch.Size([1, 128]))
+        >>> seen = observe(encoder, encoder.tokens("There are no circles."), ["blocks.1.hook_mlp_out"])
+        >>> seen["blocks.1.hook_mlp_out"].shape
+        torch.Size([1, 128])
     """
     rows, at = torch.arange(len(tokens), device=tokens.device), encoder.pool(tokens)
-    every = {**dict.fromkeys(names, lambda value: value[rows, at]), **(readers or {})}
+    every = {**dict.fromkeys(names, lambda value: precise(value[rows, at])), **(readers or {})}
     seen: dict[str, Tensor] = {}
 
     def keep(value: Tensor, hook: object) -> None:
         name = hook.name  # type: ignore[attr-defined]
         seen[name] = every[name](value)
 
-    y = encoder.tower.run_with_hooks(tokens, fwd_hooks=[(name, keep) for name in every])
-    return seen, y[rows, at]
+    encoder.tower.run_with_hooks(tokens, return_type=None, fwd_hooks=[(name, keep) for name in every])
+    return seen
+
+
+def precise(x: Tensor) -> Tensor:
+    """A tensor in float64 where the device has it: thousands of parts sum to a whole that may be close to 0.
+
+    Example:
+        >>> precise(torch.ones(1)).dtype
+        torch.float64
+    """
+    return x if x.device.type == "mps" else x.double()
+
+
+def read_out(
+    encoder: HookedTextEncoder, x: Float[Tensor, "*batch d_model"]
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch d_embed"]]:
+    """The final LayerNorm's std of residual streams, and their embeddings before these are normalised.
+
+    Example:
+        >>> std, y = read_out(clip_lens.load(), torch.randn(3, 128).double())
+        >>> std.shape, y.shape
+        (torch.Size([3]), torch.Size([3, 128]))
+    """
+    norm, tower = encoder.tower.ln_final, encoder.tower
+    centred = x - x.mean(-1, keepdim=True)
+    std = (centred.square().mean(-1) + norm.eps).sqrt()
+    normed = centred / std.unsqueeze(-1) * precise(norm.w) + precise(norm.b)
+    return std, normed @ precise(tower.W_U) + precise(tower.b_U)
+
+
+def stream_name(encoder: HookedTextEncoder) -> str:
+    """The hook of the residual stream that the final LayerNorm reads.
+
+    Example:
+        >>> stream_name(clip_lens.load())
+        'blocks.5.hook_resid_post'
+    """
+    return hook_name(Site("resid", encoder.n_layers), encoder.n_layers)
 
 
 def reading_vector(encoder: HookedTextEncoder, w: Float[Tensor, "pair d_embed"]) -> Float[Tensor, "pair d_model"]:
@@ -340,11 +377,11 @@ def reading_vector(encoder: HookedTextEncoder, w: Float[Tensor, "pair d_embed"])
         >>> reading_vector(encoder, torch.randn(2, 128)).sum(-1).abs().max() < 1e-4
         tensor(True)
     """
-    weighed = encoder.tower.ln_final.w * encoder.tower.tokens_to_residual_directions(w)
+    weighed = precise(encoder.tower.ln_final.w) * (precise(w) @ precise(encoder.tower.W_U).T)
     return weighed - weighed.mean(-1, keepdim=True)
 
 
-def _metric(encoder: HookedTextEncoder, y: Tensor, w: Tensor) -> Float[Tensor, "pair"]:
+def _metric(y: Float[Tensor, "*batch d_embed"], w: Float[Tensor, "pair d_embed"]) -> Float[Tensor, "*batch"]:
     return (torch.nn.functional.normalize(y, dim=-1) * w).sum(-1)
 
 
@@ -352,19 +389,19 @@ def _lens(
     encoder: HookedTextEncoder, text: _Text, norms: Norms
 ) -> tuple[Float[Tensor, "place pair"], Float[Tensor, "pair"]]:
     """The metric from every residual stream of one text, and its metric."""
-    tower, w = encoder.tower, text.direction
     names = [hook_name(site, encoder.n_layers) for site in encoder.sites("resid")]
-    seen, y = observe(encoder, encoder.cut(text.tokens), [*names, SCALE])
+    seen, w = observe(encoder, encoder.cut(text.tokens), names), precise(text.direction)
     stream = torch.stack([seen[name] for name in names])
+    std, y = read_out(encoder, stream)
     if norms == "recomputed":
-        return _metric(encoder, tower.unembed(tower.ln_final(stream)), w), _metric(encoder, y, w)
-    norm = y.norm(dim=-1)
-    values = (stream * reading_vector(encoder, w)).sum(-1) / seen[SCALE][:, 0] + _constant(encoder, w)
-    return values / norm, _metric(encoder, y, w)
+        return _metric(y, w), _metric(y[-1], w)
+    values = (stream * reading_vector(encoder, w)).sum(-1) / std[-1] + _constant(encoder, w)
+    return values / y[-1].norm(dim=-1), _metric(y[-1], w)
 
 
 def _constant(encoder: HookedTextEncoder, w: Float[Tensor, "pair d_embed"]) -> Float[Tensor, "pair"]:
-    return w @ encoder.tower.unembed(encoder.tower.ln_final.b)
+    tower = encoder.tower
+    return w @ (precise(tower.ln_final.b) @ precise(tower.W_U) + precise(tower.b_U))
 
 
 # Places as sums of lines
@@ -460,13 +497,15 @@ def _contributions(
     encoder: HookedTextEncoder, text: _Text, sums: _Sums
 ) -> tuple[Float[Tensor, "place pair"], Float[Tensor, "pair"]]:
     """What each place of one text writes, and its metric."""
-    tokens, along = encoder.cut(text.tokens), reading_vector(encoder, text.direction)
-    names = [SCALE, *(name for group in sums.groups for name in _hooks(group, encoder))]
-    seen, y = observe(encoder, tokens, names, _attention_readers(encoder, tokens, along, sums.groups))
+    tokens, w = encoder.cut(text.tokens), precise(text.direction)
+    along, last = reading_vector(encoder, w), stream_name(encoder)
+    names = {last}.union(*(_hooks(group, encoder) for group in sums.groups))
+    seen = observe(encoder, tokens, names, _attention_readers(encoder, tokens, along, sums.groups))
+    std, y = read_out(encoder, seen[last])
     where = _where(sums.slots, text)[..., : tokens.shape[1]]
-    run = _Run(encoder, tokens, along, text.direction, seen, where)
+    run = _Run(encoder, tokens, along, _constant(encoder, w) * std, seen, where)  # the constant is not divided by std
     lines = torch.cat([run.lines(*group) for group in sums.groups])
-    return sums.of(lines / (run.std * y.norm(dim=-1))), _metric(encoder, y, text.direction)
+    return sums.of(lines / (std * y.norm(dim=-1))), _metric(y, w)
 
 
 def _hooks(group: Group, encoder: HookedTextEncoder) -> list[str]:
@@ -485,7 +524,7 @@ def _attention_readers(
     rows, at = torch.arange(len(tokens), device=tokens.device), encoder.pool(tokens)
     readers: dict[str, Reader] = {}
     for layer in (layer for kind, layer in groups if kind == "v"):
-        readers[_pattern(layer)] = lambda pattern: pattern[rows, :, at]
+        readers[_pattern(layer)] = lambda pattern: precise(pattern[rows, :, at])
         readers[_values(layer)] = partial(_per_key, _through_heads(encoder, layer, along))
     return readers
 
@@ -493,7 +532,7 @@ def _attention_readers(
 def _per_key(
     along: Float[Tensor, "pair head d_head"], v: Float[Tensor, "pair key head d_head"]
 ) -> Float[Tensor, "pair head key"]:
-    return torch.einsum("pkhe,phe->phk", v, along)
+    return torch.einsum("pkhe,phe->phk", precise(v), along)
 
 
 def _pattern(layer: int) -> str:
@@ -508,7 +547,7 @@ def _through_heads(
     encoder: HookedTextEncoder, layer: int, along: Float[Tensor, "pair d_model"]
 ) -> Float[Tensor, "pair head d_head"]:
     """What a vector in the residual stream reads in each head's z."""
-    return torch.einsum("hed,pd->phe", block_of(encoder, layer).attn.W_O, along)
+    return torch.einsum("hed,pd->phe", precise(block_of(encoder, layer).attn.W_O), along)
 
 
 def block_of(encoder: HookedTextEncoder, layer: int) -> Any:
@@ -529,13 +568,9 @@ class _Run:
     encoder: HookedTextEncoder
     tokens: Int[Tensor, "pair pos"]
     along: Float[Tensor, "pair d_model"]
-    direction: Float[Tensor, "pair d_embed"]
+    constant: Float[Tensor, "pair"]
     seen: Mapping[str, Tensor]
     where: Bool[Tensor, "slot pair pos"]
-
-    @property
-    def std(self) -> Float[Tensor, "pair"]:
-        return self.seen[SCALE][:, 0]
 
     def lines(self, kind: Kind, layer: int) -> Float[Tensor, "line pair"]:
         """One line per unit of the group, of v one per unit and slot."""
@@ -547,20 +582,20 @@ class _Run:
         if kind == "head":
             return (value * _through_heads(self.encoder, layer, self.along)).sum(-1).T
         if kind == "neuron":
-            return (value * (self.along @ block_of(self.encoder, layer).mlp.W_out.T)).T
+            return (value * (self.along @ precise(block_of(self.encoder, layer).mlp.W_out).T)).T
         return (value * self.along).sum(-1).unsqueeze(0)
 
     def fixed(self, kind: Kind, layer: int) -> Float[Tensor, "pair"]:
         """What is known without a run: embeddings, biases and the constant."""
         tower, at = self.encoder.tower, self.encoder.pool(self.tokens)
         if kind == "constant":
-            return _constant(self.encoder, self.direction) * self.std  # which the std does not divide
+            return self.constant
         if kind == "token":
-            return (tower.W_E[self.tokens.gather(1, at[:, None])[:, 0]] * self.along).sum(-1)
+            return (precise(tower.W_E[self.tokens.gather(1, at[:, None])[:, 0]]) * self.along).sum(-1)
         if kind == "position":
-            return (tower.W_pos[at] * self.along).sum(-1)
+            return (precise(tower.W_pos[at]) * self.along).sum(-1)
         block = block_of(self.encoder, layer)
-        return self.along @ (block.attn.b_O if kind == "attn_bias" else block.mlp.b_out)
+        return self.along @ precise(block.attn.b_O if kind == "attn_bias" else block.mlp.b_out)
 
     def sources(self, layer: int) -> Float[Tensor, "line pair"]:
         """`A[e, p] * v_p W_O` summed over each slot's positions; NaN where the text does not have the slot."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clip_lens.data.batch import Batch
 from clip_lens.data.images import ImageStore
-from clip_lens.methods.direct import PAIRS_AT_ONCE, SCALE, block_of, observe
+from clip_lens.methods.direct import PAIRS_AT_ONCE, block_of, observe, precise, read_out, stream_name
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Site, hook_name
 
@@ -121,13 +121,13 @@ def _banks(encoder: HookedTextEncoder, images: ImageStore | None, texts: Sequenc
     if images is not None:
         maker = {"model": encoder.name, "pretrained": encoder.pretrained, "digest": encoder.image_digest}
         images.require(d_embed=encoder.d_embed, **({} if any_store else maker))
-        banks.append(Bank("image", images.ids, images[images.ids].to(encoder.device, encoder.dtype)))
+        banks.append(Bank("image", images.ids, precise(images[images.ids].to(encoder.device))))
     if isinstance(texts, str):
         raise ValueError(f"texts must be a sequence of texts, got the text {texts!r}; write [{texts!r}]")
     if texts := list(dict.fromkeys(texts)):
         with torch.inference_mode():
             rows = [encoder(texts[start : start + PAIRS_AT_ONCE]) for start in range(0, len(texts), PAIRS_AT_ONCE)]
-        banks.append(Bank("text", texts, torch.cat(rows)))
+        banks.append(Bank("text", texts, precise(torch.cat(rows))))
     if not any(len(bank.ids) for bank in banks):
         raise ValueError("no bank to take labels from; give images=ImageStore.open(...) or texts=[...]")
     return banks
@@ -185,7 +185,8 @@ def _outputs(encoder: HookedTextEncoder, place: Site) -> Float[Tensor, "d_head d
 def _to_joint(encoder: HookedTextEncoder, written: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_embed"]:
     """`W_U^T (gamma * (a - mean(a)))`: what is written, in the joint space, but for the norms."""
     tower = encoder.tower
-    return (tower.ln_final.w * (written - written.mean(-1, keepdim=True))) @ tower.W_U
+    centred = precise(written) - precise(written).mean(-1, keepdim=True)
+    return (precise(tower.ln_final.w) * centred) @ precise(tower.W_U)
 
 
 def _written(
@@ -193,11 +194,13 @@ def _written(
 ) -> dict[int, Float[Tensor, "text pair head d_head"]]:
     """By layer what each head has at the pooled position, over std * norm: of the runs, and of the other texts."""
     names = {layer: hook_name(Site("head", layer), encoder.n_layers) for layer in layers}
+    last = stream_name(encoder)
     parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     with torch.inference_mode():
         for tokens in (*batch.tokens.split(PAIRS_AT_ONCE), *batch.other.split(PAIRS_AT_ONCE)):
-            seen, y = observe(encoder, encoder.cut(tokens), [SCALE, *names.values()])
-            scale = seen[SCALE][:, 0] * y.norm(dim=-1)
+            seen = observe(encoder, encoder.cut(tokens), [last, *names.values()])
+            std, y = read_out(encoder, seen[last])
+            scale = std * y.norm(dim=-1)
             for layer, name in names.items():
                 parts[layer].append(seen[name] / scale[:, None, None])
     return {layer: torch.cat(parts[layer]).unflatten(0, (2, -1)) for layer in layers}

@@ -194,10 +194,10 @@ def test_without_contrast_the_run_alone(name):
 
 
 def whole(effects, tolerance):
-    """The places sum to the total, relative to the largest metric."""
-    size = torch.maximum(effects.baseline.abs(), (effects.baseline + effects.total).abs()).max()
+    """The places sum to the total, relative to the metric of each pair."""
+    size = torch.maximum(effects.baseline.abs(), (effects.baseline + effects.total).abs())
     error = (effects.values.double().nan_to_num().sum(0) - effects.total).abs()
-    assert error.max() <= tolerance * size, float(error.max() / size)
+    assert (error <= tolerance * size).all(), float((error / size).max())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -431,3 +431,35 @@ def test_other_errors_say_what_would_fit():
 def test_parts_are_no_places_of_a_patch():
     with pytest.raises(ValueError, match="can't be patched"):
         address([Site("attn_bias", 1)], tower("causal")[1], batch_of("causal"))
+
+
+@pytest.mark.parametrize("by", BY)
+def test_only_the_pooled_position_of_what_is_named_is_kept(monkeypatch, by):
+    """No activation per position, but for what a pattern and the values are reduced to, and none that no place names."""
+    kept = {}
+    observe = direct.observe
+
+    def watched(*arguments):
+        kept.update(observe(*arguments))
+        return kept
+
+    monkeypatch.setattr(direct, "observe", watched)
+    encoder, batch = tower("causal")[1], batch_of("causal")[:1]
+    direct_effects(encoder, batch, components(encoder, batch, by))
+    per_key = {name for name, value in kept.items() if batch.other.shape[1] in value.shape}
+    assert per_key == {name for name in kept if name.endswith(("hook_pattern", "attn.hook_v"))}
+    assert all(value.numel() <= 128 for value in kept.values()) and bool(per_key) == (by == "source")
+    direct_effects(encoder, batch, [Site("head", 1, 0)])
+    kept.clear()
+    direct_effects(encoder, batch, [Site("head", 1, 0)])
+    assert set(kept) == {"blocks.1.attn.hook_z", "blocks.2.hook_resid_post"}
+
+
+def test_float32_is_read_in_float64_so_that_small_metrics_have_exact_parts():
+    """A direction almost at a right angle to the embedding: the parts are a thousand times their sum."""
+    encoder, batch = tower("causal", torch.float32)[1], batch_of("causal", dtype=torch.float32)
+    u = encoder(batch.tokens)
+    w = batch.direction - (batch.direction * u).sum(-1, keepdim=True) * u * 0.999
+    effects = direct_effects(encoder, batch.along(w), contrast=False)
+    assert (effects.values.abs().amax(0) > 20 * effects.total.abs()).any()
+    whole(effects, 1e-4)
