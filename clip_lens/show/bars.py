@@ -12,7 +12,8 @@ from pandas import DataFrame, Series, api
 from plotly.subplots import make_subplots
 
 from clip_lens.core.effects import SHOWN, Effects
-from clip_lens.show.plots import HOVER, SIDE_NAMES, VALUE_NAMES
+from clip_lens.show.curves import need
+from clip_lens.show.plots import HOVER, SIDE_NAMES, value_name
 from clip_lens.show.style import LIGHT, SMALL, template
 
 LINE, HEAD, FOOT = 20, 40, 52  # pixels: of a bar, of a panel's heading, of the axis below
@@ -67,7 +68,7 @@ def bars(
     for row, (name, part) in enumerate(parts, start=1):
         figure.add_trace(_trace(part, columns, SIDE_NAMES.get(name, name)), row=row, col=1)
         figure.update_yaxes(_labels(part["__label"]), row=row, col=1)
-    figure.update_xaxes(title_text=VALUE_NAMES.get(value, escape(value)), row=len(parts), col=1)
+    figure.update_xaxes(title_text=value_name(value, effects), row=len(parts), col=1)
     figure.update_xaxes(range=_reach(parts, columns), matches="x")
     return figure
 
@@ -83,12 +84,7 @@ def shortened(label: str, most: int = LONG) -> str:
 
 
 def _columns(table: DataFrame, value: str, name: str | None) -> _Columns:
-    known = ", ".join(map(str, table.columns))
-    for column in filter(None, (value, name)):
-        if column not in table:
-            raise ValueError(f"no column {column!r} in the table; it has {known}")
-    if not api.types.is_numeric_dtype(table[value]):
-        raise ValueError(f"the column {value!r} holds no numbers; give value= one of {', '.join(_numeric(table))}")
+    need(table, [value], [name] if name else [])
     pairs = [(f"{value}_lower", f"{value}_upper"), ("lower", "upper")]
     own = value in ("n", "dropped") or value in [bound for pair in pairs for bound in pair]
     # `lower` and `upper` of an Effects' table are those of the fraction
@@ -96,10 +92,6 @@ def _columns(table: DataFrame, value: str, name: str | None) -> _Columns:
     lower, upper = next(((low, high) for low, high in pairs if low in table and high in table), (None, None))
     words = [column for column in table if column != "side" and not api.types.is_numeric_dtype(table[column])]
     return _Columns(value, lower, upper, name if name is not None else words[0] if words else None)
-
-
-def _numeric(table: DataFrame) -> list[str]:
-    return [str(column) for column in table if api.types.is_numeric_dtype(table[column])]
 
 
 def _by_side(table: DataFrame, side: str | None) -> list[tuple[str, DataFrame]]:

@@ -14,7 +14,7 @@ from plotly.subplots import make_subplots
 
 from clip_lens.core.effects import SIDES, Effects
 from clip_lens.model.site import label
-from clip_lens.show.plots import SIDE_NAMES, VALUE_NAMES
+from clip_lens.show.plots import SIDE_NAMES, value_name
 from clip_lens.show.style import LIGHT, SIDE_COLOURS, faded, template, under
 
 DASHES = ("solid", "dash", "dot", "dashdot")  # a second turn through the colours
@@ -34,7 +34,7 @@ def curve(
 ) -> go.Figure:
     """A plotly figure of the column y over the column x, a line for each entry of `by`, with bands from lower to upper.
 
-    Lines run in the order of x; rows without an x or a y are left out. `log=True` has a logarithmic x axis.
+    Lines run in the order of x; rows without an x, a y or a `by` are left out. `log=True` has a logarithmic x axis.
 
     Raises:
         ValueError: no such column, one that holds no numbers, only one of lower and upper, x <= 0 on a logarithmic
@@ -48,8 +48,8 @@ def curve(
     """
     if (lower is None) != (upper is None):
         raise ValueError(f"a band needs both lower and upper, got lower={lower!r} and upper={upper!r}")
-    _need(frame, [x, y, *filter(None, (lower, upper))], [by] if by else [])
-    frame = frame.dropna(subset=[x, y])
+    need(frame, [x, y, *filter(None, (lower, upper))], [by] if by else [])
+    frame = frame.dropna(subset=[x, y, *([by] if by else [])])
     if frame.empty:
         raise ValueError(f"nothing to draw: no row has both {x!r} and {y!r}")
     if log and (frame[x] <= 0).any():
@@ -66,7 +66,7 @@ def curve(
             figure.add_trace(trace.update(name=escape(shown, quote=False), legendgroup=str(name)))
     figure.update_layout(showlegend=len(series) > 1)
     figure.update_xaxes(title_text=escape(x), type="log" if log else "linear", **_whole(frame[x], log))
-    figure.update_yaxes(title_text=VALUE_NAMES.get(y, escape(y)))
+    figure.update_yaxes(title_text=value_name(y))
     return figure
 
 
@@ -89,11 +89,12 @@ def lens_lines(effects: Effects, value: str = "effect", **how: Any) -> go.Figure
         first, second = (label(effects.places[number]) for number in (layers.index(layers[twice[0]]), twice[0]))
         raise ValueError(f"one line has one place a layer, got {first} and {second}; choose with where(...)")
     table = effects.table(**how)
-    _need(table, [value], [])
+    need(table, [value], [])
     bounds = {"fraction": ("lower", "upper"), "effect": ("effect_lower", "effect_upper")}.get(value, (None, None))
     figure = curve(table, "layer", value, lower=bounds[0], upper=bounds[1], by="side")
     resid = set(effects.index["kind"]) == {"resid"}
     figure.update_xaxes(title_text="layer (0: embedding, l: output of block l)" if resid else "block, counted from 0")
+    figure.update_yaxes(title_text=value_name(value, effects))
     figure.add_hline(y=0, line={"color": LIGHT.soft, "width": 1})
     return figure
 
@@ -133,7 +134,15 @@ def scatter(exact: Effects, estimate: Effects, side: str | None = None) -> go.Fi
     return figure
 
 
-def _need(frame: DataFrame, numbers: Sequence[str], further: Sequence[str]) -> None:
+def need(frame: DataFrame, numbers: Sequence[str], further: Sequence[str]) -> None:
+    """Nothing, if a table has these columns, `numbers` with numbers in them.
+
+    Raises:
+        ValueError: a column is missing, or holds something else; the message has the columns that there are.
+
+    Example:
+        >>> need(DataFrame({"f": [0.5]}), ["f"], [])
+    """
     for name in (*numbers, *further):
         if name not in frame:
             raise ValueError(f"no column {name!r} in the table; it has {', '.join(map(str, frame.columns))}")

@@ -57,7 +57,7 @@ def _draw(figure: go.Figure, file: Path, kind: str, width: int, height: int | No
     except Exception as error:  # kaleido's own errors differ from version to version
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RuntimeError(
-            f"kaleido could not draw {file.name}: {said}. It needs Chrome or Chromium: install one "
+            f"kaleido could not draw {file.name}: {said.rstrip('.')}. It needs Chrome or Chromium: install one "
             f"(`plotly_get_chrome` fetches one, BROWSER_PATH names one), or write {file.stem}.html, which needs neither"
         ) from None
     file.write_bytes(picture)

@@ -7,33 +7,27 @@ under the pointer into the figure's corner. Where no script runs, the label name
 
 from __future__ import annotations
 
-import base64
-import io
-import os
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
 import plotly.graph_objects as go
-from pandas import DataFrame, api
-from PIL import Image, UnidentifiedImageError
+from pandas import DataFrame
 
+from clip_lens.show.curves import need
+from clip_lens.show.examples import Pictures, thumbnail
 from clip_lens.show.plots import SIDE_NAMES
 from clip_lens.show.style import LIGHT, SIDE_COLOURS, template, under
 
-Pictures: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
-SIZE = 120  # pixels of a small copy's longer side
-MOST = 600  # small copies in one figure, of some 3 kB each
+MOST = 400  # small copies in one figure, of at most some 8 kB each
 SCRIPT = """
 (function () {
   var plot = document.getElementById('{plot_id}');
   var pictures = (plot.layout.meta || {}).pictures || {};
   var shown = document.createElement('img');
   shown.alt = '';
-  shown.style.cssText = 'position:absolute;top:4px;left:50%;transform:translateX(-50%);height:96px;display:none;' +
-    'pointer-events:none;border:1px solid #888;background:#fff;image-rendering:auto';
+  shown.style.cssText = 'position:absolute;top:4px;height:96px;display:none;pointer-events:none;border:1px solid #888';
   plot.style.position = 'relative';
   plot.appendChild(shown);
   plot.on('plotly_hover', function (event) {
@@ -41,6 +35,9 @@ SCRIPT = """
     if (!Object.prototype.hasOwnProperty.call(pictures, id)) { shown.style.display = 'none'; return; }
     shown.src = pictures[id];
     shown.alt = id;
+    var right = event.points[0].xaxis.d2p(event.points[0].x) > plot._fullLayout.width / 2;
+    shown.style.left = right ? '64px' : 'auto';
+    shown.style.right = right ? 'auto' : '4px';
     shown.style.display = 'block';
   });
   plot.on('plotly_unhover', function () { shown.style.display = 'none'; });
@@ -72,7 +69,7 @@ def scatter_pairs(
     x: str,
     y: str,
     *,
-    pictures: Pictures | None = None,
+    pictures: Pictures = None,
     image: str = "image",
     by: str | None = "side",
     title: str = "",
@@ -80,9 +77,9 @@ def scatter_pairs(
     """A plotly figure of two columns, a point per row, with the picture of the pair under the pointer.
 
     `frame` is `Effects.pairs` or any table; its column `image` has the images' ids, `by` the groups that get a colour,
-    where these columns exist. `pictures` is the folder that the ids are paths in, or a mapping from id to a path, a PIL
-    image or an array of bytes; small copies of them, at most 600, go into the figure. Ids without a picture are shown
-    as text. Rows without an x or a y are left out. A caption and foil in the frame are in the label.
+    where these columns exist. `pictures` is the folder that the ids are paths in, or a mapping from id to file; small
+    copies of them, at most 400, go into the figure; ids without one are shown as text. Rows without an x, a y or a
+    group are left out. A caption and foil in the frame are in the label.
 
     Raises:
         ValueError: no such column, one that holds no numbers, or nothing to draw.
@@ -91,21 +88,18 @@ def scatter_pairs(
     Example:
         >>> from clip_lens.core.effects import toy_effects
         >>> pairs = toy_effects().pairs.assign(size=[0.1, 0.2, 0.3])
-        >>> figure = scatter_pairs(pairs, "size", "d", pictures={"1.png": np.zeros((8, 8, 3), np.uint8)})
-        >>> [(trace.name, trace.y.tolist()) for trace in figure.data], list(figure.layout.meta["pictures"])
-        ([('negation in the caption', [2.0]), ('negation in the foil', [4.0, 1.0])], ['1.png'])
+        >>> figure = scatter_pairs(pairs, "size", "d")  # pictures="folder/" adds the pictures
+        >>> [(trace.name, trace.y.tolist()) for trace in figure.data]
+        [('negation in the caption', [2.0]), ('negation in the foil', [4.0, 1.0])]
     """
-    for name in (x, y):
-        if name not in frame:
-            raise ValueError(f"no column {name!r} in the table; it has {', '.join(map(str, frame.columns))}")
-        if not api.types.is_numeric_dtype(frame[name]):
-            raise ValueError(f"the column {name!r} holds no numbers, but {frame[name].iloc[:1].tolist()}")
-    rows = frame.dropna(subset=[x, y])
+    need(frame, [x, y], [])
+    grouped = by is not None and by in frame
+    rows = frame.dropna(subset=[x, y, by] if grouped else [x, y])
     if rows.empty:
         raise ValueError(f"nothing to draw: no row has both {x!r} and {y!r}")
     ids = [str(name) for name in dict.fromkeys(rows[image])] if image in rows else []
     figure = PictureFigure()
-    groups = list(dict.fromkeys(rows[by])) if by in rows else [None]
+    groups = list(dict.fromkeys(rows[by])) if grouped else [None]
     for number, group in enumerate(groups):
         figure.add_trace(_points(rows if group is None else rows[rows[by] == group], (x, y), image, group, number))
     figure.update_layout(
@@ -122,47 +116,32 @@ def _points(part: DataFrame, columns: tuple[str, str], image: str, group: Any, n
     x, y = columns
     words = [name for name in (image, "caption", "foil") if name in part]
     told = "".join(f"<br>%{{customdata[{place}]}}" for place in range(1, 1 + len(words)))
-    ids = (
-        part[image] if image in part else [""] * len(part)
-    )  # as they are, for the script; what is shown may hold markup
-    shown = part[words].astype(str).to_numpy().tolist()
-    details = [
-        [str(name), *(escape(text, quote=False) for text in texts)] for name, texts in zip(ids, shown, strict=True)
-    ]
-    name = SIDE_NAMES.get(str(group), str(group))
+    # the id comes once as it is, for the script, and once as it is shown, since an id may hold markup
+    ids = part[image].astype(str) if image in part else [""] * len(part)
+    texts = [[escape(text, quote=False) for text in row] for row in part[words].astype(str).to_numpy()]
+    details = [[name, *row] for name, row in zip(ids, texts, strict=True)]
+    name, colour = SIDE_NAMES.get(str(group), str(group)), SIDE_COLOURS.get(str(group), number % len(LIGHT.series))
     return go.Scatter(
         x=part[x].to_numpy(dtype=float), y=part[y].to_numpy(dtype=float), mode="markers", customdata=details,
         name="pairs" if group is None else escape(name, quote=False),
-        marker={"size": 8, "opacity": 0.75, "color": LIGHT.series[SIDE_COLOURS.get(str(group), number % 7)]},
+        marker={"size": 8, "opacity": 0.75, "color": LIGHT.series[colour]},
         hovertemplate=f"{escape(x)} %{{x:.3f}}, {escape(y)} <b>%{{y:.3f}}</b>{told}<extra></extra>",
     )  # fmt: skip
 
 
-def _copies(ids: list[str], pictures: Pictures | None) -> dict[str, str]:
+def _copies(ids: list[str], pictures: Pictures) -> dict[str, str]:
     """A small copy of each picture that there is, by id, as a data URI."""
-    if pictures is None:
-        return {}
-    if not isinstance(pictures, Mapping):
-        folder = Path(pictures)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is no folder; give the one that holds the pictures, or a mapping by id")
-        pictures = {name: folder / name for name in ids}
-    found = {name: _copy(pictures[name]) for name in ids if name in pictures}
+    found = {name: thumbnail(file) for name, file in _files(ids, pictures).items()}
     return dict([(name, uri) for name, uri in found.items() if uri][:MOST])
 
 
-def _copy(picture: Any) -> str | None:
-    """One picture, small, as a data URI; None where it can't be read: the point then shows its id."""
-    try:
-        opened = picture if isinstance(picture, Image.Image) else _opened(picture)
-        small = opened.convert("RGB")
-    except (OSError, UnidentifiedImageError):
-        return None
-    small.thumbnail((SIZE, SIZE))
-    file = io.BytesIO()
-    small.save(file, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def _opened(picture: Any) -> Image.Image:
-    return Image.fromarray(np.asarray(picture)) if hasattr(picture, "__array__") else Image.open(picture)
+def _files(ids: list[str], pictures: Pictures) -> dict[str, Path]:
+    """The file of each id; an id never leads out of the folder."""
+    if pictures is None:
+        return {}
+    if isinstance(pictures, Mapping):
+        return {name: Path(pictures[name]) for name in ids if name in pictures}
+    folder = Path(pictures).resolve()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder; give the one that holds the pictures, or a mapping by id")
+    return {name: folder / name for name in ids if (folder / name).resolve().is_relative_to(folder)}

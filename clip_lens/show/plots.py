@@ -111,7 +111,7 @@ def assemble(
         _draw(figure, panel, value, {"row": number, "col": 1} if _stacked(panels) else {"row": 1, "col": number})
     _axes(figure, panels, effects)
     figure.add_annotation(
-        text=VALUE_NAMES.get(value, value), font={"size": 12}, showarrow=False, xref="paper", x=0.5, yref="paper", y=0,
+        text=value_name(value, effects), font={"size": 12}, showarrow=False, xref="paper", x=0.5, yref="paper", y=0,
         yshift=-BELOW + 4, yanchor="bottom",
     )  # fmt: skip
     figure.update_layout(
@@ -120,6 +120,23 @@ def assemble(
         template=template(),
     )
     return figure
+
+
+def value_name(value: str, effects: Effects | DataFrame | None = None) -> str:
+    """A column of the table as an axis names it, with the unit of a result's metric where that is known.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from clip_lens.core.effects import toy_effects
+        >>> value_name("effect"), value_name("effect", replace(toy_effects(), meta={"metric": "logit"}))
+        ('mean signed effect (metric units)', 'mean signed effect (logits)')
+    """
+    metric = effects.meta.get("metric", "") if isinstance(effects, Effects) else ""
+    if metric == "attention weight" and value in ("fraction", "effect"):
+        selective = "selectivity" in effects.meta.get("method", "")  # type: ignore[union-attr]
+        return "mean extra attention weight" if selective else "mean attention weight"
+    name = VALUE_NAMES.get(value, escape(value))
+    return name.replace("metric units", "logits") if metric == "logit" else name
 
 
 def slot_name(slot: str | int | None) -> str:

@@ -51,7 +51,7 @@ DARK = Theme(
     ink="#e6e6e6",
     soft="#a8a8a8",
     grid="#343434",
-    gap="#5c5c5c",
+    gap="#4a4a4a",
     fill="#262626",
     positive="#6cb0e8",
     negative="#f0897b",
@@ -60,9 +60,17 @@ DARK = Theme(
         "#2c4256", "#2b5f8c", "#3c86c2", "#6cb0e8", "#b5dbff",
     ),
     sequential=("#2f2f2f", "#2d405e", "#33588f", "#4b7fc4", "#86b1e6", "#d3e6ff"),
-    series=("#4ea8de", "#ff8a4c", "#2fc79c", "#e79fc5", "#f2b733", "#9bd3f7", "#bcbcbc"),
+    series=("#4a90e2", "#ff8a4c", "#35c9a0", "#f5b8d8", "#ffd24a", "#c5ecff", "#7d7d7d"),
 )  # fmt: skip
-TRANSPARENT = LIGHT._replace(paper="rgba(0,0,0,0)", ink="#777777", soft="#787878", grid="rgba(128,128,128,0.25)")
+TRANSPARENT = LIGHT._replace(
+    paper="rgba(0,0,0,0)",
+    ink="#777777",
+    soft="#787878",
+    grid="rgba(128,128,128,0.25)",
+    positive="#3d83c4",
+    negative="#d0503f",
+    diverging=(*LIGHT.diverging[:1], "#d0503f", *LIGHT.diverging[2:9], "#3d83c4", *LIGHT.diverging[10:]),
+)
 """No paper, and words in a grey that is read on white as on black (4.5 : 1 on both)."""
 THEMES = {"light": LIGHT, "dark": DARK, "transparent": TRANSPARENT}
 
@@ -89,7 +97,9 @@ def themed(figure: go.Figure, theme: str = "light") -> go.Figure:
     if theme not in THEMES:
         raise ValueError(f"no theme {theme!r}; the themes are {', '.join(THEMES)}")
     colours = swaps(theme)
-    return type(figure)(_swapped(figure.to_plotly_json(), colours, coloured=False))
+    parts = [trace.to_plotly_json() for trace in figure.data], figure.layout.to_plotly_json()
+    data, layout = _swapped(list(parts), colours, coloured=False)
+    return type(figure)(data=data, layout=layout)
 
 
 def swaps(theme: str) -> dict[str, str]:

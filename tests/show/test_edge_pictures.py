@@ -9,6 +9,7 @@ from show.test_plots import make
 
 import clip_lens
 from clip_lens.core.effects import SHOWN, one_side
+from clip_lens.methods.circuit import Circuit
 from clip_lens.model.site import Edge, Site, precedes
 from clip_lens.show.edges import qkv
 from clip_lens.show.network import network, path_diagram, strongest
@@ -146,3 +147,94 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="q, k or v of a head, only in mlp, out"):
         qkv(make([Edge(Site("embed"), Site("out")), Edge(Site("embed"), Site("mlp", 0))]))
     assert clip_lens.qkv is qkv and clip_lens.path_diagram is path_diagram
+
+
+SCORED = {EDGES[0]: 0.5, EDGES[3]: -1.0, EDGES[7]: 0.25}
+
+
+def test_a_circuit_is_drawn_by_its_own_scores():
+    circuit = Circuit.of(SCORED, n_layers=12, n_heads=2, meta={"name": "a <b>"})
+    figure = network(circuit)
+    assert {trace.name: trace.meta[0] for trace in lines(figure)} == {str(edge): n for edge, n in SCORED.items()}
+    widths = {trace.name: trace.line.width for trace in lines(figure)}
+    largest, middle, least = (widths[str(edge)] for edge in (EDGES[3], EDGES[0], EDGES[7]))
+    assert largest == 9.0 and middle == pytest.approx(1 + 8 * 0.5) and least == pytest.approx(1 + 8 * 0.25)
+    assert figure.layout.annotations[0].text == "a &lt;b&gt;<br>3 edges"
+    assert list(figure.layout.yaxis.ticktext) == ["head 0", "head 1", "MLP"]
+    assert len(figure.layout.xaxis.tickvals) == 12
+    assert [trace.name for trace in lines(network(circuit, n=1))] == [str(EDGES[3])]
+    same = lines(network(list(SCORED), SCORED))
+    assert [(trace.name, trace.line.width) for trace in same] == list(widths.items())
+
+
+def test_a_circuit_is_drawn_by_the_effects_of_a_result():
+    effects = make(EDGES)
+    circuit = Circuit.of(list(SCORED), n_layers=12, n_heads=2)
+    figure = network(circuit, effects)
+    assert [note.text for note in figure.layout.annotations[:2]] == [
+        "negation in the caption<br>3 edges",
+        "negation in the foil<br>3 edges",
+    ]
+    for drawn, side in zip((lines(figure)[:3], lines(figure)[3:]), ("caption", "foil"), strict=True):
+        table = one_side(effects.table(), side).set_index("place")
+        assert {trace.name for trace in drawn} == {str(edge) for edge in SCORED}
+        for trace in drawn:
+            np.testing.assert_allclose(trace.meta, table.loc[trace.name, list(SHOWN)].to_numpy(dtype=float))
+
+
+def test_edges_without_a_score_are_grey_and_alike():
+    for circuit in (list(SCORED), Circuit.of(list(SCORED), n_layers=12, n_heads=2)):
+        drawn = lines(network(circuit))
+        assert {trace.name for trace in drawn} == {str(edge) for edge in SCORED}
+        assert {(trace.line.color, trace.line.width) for trace in drawn} == {(LIGHT.soft, drawn[0].line.width)}
+        assert not any("meta[" in trace.hovertemplate for trace in drawn)
+    some = network(list(SCORED), {**SCORED, EDGES[7]: float("nan")})
+    assert [trace.line.color for trace in lines(some)] == [LIGHT.soft, LIGHT.positive, LIGHT.negative]
+    assert "nan" not in str(some.data[-1].customdata).replace("sends in", "")
+
+
+def test_the_legend_hides_one_kind_of_receiver():
+    figure = network(make(EDGES), n=200, side="foil")
+    entries = {trace.name: trace for trace in figure.data if trace.showlegend is None}
+    assert list(entries) == ["supports (+)", "opposes (-)", "queries", "keys", "values", "into MLPs", "into the output"]
+    kinds = {"q": "queries", "k": "keys", "v": "values", "mlp": "into MLPs", "out": "into the output"}
+    for trace in lines(figure):
+        receiver = trace.name.split(" -> ")[1].split()[0]
+        assert trace.legendgroup == kinds[receiver]
+        assert trace.line.dash == entries[kinds[receiver]].line.dash
+
+
+@pytest.mark.parametrize("n", [10, 100, 300])
+def test_no_edge_runs_through_a_node_of_its_own_line(n):
+    figure = network(make(EDGES), n=n, side="foil")
+    nodes = figure.data[-1]
+    spots = set(zip(nodes.x, nodes.y, strict=True))
+    level = [trace for trace in lines(figure) if trace.y[0] == trace.y[-1] and abs(trace.x[-1] - trace.x[0]) > 1.5]
+    assert len(lines(figure)) == min(n, len(EDGES))
+    for trace in level:
+        for x, y in spots:
+            inside = (np.asarray(trace.x) > x - 0.1) & (np.asarray(trace.x) < x + 0.1)
+            if trace.x[0] < x < trace.x[-1] and y == trace.y[0] and inside.any():
+                assert np.abs(np.asarray(trace.y)[inside] - y).min() > 0.05
+
+
+def test_more_edges_get_more_room_and_thinner_lines():
+    figures = [network(make(EDGES), n=n, side="foil") for n in (10, 100, 300)]
+    widest = [max(trace.line.width for trace in lines(figure)) for figure in figures]
+    assert figures[0].layout.height < figures[2].layout.height and widest[0] > widest[1] > widest[2] > 1
+    assert len(lines(network(make(EDGES), side="foil"))) == 100
+
+
+def test_what_cannot_be_drawn_is_named():
+    empty = Circuit.of([], n_layers=2, n_heads=2)
+    with pytest.raises(ValueError, match="the circuit is empty"):
+        network(empty)
+    with pytest.raises(ValueError, match=f"1 of 2 edges have no score, such as {EDGES[1]};"):
+        network(EDGES[:2], {EDGES[0]: 1.0})
+    with pytest.raises(ValueError, match=f"1 of 2 edges have no score, such as {EDGES[1]};"):
+        network(EDGES[:2], make(EDGES[:1]))
+    with pytest.raises(ValueError, match="n=2 takes the edges of the largest effects"):
+        network(EDGES[:3], n=2)
+    with pytest.raises(ValueError, match="side='foil' chooses among the sides of a result"):
+        network(EDGES[:3], SCORED, side="foil")
+    assert clip_lens.network is network
