@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from math import atanh, sqrt, tanh
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -50,13 +50,20 @@ class Proportion(NamedTuple):
     n: int
 
 
-def correlation(x: Numbers, y: Numbers, *, interval: float = 0.95, method: Method = "pearson") -> Correlation:
+def correlation(
+    x: Numbers,
+    y: Numbers,
+    *,
+    interval: float = 0.95,
+    method: Method = "pearson",
+    names: tuple[str, str] = ("the first", "the second"),
+) -> Correlation:
     """The correlation of two lists of numbers: r, lower, upper, p, n, note.
 
     scipy's `pearsonr` or `spearmanr`; the interval is Fisher's, `tanh(atanh(r) +- z * se)` with se = 1 / sqrt(n - 3),
     for Spearman sqrt((1 + r^2 / 2) / (n - 3)) (Bonett and Wright 2000); with three pairs it is (-1, 1). Pairs with a
     number that is missing or infinite are left out, and `note` counts them. Where there is no correlation (fewer than
-    three pairs, one list constant) the numbers are NaN and `note` says why.
+    three pairs, one list constant) the numbers are NaN and `note` says why; `names` are what it calls the two.
 
     Raises:
         ValueError: lists of different lengths, an interval outside of (0, 1), or an unknown method.
@@ -76,7 +83,7 @@ def correlation(x: Numbers, y: Numbers, *, interval: float = 0.95, method: Metho
     there = np.isfinite(first) & np.isfinite(second)
     first, second, lost = first[there], second[there], int((~there).sum())
     notes = [f"{lost} of {len(there)} without a value left out"] if lost else []
-    if why := _why_none(first, second):
+    if why := _why_none(first, second, names):
         return Correlation(NAN, NAN, NAN, NAN, len(first), "; ".join([why, *notes]))
     found = _pearson(first, second, interval) if method == "pearson" else _spearman(first, second, interval)
     return Correlation(*found, len(first), "; ".join(notes))
@@ -86,10 +93,10 @@ def _floats(numbers: Numbers) -> Float[np.ndarray, "n"]:
     return np.asarray(pd.to_numeric(Series(numbers), errors="coerce").astype("float64"))
 
 
-def _why_none(first: np.ndarray, second: np.ndarray) -> str:
+def _why_none(first: np.ndarray, second: np.ndarray, names: tuple[str, str]) -> str:
     if len(first) < FEWEST:
         return f"{len(first)} pair{'' if len(first) == 1 else 's'}, a correlation needs {FEWEST}"
-    flat = [name for name, numbers in (("the first", first), ("the second", second)) if _constant(numbers)]
+    flat = [name for name, numbers in zip(names, (first, second), strict=True) if _constant(numbers)]
     return f"{' and '.join(flat)} {'are' if len(flat) == 2 else 'is'} constant" if flat else ""
 
 
@@ -146,7 +153,8 @@ def correlations(
     signed, frames = effects.signed().double().numpy(), []
     for side in sides_of(effects.pairs, pooled):
         chosen = np.ones(len(with_this), bool) if side == "pooled" else (effects.pairs["side"] == side).to_numpy()
-        rows = [correlation(line[chosen], with_this[chosen], interval=interval, method=method) for line in signed]
+        how: dict[str, Any] = {"interval": interval, "method": method, "names": ("the effect", column)}
+        rows = [correlation(line[chosen], with_this[chosen], **how) for line in signed]
         frames.append(pd.concat([effects.index.assign(side=side), frame_of(rows, Correlation)], axis=1))
     return pd.concat(frames, ignore_index=True)
 

@@ -64,7 +64,8 @@ class Confounds:
                 for side in [*sides_of(self.frame, pooled=False), "pooled"]:
                     part = chosen if side == "pooled" else chosen[chosen["side"] == side]
                     cells.append((name, side, pairs))
-                    rows.append(correlation(part[name], part["d"], interval=interval, method=method))
+                    found = correlation(part[name], part["d"], interval=interval, method=method, names=(name, "d"))
+                    rows.append(found)
         return pd.concat([DataFrame(cells, columns=["feature", "side", "pairs"]), frame_of(rows, Correlation)], axis=1)
 
     def accuracy(self, interval: float = 0.95) -> DataFrame:

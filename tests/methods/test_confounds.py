@@ -115,7 +115,7 @@ def test_correlations_are_scipys_per_side_with_and_without_the_most_frequent_cap
         assert row[["r", "p", "lower", "upper"]].tolist() == pytest.approx([*expected, *bounds], abs=1e-12)
         compared += 1
     assert compared == 16
-    assert table.note[(WITHOUT, "most_frequent", "pooled")] == "the first is constant"
+    assert table.note[(WITHOUT, "most_frequent", "pooled")] == "most_frequent is constant"
     assert table.note[(WITHOUT, "cosine", "caption")] == "2 pairs, a correlation needs 3"
 
 
