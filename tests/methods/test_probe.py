@@ -346,8 +346,11 @@ def test_subjects_that_never_recur_count_by_their_first_token():
     types, words = module._types(split), [text.split()[3] for text in split.batch.pairs.caption]
     assert len({*zip(types.tolist(), words, strict=True)}) == len(set(types)) == 4
     phrases = [(f"{start} is no {n}.", f"{start} is a {n}.") for n in nouns for start in ("In it there", "There")]
-    split = module._split(encoder, made_up(phrases, encoder), [0], 1, 0.5)
-    assert module._recurring(module._subjects(split, ("subject", "subject_rest")), split.test).any()
+    split = module._split(encoder, made_up(phrases, encoder), [0], 0, 0.5)
+    split = replace(split, held=torch.tensor([True, False] * 3 + [True, True]))
+    whole = module._subjects(split, ("subject", "subject_rest"))
+    assert module._recurring(whole, split.test).tolist() == [True, False] * 3 + [False, False]
+    assert module._types(split).tolist() == whole.tolist()
 
 
 def test_swapped_determiners(tiny):
