@@ -72,7 +72,7 @@ def acdc(
     )
     bar = tqdm(total=len(start), unit="edge", disable=not progress or not sys.stderr.isatty(), leave=False)
     with bar:
-        for done in search.run(start.keep.nonzero().flip(0).tolist()):
+        for done in search.run([(r, s) for r, s in start.keep.nonzero().flip(0).tolist()]):
             bar.update(done)
     described = describe(encoder, batch, method="ACDC", source=source, metric=metric)
     meta = {key: value for key, value in described.items() if key not in ("layers", "heads")}
