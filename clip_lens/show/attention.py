@@ -62,7 +62,7 @@ def patterns(encoder: HookedTextEncoder, batch: Batch, layer: int, head: int, pa
     texts = [_Pattern(title, _words(encoder, tokens), _weights(encoder, tokens, hook, head)) for title, tokens in both]
     origin = batch.origin[pair, : len(texts[0].tokens)].cpu().numpy()
     moved = difference(texts[0].weights, texts[1].weights, origin)
-    return _figure([*texts, _Pattern(CHANGE, _both(*texts, origin), moved)], f"head {layer}.{head}")
+    return _figure([*texts, _Pattern(CHANGE, _both(texts[0], texts[1], origin), moved)], f"head {layer}.{head}")
 
 
 def difference(run: np.ndarray, other: np.ndarray, origin: np.ndarray) -> np.ndarray:
@@ -102,6 +102,7 @@ def _figure(drawn: list[_Pattern], heading: str) -> go.Figure:
     longest, moved = max(len(text.tokens) for text in drawn), drawn[-1].weights
     beside = longest <= BESIDE
     inner = CELL * longest
+    shape: list[list[dict[str, int] | None]]
     shape = [[{}, {}], [{"colspan": 2}, None]] if beside else [[{}], [{}], [{}]]
     figure = make_subplots(
         rows=len(shape), cols=len(shape[0]), specs=shape, horizontal_spacing=0.2 if beside else 0,
@@ -127,7 +128,15 @@ def _figure(drawn: list[_Pattern], heading: str) -> go.Figure:
     )  # fmt: skip
     for x, words in ((0.22, "attention"), (0.78, "difference")):
         figure.add_annotation(
-            text=words, xref="paper", x=x, yref="paper", y=0, yshift=4 - BELOW, yanchor="bottom", showarrow=False
+            text=words,
+            xref="paper",
+            x=x,
+            xanchor="center",
+            yref="paper",
+            y=0,
+            yshift=4 - BELOW,
+            yanchor="bottom",
+            showarrow=False,
         )
     return figure
 

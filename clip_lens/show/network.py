@@ -73,8 +73,8 @@ def network(
     if n is not None and n < 1:
         raise ValueError(f"n is the number of edges to draw, at least 1. Got {n}")
     if isinstance(circuit, Effects):
-        single_edges(circuit)
-        return _drawn(_of_effects(circuit, MANY if n is None else n, side), _Layout.of(circuit.places))
+        layout = _Layout.of(single_edges(circuit))
+        return _drawn(_of_effects(circuit, MANY if n is None else n, side), layout)
     edges = circuit.edges() if isinstance(circuit, Circuit) else list(circuit)
     if not edges:
         raise ValueError("no edges to draw; the circuit is empty")
@@ -120,7 +120,7 @@ def _of_effects(effects: Effects, n: int | None, side: str | None) -> list[Part]
 
 def _only(effects: Effects, edges: Sequence[Edge]) -> Effects:
     """The part of a result that has a circuit's edges, in their order."""
-    row = {place: number for number, place in enumerate(effects.places)}
+    row: dict[Any, int] = {place: number for number, place in enumerate(effects.places)}
     _scored(edges, row)
     rows = [row[edge] for edge in edges]
     return replace(effects, values=effects.values[rows], places=tuple(edges))
@@ -283,7 +283,7 @@ def _lines(part: Part, layout: _Layout, largest: float) -> list[go.Scatter]:
             go.Scatter(
                 x=x, y=y, mode="lines", name=str(row.edge), **_look(row.effect, row.edge, largest, widest),
                 legendgroup=KINDS[row.edge.receiver.kind], showlegend=False,
-                meta=[float(getattr(row, name)) for name in part.shown] or ["edge"],
+                meta=[float(getattr(row, name)) for name in part.shown] or [float("nan")],
                 hovertemplate=f"{_name(row.edge)}{part.told}<extra></extra>",
             )
         )  # fmt: skip
