@@ -37,7 +37,7 @@ class Confounds:
         >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
         >>> found = confounds(encoder, clip_lens.align(clip_lens.read_pairs()[:100], store, encoder))
         >>> found
-        Confounds(100 pairs; cosine, tokens, subject_size, most_frequent, subject, side)
+        Confounds(100 pairs; cosine, tokens, subject_size, most_frequent, side, subject)
     """
 
     frame: DataFrame
@@ -106,7 +106,7 @@ class Confounds:
                     rows.append((threshold, side, pairs, *proportion(int(right.sum()), len(right), interval=interval)))
         return DataFrame(rows, columns=["threshold", "side", "pairs", "accuracy", "lower", "upper", "n"])
 
-    def regression(self, interval: float = 0.95, *, least: int = 10) -> DataFrame:
+    def regression(self, interval: float = 0.95, *, least: int = 20) -> DataFrame:
         """d regressed on all features at once: a row per term, in logits per unit of the feature.
 
         The features with numbers, the side of the negation, and the subject phrases that occur `least` times, against
@@ -123,7 +123,7 @@ class Confounds:
             3     side = foil
             4          cosine              constant (0)
             5          tokens              constant (7)
-            6         subject   no entry occurs 10 times
+            6         subject   no entry occurs 20 times
         """
         tables = []
         for pairs, chosen in self._variants():
@@ -134,14 +134,15 @@ class Confounds:
 
     def _regressors(self, chosen: DataFrame) -> DataFrame:
         side = pd.Categorical(chosen["side"], categories=SIDES[:3])
-        return chosen[[*self.features, "subject"]].assign(side=Series(side, index=chosen.index))
+        features = chosen[list(self.features)].assign(side=Series(side, index=chosen.index))
+        return features.assign(subject=chosen["subject"])
 
     def _variants(self) -> list[tuple[str, DataFrame]]:
         return [(ALL, self.frame), (WITHOUT, self.frame[~self.frame["most_frequent"]])]
 
     def __repr__(self) -> str:
         lacks = f"; missing: {', '.join(self.missing)}" if self.missing else ""
-        return f"Confounds({len(self.frame)} pairs; {', '.join([*self.features, 'subject', 'side'])}{lacks})"
+        return f"Confounds({len(self.frame)} pairs; {', '.join([*self.features, 'side', 'subject'])}{lacks})"
 
     def _repr_html_(self) -> str:
         lacks = "".join(f"<li>{escape(name)}: {escape(why)}</li>" for name, why in self.missing.items())
