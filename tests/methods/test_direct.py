@@ -433,33 +433,23 @@ def test_parts_are_no_places_of_a_patch():
         address([Site("attn_bias", 1)], tower("causal")[1], batch_of("causal"))
 
 
-@pytest.mark.parametrize("by", BY)
-def test_only_the_pooled_position_of_what_is_named_is_kept(monkeypatch, by):
-    """No activation per position, but for what a pattern and the values are reduced to, and none that no place names."""
-    kept = {}
-    observe = direct.observe
+def test_only_the_pooled_position_of_what_is_named_is_kept(monkeypatch):
+    """No activation per position, but for what patterns and values are reduced to, and none that no place names."""
+    kept, observe = {}, direct.observe
 
     def watched(*arguments):
         kept.update(observe(*arguments))
         return kept
 
     monkeypatch.setattr(direct, "observe", watched)
-    encoder, batch = tower("causal")[1], batch_of("causal")[:1]
-    direct_effects(encoder, batch, components(encoder, batch, by))
-    per_key = {name for name, value in kept.items() if batch.other.shape[1] in value.shape}
-    assert per_key == {name for name in kept if name.endswith(("hook_pattern", "attn.hook_v"))}
-    assert all(value.numel() <= 128 for value in kept.values()) and bool(per_key) == (by == "source")
-    direct_effects(encoder, batch, [Site("head", 1, 0)])
-    kept.clear()
-    direct_effects(encoder, batch, [Site("head", 1, 0)])
+    encoder, batch = tower("causal")[1], batch_of("causal").flip()[:1]
+    direct_effects(encoder, batch, [Site("head", 1, 0), Site("mlp_bias", 0)], contrast=False)
     assert set(kept) == {"blocks.1.attn.hook_z", "blocks.2.hook_resid_post"}
-
-
-def test_float32_is_read_in_float64_so_that_small_metrics_have_exact_parts():
-    """A direction almost at a right angle to the embedding: the parts are a thousand times their sum."""
-    encoder, batch = tower("causal", torch.float32)[1], batch_of("causal", dtype=torch.float32)
-    u = encoder(batch.tokens)
-    w = batch.direction - (batch.direction * u).sum(-1, keepdim=True) * u * 0.999
-    effects = direct_effects(encoder, batch.along(w), contrast=False)
-    assert (effects.values.abs().amax(0) > 20 * effects.total.abs()).any()
-    whole(effects, 1e-4)
+    for by in BY:
+        kept.clear()
+        direct_effects(encoder, batch, components(encoder, batch, by))
+        sizes = {name.split("_", 1)[1]: value[0].numel() for name, value in kept.items()}
+        width = int(batch.other_length[0])  # read last
+        assert sizes.items() <= {"z": 32, "post": 128, "pattern": 4 * width, "v": 4 * width}.items() | {
+            (name, 32) for name in ("mlp_out", "attn_out", "resid_pre", "resid_post")
+        }
