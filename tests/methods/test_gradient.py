@@ -111,27 +111,27 @@ def columns(lines):
 
 @BOTH
 def test_eap_is_the_central_finite_difference_of_every_edges_weight(name):
-    _, encoder = tower(name)
-    edges, h = encoder.edges(), 1e-4
-    for pair in (1, 5) if name == "causal" else (5,):  # of equal length, and of unequal
-        text = texts(name)[pair]
-        carried, slopes = by_receiver(text, edges, changes(text)), []
-        for nudge in h * torch.eye(len(edges), dtype=torch.float64):
-            ahead, behind = (shifted(text, weights, carried) @ text.direction for weights in (nudge, -nudge))
-            slopes.append(float(ahead - behind) / (2 * h))
-        found = gradient_effects(encoder, batch_of(name)[[pair]], edges).values[:, 0]
-        expected = torch.tensor(slopes, dtype=torch.float64)
-        assert (found - expected).abs().max() <= 1e-6 * expected.abs().max() > 0
+    encoder, h = tower(name)[1], 1e-4
+    pair, edges = (
+        (5, encoder.edges()) if name == "causal" else (1, encoder.edges()[::2])
+    )  # unequal length, equal length
+    text, slopes = texts(name)[pair], []
+    carried = by_receiver(text, edges, changes(text))
+    for nudge in h * torch.eye(len(edges), dtype=torch.float64):
+        ahead, behind = (shifted(text, weights, carried) @ text.direction for weights in (nudge, -nudge))
+        slopes.append(float(ahead - behind) / (2 * h))
+    found = gradient_effects(encoder, batch_of(name)[[pair]], edges).values[:, 0]
+    expected = torch.tensor(slopes, dtype=torch.float64)
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max() > 0
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize(("name", "steps"), [("causal", 1), *zip(TOWERS, (5, 3, 2), strict=True)])
 def test_eap_ig_is_its_definition(name, steps):
     """Pairs of equal and unequal length, the whole receiver and slots of it."""
     encoder = tower(name)[1]
     every = encoder.edges()
     edges = every + [at_slot(edge, slot) for slot in SLOTS for edge in every[::9] if edge.receiver != OUT]
-    run = "foil" if steps == 3 else "caption"
+    run = "foil" if steps == 2 else "caption"
     expected = columns([by_hand(text, edges, steps) for text in texts(name, run)])
     agree(gradient_effects(encoder, batch_of(name, None, run), edges, steps=steps), expected)
 
@@ -169,7 +169,7 @@ def test_integrated_gradients_along_all_edges_sum_to_the_total(name):
     encoder, batch = tower(name)[1], batch_of(name, equal=True)
     edges = encoder.edges()
     effects = gradient_effects(encoder, batch, edges)
-    points, quadrature = np.polynomial.legendre.leggauss(12)
+    points, quadrature = np.polynomial.legendre.leggauss(20)
     for pair, text in enumerate(texts(name)[: len(batch)]):
         total = 0.0
         for point, share in zip((points + 1) / 2, quadrature / 2, strict=True):
