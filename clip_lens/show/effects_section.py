@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -15,48 +14,14 @@ from clip_lens.model.site import Edge
 from clip_lens.show.network import path_diagram, strongest
 from clip_lens.show.plots import SIDE_NAMES, VALUE_NAMES, heatmap, largest, slot_name
 from clip_lens.show.section import Picture, Section, Table
+from clip_lens.show.words import gap, is_share, noun, reading, unit, verb, what_is_shown, whole
 
-KIND_NAMES = {
-    "embed": "the embedding",
-    "resid": "the residual stream",
-    "mid": "the residual stream between attention and MLP",
-    "attn": "the attention's output",
-    "mlp": "the MLP's output",
-    "head": "a head's output",
-    "q": "the queries",
-    "k": "the keys",
-    "v": "the values",
-    "pattern": "the attention pattern",
-    "neuron": "a neuron's activation",
-}
 NEGATION_IN = {"caption": "the caption", "foil": "the foil", "none": "neither"}
 MOST_FIGURES = 12  # per result
 MOST_UNITS = 40  # heads, neurons or joint places, as rows of a figure
 MOST_ENDS = 48  # senders, or receivers, of a figure
 MOST_PATHS = 30  # edges of a path diagram
 TOP = 8  # rows of the table, per side
-D = (
-    "The logit difference d",
-    "S(text, image) is the model's logit: its scale times the cosine of the text's and the image's embedding. For a "
-    "pair d = S(caption, image) \N{MINUS SIGN} S(foil, image); the model is right where d > 0. By two thresholds on d, "
-    "pairs are incorrect, ambiguous or correct.",
-)
-EFFECT = (
-    "Effects",
-    "One text of the pair is run. At a place, what it computes is replaced by what the source gives there, and "
-    "everything that reads it is computed again. The effect is the change of the metric. Its sign is turned so that it "
-    "counts with d whichever text is run: only then can pairs be averaged.",
-)
-SHARE = (
-    "Recovered fractions",
-    "Where the source is the other text of the pair, the recovered fraction is the sum of the effects over the sum of "
-    "the differences between the two texts: 0 is nothing, 1 is all of it. It is a ratio of means, for each side of the "
-    "negation by itself, because the sides have opposite signs; it can be below 0 or above 1.",
-)
-INTERVAL = (
-    "Intervals",
-    "All intervals are 95 % percentile bootstrap intervals: 1000 resamples of whole pairs, drawn with a fixed seed.",
-)
 
 
 class _View(NamedTuple):
@@ -102,31 +67,19 @@ def section_of(name: str, effects: Effects) -> Section:
     )
 
 
-def methods_of(results: Iterable[Effects]) -> list[tuple[str, str]]:
-    """What a reader must know of these results' numbers: headings and texts.
-
-    Example:
-        >>> from clip_lens.core.effects import toy_effects
-        >>> [heading for heading, _ in methods_of([toy_effects()])]
-        ['The logit difference d', 'Effects', 'Recovered fractions', 'Intervals']
-    """
-    shares = [_is_share(effects) for effects in results]
-    return [D, EFFECT, *([SHARE] if any(shares) else []), INTERVAL] if shares else []
-
-
 def _largest_effects(effects: Effects, data: str) -> Table:
     names = {
         "place": "place", "side": "negation in", "fraction": "fraction", "lower": "lower", "upper": "upper",
         "effect": "effect", "effect_lower": "effect, lower", "effect_upper": "effect, upper",
         "n": "pairs", "dropped": "dropped",
     }  # fmt: skip
-    if not _is_share(effects):
+    if not is_share(effects):
         names = {key: name for key, name in names.items() if key not in ("fraction", "lower", "upper")}
     top = effects.top(TOP).assign(side=lambda table: table["side"].map(NEGATION_IN))
     return Table(
         top[list(names)].rename(columns=names),
         "The largest effects",
-        f"The largest mean signed effects on each side, in {_unit(effects)}; lower and upper are the bounds of 95 % "
+        f"The largest {noun(effects)}s on each side, in {unit(effects)}; lower and upper are the bounds of 95 % "
         "bootstrap intervals over pairs.",
         rows=len(top),
         data=data,
@@ -188,17 +141,8 @@ def _grid(view: _View, side: str) -> DataFrame:
     return view.effects.grid(view.rows, view.columns, _value(view.effects), side=side)
 
 
-def _is_share(effects: Effects) -> bool:
-    """Whether fractions mean something: with the counterpart patched everywhere, the run becomes the other text's."""
-    return effects.meta.get("source", "counterpart") == "counterpart"
-
-
 def _value(effects: Effects) -> str:
-    return "fraction" if _is_share(effects) else "effect"
-
-
-def _unit(effects: Effects) -> str:
-    return "logits" if effects.meta.get("metric", "logit").startswith("logit") else "metric units"
+    return "fraction" if is_share(effects) else "effect"
 
 
 def _picture(view: _View, side: str, limit: float, table: DataFrame, data: str, wide: bool) -> Picture:
@@ -225,7 +169,8 @@ def _picture(view: _View, side: str, limit: float, table: DataFrame, data: str, 
 def _alt(view: _View, words: str, values: DataFrame) -> str:
     """A figure in a sentence or two."""
     value = _value(view.effects)
-    what = "Path diagram" if view.paths else f"Heat map of the {VALUE_NAMES[value]} by {view.rows} and {view.columns}"
+    number = f"{noun(view.effects)} ({unit(view.effects)})" if value == "effect" else VALUE_NAMES[value]
+    what = "Path diagram" if view.paths else f"Heat map of the {number} by {view.rows} and {view.columns}"
     if values.empty:
         return f"{what}: {words}."
     peak = values.loc[values[value].abs().idxmax()]
@@ -238,7 +183,7 @@ def _numbers(view: _View, side: str, table: DataFrame) -> DataFrame:
         rows = strongest(view.effects, MOST_PATHS, side)
     else:
         rows = table[(table["side"] == side) & table["place"].isin(set(view.effects.index["place"]))]
-    shown = SHOWN if _is_share(view.effects) else SHOWN[SHOWN.index("effect") :]
+    shown = SHOWN if is_share(view.effects) else SHOWN[SHOWN.index("effect") :]
     return rows[["place", *shown]].rename(columns={"n": "pairs"})
 
 
@@ -251,82 +196,40 @@ def _caption(view: _View, gaps: bool) -> str:
             "show them as a table."
         )
     lines = [
-        f"{_what_is_patched(view.effects)} {_reading(view.effects)}",
-        " Layer 0 is the embedding, layer l the output of block l." if _kinds(view.effects) == {"resid"} else "",
-        (" Grey: no such path." if view.rows == "sender" else " Grey: no pair has a counterpart there.")
-        if gaps
+        f"{what_is_shown(view.effects)} {reading(view.effects)}",
+        " Layer 0 is the embedding, layer l the output of block l."
+        if set(view.effects.index["kind"]) == {"resid"}
         else "",
+        f" Grey: {gap(view.effects)}." if gaps else "",
         view.note,
     ]
     return "".join(lines)
 
 
-def _kinds(effects: Effects) -> set[str]:
-    return set(effects.index["kind"])
-
-
-def _what_is_patched(effects: Effects) -> str:
-    source = effects.meta.get("source", "counterpart")
-    if _kinds(effects) == {"edge"}:
-        through = " and through MLPs" if "MLP" in effects.meta.get("method", "") else ""
-        return f"Each cell patches what a sender gives a receiver directly{through}, from the {source}."
-    kinds = [KIND_NAMES.get(kind, kind) for kind in dict.fromkeys(effects.index["kind"].dropna())]
-    tokens = "single tokens, averaged over pairs and tokens" if "token" in effects.pairs else "a slot's tokens together"
-    slots = f" ({tokens})" if effects.index["slot"].notna().any() else ""
-    patched = f"Each cell replaces {' and '.join(kinds) or 'several activations'} at one place"
-    return f"{patched}{slots} by what the {source} gives there."
-
-
-def _reading(effects: Effects) -> str:
-    """What a cell's number is."""
-    if not _is_share(effects):
-        number = f"Its number is the mean signed effect in {_unit(effects)}"
-        return f"{number}: {_signs(effects)} 0, without colour, is nothing."
-    return (
-        f"Its number is the share of {_whole(effects)} that this alone moves, a ratio of means over pairs: "
-        f"0, without colour, is nothing and 1 all of it; {_signs(effects)}"
-    )
-
-
-def _signs(effects: Effects) -> str:
-    """What blue and red mean: an effect times sigma counts with d, whichever text is run."""
-    if _is_share(effects):
-        return "blue moves it the way the whole does, red the other way."
-    if _unit(effects) == "logits":
-        return "blue lowers the caption's lead over the foil by that much, red raises it."
-    return "blue is positive, red negative."
-
-
 # Words and numbers
-
-
-def _whole(effects: Effects) -> str:
-    """What the fractions are shares of."""
-    plain = effects.meta.get("source", "counterpart") == "counterpart"
-    return "d" if plain and effects.meta.get("metric", "logit").startswith("logit") else "the total effect"
 
 
 def _finding(views: list[_View], effects: Effects, side: str) -> str:
     """One side's numbers as a sentence: the slot of the largest share at each layer, else the largest effect of all."""
     count = effects.pairs.loc[effects.pairs["side"] == side, "key"].nunique()
     start = f"{SIDE_NAMES[side].capitalize()} ({_counted(count)}): "
-    by_slot = len(views) == 1 and views[0].rows == "slot" and _is_share(effects)
+    by_slot = len(views) == 1 and views[0].rows == "slot" and is_share(effects)
     runs = _runs(_grid(views[0], side)) if by_slot else []
     if 0 < len(runs) <= 4 and len(views[0].effects.index["slot"].drop_duplicates()) > 1:
         layer = "layer" if set(effects.index["kind"]) == {"resid"} else "block"
         steps = [f'"{slot_name(slot)}" {_span(layer, cells)}' for slot, cells in runs]
-        return f"{start}the largest share of {_whole(effects)} moves at {', then at '.join(steps)}."
+        return f"{start}the largest share of {whole(effects)} {verb(effects)} at {', then at '.join(steps)}."
     top = effects.where(side=side).top(1)
     if top["effect"].isna().all():
         return f"{start}no place has a value."
     row = next(top.itertuples())
     share = (
-        f", {_number(row.fraction)} of {_whole(effects)} (95 % interval {_interval(row.lower, row.upper)})"
-        if row.fraction == row.fraction and _is_share(effects)
+        f", {_number(row.fraction)} of {whole(effects)} (95 % interval {_interval(row.lower, row.upper)})"
+        if row.fraction == row.fraction and is_share(effects)
         else ""
     )
     effect = f"{_number(row.effect)} {_interval(row.effect_lower, row.effect_upper)}"
-    return f"{start}the largest mean signed effect in size is that of {row.place}: {effect}{share}."
+    return f"{start}the largest {noun(effects)} in size is that of {row.place}: {effect}{share}."
 
 
 def _interval(lower: float, upper: float) -> str:

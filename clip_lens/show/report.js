@@ -150,7 +150,11 @@ const start = async () => {
   addEventListener("beforeprint", () => print(true));
   addEventListener("afterprint", () => print(false));
 };
-start();
+if ("DecompressionStream" in self) start();
+else {
+  const words = "This browser is too old for the figures and files of this page: they need one of 2023 or later.";
+  document.querySelector("main").prepend(make("p", words, {class: "warning"}));
+}
 
 // Paper can't unfold: what is folded is printed, but for the numbers of figures
 

@@ -151,7 +151,7 @@ def test_another_source_has_effects_and_no_shares(tmp_path, source):
     assert "blue lowers the caption's lead over the foil" in page.text
     assert "the largest mean signed effect in size is that of resid 0 @negator" in page.text
     assert not re.search(r"share|fraction|of d\b", page.text)
-    assert "Heat map of the mean signed effect (metric units) by slot and layer" in own_part(tmp_path / "r.html")
+    assert "Heat map of the mean signed effect (logits) by slot and layer" in own_part(tmp_path / "r.html")
     other = make(meta={"source": source, "metric": "cosine"})
     assert "logits:" not in Page(report({"it": other}, tmp_path / "c.html")).text
 
@@ -167,6 +167,36 @@ def test_paths_are_shown_as_a_diagram_and_senders_by_receivers(tmp_path):
     assert "Grey: no such path." in page.text and "no pair has a counterpart" not in page.text
     through = make(PATHS, shares, {"method": "path patching through MLPs, attention frozen"})
     assert "directly and through MLPs" in Page(report({"paths": through}, tmp_path / "m.html")).text
+
+
+@pytest.mark.parametrize(
+    ("meta", "told"),
+    [
+        ({"method": "direct logit attribution", "source": "counterpart"}, "in the other text minus in the run"),
+        ({"method": "direct logit attribution", "source": "none"}, "writes into the logit"),
+        ({"method": "logit lens", "norms": "frozen"}, "as it would be read from the residual stream at that layer"),
+        (
+            {"method": "attention selectivity", "source": "none", "metric": "attention weight"},
+            "minus in the text without",
+        ),
+        ({"method": "attention", "source": "none", "metric": "attention weight"}, "in the text with the negation."),
+    ],
+)
+def test_what_is_only_read_is_not_said_to_be_patched(tmp_path, meta, told):
+    text = Page(
+        report({"it": make(meta={"model": "toy", "metric": "logit", **meta})}, tmp_path / "r.html", title="It")
+    ).text
+    assert "Nothing is patched" in text and told in text
+    assert not re.search(r"replace|moves|caption's lead|mean signed effect", text)
+
+
+def test_estimates_are_called_estimates(tmp_path):
+    meta = {"method": "attribution patching", "gradient": "at the run", "source": "counterpart"}
+    text = Page(report({"it": make(meta=meta)}, tmp_path / "r.html")).text
+    assert (
+        "Each cell estimates from a gradient (attribution patching)" in text and "would move, by the estimate," in text
+    )
+    assert "does not patch" in text
 
 
 def test_what_was_run_pairs_and_drops_are_told(tmp_path):
