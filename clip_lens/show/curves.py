@@ -164,6 +164,8 @@ def _look(number: int, side: str | None) -> tuple[str, str]:
     colours = LIGHT.series
     if side in SIDE_COLOURS:
         return colours[SIDE_COLOURS[side]], "solid"
+    if side is not None:  # an entry beside the sides has a colour that none of them has
+        return colours[3 + number % 3], "solid"
     return colours[number % len(colours)], DASHES[number // len(colours) % len(DASHES)]
 
 

@@ -74,7 +74,7 @@ TRANSPARENT = LIGHT._replace(
 """No paper, and words in a grey that is read on white as on black (4.5 : 1 on both)."""
 THEMES = {"light": LIGHT, "dark": DARK, "transparent": TRANSPARENT}
 
-SIDE_COLOURS = dict(zip(("caption", "foil", "pooled", "none"), (0, 1, 2, 6), strict=True))
+SIDE_COLOURS = {"caption": 0, "foil": 1, "pooled": 2, "overall": 2, "none": 6}
 """The number in a theme's `series` of each side of a pair."""
 
 

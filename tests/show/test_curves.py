@@ -120,3 +120,11 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"0 places are in both results, such as head 0.0 in the first and resid 0"):
         scatter(exact, make(RESID))
     assert (clip_lens.curve, clip_lens.scatter, clip_lens.lens_lines) == (curve, scatter, lens_lines)
+
+
+def test_sides_keep_their_colours_whatever_stands_beside_them():
+    names = ["overall", "caption", "foil", "none", "another"]
+    frame = pd.DataFrame({"x": [0, 1] * 5, "y": 1.0, "side": np.repeat(names, 2)})
+    colours = {trace.name: trace.line.color for trace in curve(frame, "x", "y", by="side").data}
+    assert len(set(colours.values())) == 5
+    assert colours["negation in the caption"] == LIGHT.series[0] and colours["negation in the foil"] == LIGHT.series[1]
