@@ -79,6 +79,7 @@ _HOME = {
     "save_figure": "show.export",
     "themed": "show.style",
     "report": "show.report",
+    "study": "show.study",
     "section_of": "show.effects_section",
     "Section": "show.section",
     "Picture": "show.section",
@@ -157,6 +158,7 @@ if TYPE_CHECKING:
     from clip_lens.show.pictures import scatter_pairs as scatter_pairs
     from clip_lens.show.plots import heatmap as heatmap
     from clip_lens.show.report import report as report
+    from clip_lens.show.study import study as study
     from clip_lens.show.section import Picture as Picture
     from clip_lens.show.section import Section as Section
     from clip_lens.show.section import Table as Table

@@ -96,6 +96,7 @@ class Job(NamedTuple):
 
     encoder: HookedTextEncoder
     batch: Batch
+    images: ImageStore
     out: Path
     pictures: Path | None
     segment: str
@@ -132,7 +133,7 @@ def _job(
     out.mkdir(parents=True, exist_ok=True)
     shipped = ASSETS / "tiny" / "pictures" if images == "tiny" else None
     pictures = Path(images) if Path(images).is_dir() else shipped
-    return Job(encoder, batch, out, pictures, segment, rows, not quiet)
+    return Job(encoder, batch, store, out, pictures, segment, rows, not quiet)
 
 
 def on_pairs(**defaults: object) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -249,6 +250,32 @@ def paths(
     meta = _meta(job, METHODS[through.value], counterpart)
     effects = _keep(job).effects(f"paths-{through.value}", meta, places, compute, whole=True)
     _write(job, {f"paths, {through.value}": _segmented(effects, job.segment)})
+
+
+@app.command(
+    epilog="Examples: clip-lens study --out studied   |   clip-lens study --model ViT-B-32 --pretrained openai "
+    "--pairs existence.json --rephrased --images v7w.safetensors --out studied",
+)
+@on_pairs()
+def study(
+    job: Job, seed: Annotated[int, typer.Option(help="The seed of the probe's split and random directions.")] = 0
+) -> None:
+    """The negation study, whole: where negation is, which heads carry it, what confounds the score; one report."""
+    from clip_lens.show.study import study as write
+
+    page = write(
+        job.encoder,
+        job.batch,
+        job.out,
+        segment=job.segment,
+        images=job.images,
+        pictures=job.pictures,
+        rows=job.rows,
+        seed=seed,
+        progress=job.progress,
+        say=_say,
+    )
+    _say(f"The report is {page}; the .parquet files beside it hold the numbers.")
 
 
 @app.command(

@@ -88,7 +88,11 @@ class Keep:
                 return found
         made = compute()
         made.attrs["clip_lens"] = wanted
-        with written_whole(path) as temporary:
+        return self.save(name, made)
+
+    def save(self, name: str, made: DataFrame) -> DataFrame:
+        """The table itself, written as Parquet under its name."""
+        with written_whole(self._path(name)) as temporary:
             made.to_parquet(temporary)
         return made
 
