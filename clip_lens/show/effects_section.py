@@ -12,9 +12,9 @@ from pandas import DataFrame
 from clip_lens.core.effects import SHOWN, SIDES, Effects
 from clip_lens.model.site import Edge
 from clip_lens.show.network import path_diagram, strongest
-from clip_lens.show.plots import SIDE_NAMES, VALUE_NAMES, heatmap, largest, slot_name
+from clip_lens.show.plots import SIDE_NAMES, heatmap, largest, slot_name
 from clip_lens.show.section import Picture, Section, Table
-from clip_lens.show.words import gap, is_share, noun, reading, unit, verb, what_is_shown, whole
+from clip_lens.show.words import gap, is_share, noun, reading, unit, value_name, verb, what_is_shown, whole
 
 NEGATION_IN = {"caption": "the caption", "foil": "the foil", "none": "neither"}
 MOST_FIGURES = 12  # per result
@@ -169,7 +169,7 @@ def _picture(view: _View, side: str, limit: float, table: DataFrame, data: str, 
 def _alt(view: _View, words: str, values: DataFrame) -> str:
     """A figure in a sentence or two."""
     value = _value(view.effects)
-    number = f"{noun(view.effects)} ({unit(view.effects)})" if value == "effect" else VALUE_NAMES[value]
+    number = value_name(view.effects, value)
     what = "Path diagram" if view.paths else f"Heat map of the {number} by {view.rows} and {view.columns}"
     if values.empty:
         return f"{what}: {words}."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from clip_lens.core.effects import Effects
+from clip_lens.show.plots import VALUE_NAMES, slot_name
 
 KIND_NAMES = {
     "embed": "the embedding",
@@ -152,10 +153,23 @@ def noun(effects: Effects) -> str:
         >>> noun(toy_effects())
         'mean signed effect'
     """
-    names = {"direct": "mean contribution", "logit": "mean reading", "attention": "mean difference of attention"}
+    names = {"direct": "mean contribution", "logit": "mean reading", "attention": "mean difference"}
     if effects.meta.get("method") == "attention":
-        return "mean attention"
+        return "mean weight"
     return names.get(_method(effects), "mean estimated effect" if is_estimated(effects) else "mean signed effect")
+
+
+def value_name(effects: Effects, value: str) -> str:
+    """What a figure of a value shows.
+
+    Example:
+        >>> from clip_lens.core.effects import toy_effects
+        >>> value_name(toy_effects(), "fraction")
+        'recovered fraction'
+    """
+    if value == "effect":
+        return f"{noun(effects)} ({unit(effects)})"
+    return VALUE_NAMES[value] if is_patched(effects) else f"share of {whole(effects)}"
 
 
 def verb(effects: Effects) -> str:
@@ -167,7 +181,7 @@ def verb(effects: Effects) -> str:
         'moves'
     """
     names = {"direct": "is written", "logit": "is read"}
-    return names.get(_method(effects), "would move, by the estimate," if is_estimated(effects) else "moves")
+    return names.get(_method(effects), "would move" if is_estimated(effects) else "moves")
 
 
 def gap(effects: Effects) -> str:
@@ -238,9 +252,13 @@ def _attended(effects: Effects) -> str:
     texts = "in the text with the negation"
     if effects.meta.get("method") != "attention":
         texts += " minus in the text without"
-    slot = effects.meta.get("slot", "a slot")
-    paid = f"the attention that a head pays to {slot}, at the later position where that is largest"
+    slot = effects.meta.get("slot")
+    paid = f"the attention that a head pays to {_quoted(slot)}, at the later position where that is largest"
     return f"Nothing is patched: each cell is {paid}, {texts}."
+
+
+def _quoted(slot: str | None) -> str:
+    return "a slot" if slot is None else f"position {slot}" if slot.isdigit() else f'"{slot_name(slot)}"'
 
 
 def reading(effects: Effects) -> str:
