@@ -112,6 +112,8 @@ function render({ model, el }) {
       const cells = lines(grid).flat();
       if (cells.length && !cells.some((cell) => cell.tabIndex === 0)) cells[0].tabIndex = 0;
     }
+    // Jupyter has shortcuts on single keys ("x" cuts a cell), and looks for this mark at whatever has the focus.
+    for (const node of root.querySelectorAll("button, input, select, summary")) node.dataset.lmSuppressShortcuts = "true";
     if (focused) {
       const grid = panels.querySelector(`[data-grid="${focused.grid}"]`);
       grid && [...grid.querySelectorAll("button.cl-cell")].find((cell) => cell.dataset.set === focused.set)?.focus();
@@ -138,7 +140,6 @@ function render({ model, el }) {
   });
   panels.addEventListener("toggle", (event) => (open = event.target.open), true);
   panels.addEventListener("keydown", (event) => walk(event, panels));
-  // A notebook has shortcuts on single keys; in here keys belong to the fields.
   root.addEventListener("keydown", (event) => event.stopPropagation());
 
   async function copy(button) {

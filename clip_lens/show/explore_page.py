@@ -30,7 +30,7 @@ KIND_NAMES = {
 SOURCE_NAMES = {
     "counterpart": "the other text",
     "zeros": "zeros",
-    "mean": "the mean over the batch",
+    "mean": "the batch's mean",
     "noise": "itself with noise",
 }
 
