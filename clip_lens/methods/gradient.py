@@ -177,8 +177,8 @@ def _site_members(chunk: Chunk) -> Members:
     for name, kind in zip(addresses.hooks, addresses.kinds, strict=True):
         for place in {place for place, _, unit in found[name] if unit >= 0 and (place, 0, -1) in found[name]}:
             slots = found[name].pop((place, 0, -1))
-            for unit in chunk.encoder.units(kind):
-                found[name].setdefault((place, 0, cast(int, unit)), set()).update(slots)
+            for single in chunk.encoder.units(kind):
+                found[name].setdefault((place, 0, cast(int, single)), set()).update(slots)
     return {name: entries for name, entries in found.items() if entries}
 
 
@@ -235,7 +235,7 @@ def backward(
     hooks: list[Hook] = [(name, partial(_keep, into=value, name=name)) for name in names]
     with torch.enable_grad():
         leaf = embedding.detach().requires_grad_()
-        y = chunk.encoder.tower.run_with_hooks(leaf, fwd_hooks=hooks, start_at_layer=0)
+        y = chunk.encoder.tower.run_with_hooks(leaf, fwd_hooks=list(hooks), start_at_layer=0)
         result = metric(chunk.encoder.read(y, chunk.pooled), readout)
         if not result.requires_grad:
             raise ValueError("the metric has no gradient with respect to the embedding: compute it from `u` in torch")
