@@ -318,4 +318,5 @@ def _fields(member: Site | Edge | Outside) -> dict[str, object]:
         ends = {"sender": str(member.sender), "receiver": str(replace(member.receiver, slot=None))}
         return {"kind": "edge", "layer": None, "unit": None, "slot": member.receiver.slot, **ends}
     own = {name: getattr(member, name) for name in ("kind", "layer", "unit", "slot")}
-    return {**own, "sender": None, "receiver": None}
+    layer = None if member.kind in PARTS and member.kind in NO_LAYER else member.layer
+    return {**own, "layer": layer, "sender": None, "receiver": None}

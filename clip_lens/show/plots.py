@@ -135,6 +135,9 @@ def value_name(value: str, effects: Effects | DataFrame | None = None) -> str:
     if metric == "attention weight" and value in ("fraction", "effect"):
         selective = "selectivity" in effects.meta.get("method", "")  # type: ignore[union-attr]
         return "mean extra attention weight" if selective else "mean attention weight"
+    method = effects.meta.get("method", "") if isinstance(effects, Effects) else ""
+    if value == "fraction" and method in ("direct logit attribution", "logit lens"):
+        return "share of the total"
     name = VALUE_NAMES.get(value, escape(value))
     return name.replace("metric units", "logits") if metric == "logit" else name
 
