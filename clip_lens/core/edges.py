@@ -62,7 +62,8 @@ def differences(
 
 @dataclass(repr=False, eq=False)
 class EdgePatch:
-    """The edges of some rows, as hooks for one forward pass; `live` is filled as the pass goes on.
+    """The edges of some rows, as hooks for one forward pass; `live` and `sent` (by sender and number of positions) are
+    filled as the pass goes on.
 
     `at(hook name)` says which of the text's positions the activation at that hook holds, for each row.
     """
@@ -77,6 +78,7 @@ class EdgePatch:
     layer: int
     at: Callable[[str], Int[Tensor, "row at"]]
     live: dict[str, Tensor] = field(default_factory=dict)
+    sent: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         device = self.pair.device
@@ -184,7 +186,8 @@ class EdgePatch:
             index = (r[mine] - start, c[mine], s[mine])
             weight.index_put_(index, where.to(weight.dtype), accumulate=True)
             shift = weight.clamp_(max=1.0).permute(0, 3, 1, 2) @ self._sent(senders.tolist(), tile, at)
-            line, number = torch.stack(index[:2]).unique(dim=1)
+            key = (index[0] * len(receivers) + index[1]).unique()
+            line, number = key // len(receivers), key % len(receivers)
             parts.append(shift.movedim(1, 2)[line, number])
             touched.append(torch.stack([tile[line], receivers[number]]))
         line, number = torch.cat(touched, 1)
@@ -200,8 +203,23 @@ class EdgePatch:
             if not self.is_live[number]:
                 sent.append(self.change[number][pair, here])
                 continue
-            site = self.addresses.senders[number]
-            name = sender_hook(site)
-            change = self.source[name][pair, here] - self._held(name, at)[rows]
-            sent.append(written(self.encoder, site, change.nan_to_num(0.0)))
+            if self._fits(at):
+                if (number, at.shape[1]) not in self.sent:
+                    self.sent[number, at.shape[1]] = self._live_change(number, slice(None), at)
+                sent.append(self.sent[number, at.shape[1]][rows])
+            else:
+                sent.append(self._live_change(number, rows, at))
         return torch.stack(sent, 2)
+
+    def _fits(self, at: Int[Tensor, "row at"]) -> bool:
+        """Whether what all live senders would send can be held: then it is computed once, not for each receiver."""
+        return at.numel() * self.change.shape[-1] * int(self.is_live.sum()) <= TILE
+
+    def _live_change(
+        self, number: int, rows: Int[Tensor, "tile"] | slice, at: Int[Tensor, "row at"]
+    ) -> Float[Tensor, "tile at d_model"]:
+        """What a live sender would send, minus what it gives in these rows."""
+        site = self.addresses.senders[number]
+        name = sender_hook(site)
+        change = self.source[name][self.pair[rows][:, None], at[rows]] - self._held(name, at)[rows]
+        return written(self.encoder, site, change.nan_to_num(0.0))
