@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from clip_lens.data.images import Failures, ImageStore, PathLike, label, some, unit, versions, where
+from clip_lens.progress import progress_bar
 
 EXTENSIONS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 BATCHES_PER_CHUNK = 8
@@ -188,12 +189,10 @@ def _compute(
 
     Batches are the same whether a run was interrupted or not, so that both give the same bits.
     """
-    from tqdm import tqdm
 
     failed: list[tuple[str, str]] = []
     unsaved: list[ImageStore] = []
-    # disable=None: no bar where standard error isn't a terminal
-    bar = tqdm(total=sum(map(len, batches)), unit="image", desc="embedding", disable=None if progress else True)
+    bar = progress_bar(sum(map(len, batches)), "image", "embedding", show=progress)
 
     def save() -> None:
         chunk = partial.save(unsaved)

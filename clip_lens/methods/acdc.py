@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from clip_lens.core.metric import Metric, logit
 from clip_lens.core.source import Source, counterpart
@@ -19,6 +17,7 @@ from clip_lens.methods.patching import describe
 from clip_lens.methods.removal import Removal
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Edge
+from clip_lens.progress import progress_bar
 
 Cell = tuple[int, int]
 
@@ -32,7 +31,7 @@ def acdc(
     source: Source = counterpart,
     metric: Metric = logit,
     rows: int = 256,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Circuit:
     """The circuit that is left when every edge goes whose removal changes the metric by less than `threshold`.
 
@@ -70,7 +69,7 @@ def acdc(
         name.startswith("kl"),
         max(1, rows // removal.n),
     )
-    bar = tqdm(total=len(start), unit="edge", disable=not progress or not sys.stderr.isatty(), leave=False)
+    bar = progress_bar(len(start), "edge", "ACDC", show=progress)
     with bar:
         for done in search.run([(r, s) for r, s in start.keep.nonzero().flip(0).tolist()]):
             bar.update(done)

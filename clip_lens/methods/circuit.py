@@ -33,8 +33,8 @@ FORMAT = "clip_lens circuit 1"
 class Graph:
     """The senders and receivers of a tower of some depth and number of heads, and which pairs of them are edges.
 
-    `node_of[receiver]` is the number of the sender that a receiver belongs to (a head's q, k and v to the head), that of
-    `out` is the number of senders.
+    `node_of[receiver]` is the number of the sender that a receiver belongs to (a head's q, k and v to the head), that
+    of `out` is the number of senders.
 
     Example:
         >>> graph = Graph.of(6, 4)
@@ -141,7 +141,7 @@ class Circuit:
         n_heads: int,
         meta: Mapping[str, str] | None = None,
     ) -> Circuit:
-        """The circuit of some edges; a mapping gives their scores. An end without unit stands for all heads of its layer.
+        """The circuit of some edges; a mapping gives their scores. An end without unit is all heads of its layer.
 
         Raises:
             ValueError: an edge that a tower of this depth and number of heads does not have, or one at a slot: a
@@ -278,7 +278,7 @@ class Circuit:
 
     def to_networkx(self) -> DiGraph:
         """A `networkx.DiGraph` of the nodes: embed, heads, MLPs, out. Nodes have kind, layer, unit; an arc has
-        `through`, the inputs that it enters (of q, k, v, mlp, out), `scores` by input, and `score`, the largest by size.
+        `through`, the inputs that it enters (of q, k, v, mlp, out), `scores` by input, and the largest, `score`.
 
         Example:
             >>> graph = Circuit.full(clip_lens.load()).to_networkx()
@@ -370,8 +370,8 @@ class Circuit:
         Example:
             >>> from clip_lens import Edge, Site
             >>> path = getfixture("tmp_path") / "circuit.json"
-            >>> circuit = Circuit.of({Edge(Site("embed"), Site("out")): 1.5}, n_layers=1, n_heads=1, meta={"method": "me"})
-            >>> circuit.save(path)
+            >>> scores = {Edge(Site("embed"), Site("out")): 1.5}
+            >>> Circuit.of(scores, n_layers=1, n_heads=1, meta={"method": "me"}).save(path)
             >>> print(path.read_text())
             {
               "format": "clip_lens circuit 1",

@@ -11,7 +11,6 @@ too, and the components add up to the metric.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,6 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from clip_lens.core.effects import Effects
 from clip_lens.core.metric import logit
@@ -30,6 +28,7 @@ from clip_lens.data.batch import Batch
 from clip_lens.methods.patching import RUNS, check_metric, describe, pairs_frame
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import NO_LAYER, Edge, Kind, Place, Site, hook_name, members
+from clip_lens.progress import progress_bar
 
 By = Literal["head", "neuron", "source", "layer", "sublayer"]
 Norms = Literal["frozen", "recomputed"]
@@ -63,7 +62,7 @@ def direct_effects(
     places: Iterable[Place] | None = None,
     *,
     contrast: bool = True,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Effects:
     """How much of the logit difference each place writes by itself, in units of the metric: an `Effects`.
 
@@ -107,7 +106,7 @@ def direct_effects(
 
 
 def logit_lens(
-    encoder: HookedTextEncoder, batch: Batch, *, norms: Norms = "frozen", contrast: bool = True, progress: bool = False
+    encoder: HookedTextEncoder, batch: Batch, *, norms: Norms = "frozen", contrast: bool = True, progress: bool = True
 ) -> Effects:
     """The metric as the residual stream before each layer has it already, resid 0..L, in units of the metric.
 
@@ -261,7 +260,7 @@ def _attributed(
         )
     values = torch.zeros(len(places), len(batch), dtype=encoder.dtype)
     metrics = torch.zeros(2, len(batch), dtype=torch.float64)
-    bar = tqdm(total=len(batch), unit="pair", disable=not progress or not sys.stderr.isatty(), leave=False)
+    bar = progress_bar(len(batch), "pair", "attributing", show=progress)
     with torch.inference_mode(), bar:
         for index in batch.length.argsort(stable=True).split(_at_once(encoder, batch, len(places))):
             (own, run), (its, other) = (read(text) for text in _both(batch[index]))

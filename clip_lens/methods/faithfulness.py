@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -12,7 +11,6 @@ import torch
 from jaxtyping import Bool, Float
 from pandas import DataFrame
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from clip_lens.core.bootstrap import Draws, sides_of
 from clip_lens.core.effects import Effects
@@ -24,6 +22,7 @@ from clip_lens.methods.patching import describe, pairs_frame
 from clip_lens.methods.removal import Removal, parts
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Outside
+from clip_lens.progress import progress_bar
 
 By = Literal["node", "edge"]
 
@@ -36,14 +35,14 @@ def faithfulness(
     source: Source = counterpart,
     metric: Metric = logit,
     rows: int = 256,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Effects:
     """What each circuit loses in each pair, in units of the metric: an `Effects` with a place per circuit, its outside.
 
     In a circuit's run every edge outside it carries the source's value (method, section 8). `values = m(C) - m(full)`,
     `total = m(empty) - m(full)`: a circuit that loses nothing has 0, one that keeps nothing the total, and
-    `f(C) = 1 - values / total`, a ratio of dataset means, is what `faithfulness_table` and `cpr_cmd` say (Mueller et al.
-    2025, MIB). Circuits usually run the caption: `align(..., run="caption")`.
+    `f(C) = 1 - values / total`, a ratio of dataset means, is what `faithfulness_table` and `cpr_cmd` say (Mueller et
+    al. 2025, MIB). Circuits usually run the caption: `align(..., run="caption")`.
 
     Raises:
         ValueError: no circuit, one of a tower of another shape, or what `patch_effects` refuses.
@@ -66,7 +65,7 @@ def faithfulness(
     removed = torch.stack([circuit.graph.edges & ~circuit.keep for circuit in circuits])
     values = torch.zeros(len(circuits), len(batch), dtype=encoder.dtype)
     total, baseline, d = values.new_zeros(3, len(batch))
-    bar = tqdm(total=values.numel(), unit="row", disable=not progress or not sys.stderr.isatty(), leave=False)
+    bar = progress_bar(values.numel(), "row", "running circuits", show=progress)
     with bar:
         for part in parts(encoder, batch, source, metric, rows):
             values[:, part.index] = part.values(removed)
@@ -76,7 +75,7 @@ def faithfulness(
     meta["found on these pairs"] = _found_here(circuits, meta["batch"])
     if missing := int(total.isnan().sum()):
         meta["pairs without a source"] = str(missing)
-    return Effects(values, total, baseline, tuple(map(_outside, circuits)), pairs_frame(batch, d), meta)
+    return Effects(values, total, baseline, tuple(map(outside, circuits)), pairs_frame(batch, d), meta)
 
 
 METHOD = "faithfulness of circuits"
@@ -90,7 +89,13 @@ def _fits(circuit: Circuit, encoder: HookedTextEncoder) -> None:
         )
 
 
-def _outside(circuit: Circuit) -> Outside:
+def outside(circuit: Circuit) -> Outside:
+    """The place under which `faithfulness` says what a circuit loses.
+
+    Example:
+        >>> str(outside(Circuit.full(clip_lens.load())))
+        'outside every edge, 1108 of 1108 edges'
+    """
     share, ranking = circuit.meta.get("share"), circuit.meta.get("ranking", "")
     size = int(circuit.graph.edges.sum())
     return Outside(circuit.name, len(circuit), size, None if share is None else float(share), ranking)
@@ -154,8 +159,8 @@ def cpr_cmd(effects: Effects, interval: float = 0.95, *, resamples: int = 1000, 
     `CPR` = integral of f over the share of edges asked for (larger is better), of circuits ranked by signed score;
     `CMD` = integral of |1 - f| (smaller is better), of circuits ranked by size: trapezoids on a linear axis from the
     smallest share to 1, where f = 1 by definition (method, section 8; Mueller et al. 2025). NaN where that
-    ranking is missing. Columns: circuit, side, CPR, CPR_lower, CPR_upper, CMD, CMD_lower, CMD_upper, points, n. Pairs are
-    resampled jointly at all sizes, with the draws of `Effects.table`.
+    ranking is missing. Columns: circuit, side, CPR, CPR_lower, CPR_upper, CMD, CMD_lower, CMD_upper, points, n. Pairs
+    are resampled jointly at all sizes, with the draws of `Effects.table`.
 
     Raises:
         ValueError: circuits without a share and a ranking, as `sized_circuits` gives them, or a share that comes twice.
@@ -298,12 +303,12 @@ def completeness(
 ) -> DataFrame:
     """How far circuit C and model M part when both lose the same members K: a row per K (Wang et al. 2023).
 
-    `incompleteness = |F(C \\ K) - F(M \\ K)|`, F the mean over pairs of the signed metric and 0 the best. K is part of the
-    circuit's heads and MLPs (`by="node"`: every edge that enters or leaves them goes) or of its edges: first
+    `incompleteness = |F(C \\ K) - F(M \\ K)|`, F the mean over pairs of the signed metric and 0 the best. K is part of
+    the circuit's heads and MLPs (`by="node"`: every edge that enters or leaves them goes) or of its edges: first
     none, then `samples` sets in which each member is with probability 1/2, then the sets of a greedy search of `greedy`
     steps, which adds of ten members drawn the one that parts C and M most. Columns: found, size, removed (K's names),
-    circuit and model (F(C \\ K) and F(M \\ K), relative to the plain run), incompleteness, share (of what removing every
-    edge moves).
+    circuit and model (F(C \\ K) and F(M \\ K), relative to the plain run), incompleteness, share (of what removing
+    every edge moves).
 
     Raises:
         ValueError: a circuit of a tower of another shape, an unknown `by`, or what `faithfulness` refuses.
@@ -368,11 +373,11 @@ def minimality(
 ) -> DataFrame:
     """What each member of a circuit is there for: a row per member, the least needed last (Wang et al. 2023).
 
-    `minimality(v) = max over K of |F(C \\ (K + v)) - F(C \\ K)|`, F the mean over pairs of the signed metric, K nothing or
-    one of `samples` sets of the other members, each in with probability 1/2: a backup matters only when
+    `minimality(v) = max over K of |F(C \\ (K + v)) - F(C \\ K)|`, F the mean over pairs of the signed metric, K nothing
+    or one of `samples` sets of the other members, each in with probability 1/2: a backup matters only when
     what it stands in for is gone. Members are the circuit's edges or (`by="node"`) its heads and MLPs. Columns: member,
-    minimality (metric units), share (of what removing every edge moves), alone (the signed change with K nothing: positive
-    = it supports d), removed (the K of the maximum).
+    minimality (metric units), share (of what removing every edge moves), alone (the signed change with K nothing:
+    positive = it supports d), removed (the K of the maximum).
 
     Raises:
         ValueError: what `completeness` refuses.

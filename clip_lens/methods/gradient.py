@@ -47,7 +47,7 @@ def gradient_effects(
     metric: Metric = logit,
     steps: int = 1,
     rows: int = 64,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Effects:
     """What each place would move in each pair if the metric were linear, in units of the metric: an `Effects`.
 

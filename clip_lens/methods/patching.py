@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
@@ -11,7 +10,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from clip_lens.core.effects import Effects, segments
 from clip_lens.core.metric import Metric, Readout, logit
@@ -22,6 +20,7 @@ from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Place, Site
 from clip_lens.openclip import digest
+from clip_lens.progress import progress_bar
 
 
 def patch_effects(
@@ -32,7 +31,7 @@ def patch_effects(
     source: Source = counterpart,
     metric: Metric = logit,
     rows: int = 256,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Effects:
     """What each place moves in each pair, in units of the metric (CLIP logits at the model's scale): an `Effects`.
 
@@ -82,7 +81,7 @@ def sweep(
     addresses = address((*places, everything(encoder, fetch)), encoder, batch)
     values = torch.zeros(len(places) + 1, len(batch), dtype=encoder.dtype)
     baseline, d = torch.zeros(len(batch), dtype=encoder.dtype), torch.zeros(len(batch), dtype=encoder.dtype)
-    bar = tqdm(total=values.numel(), unit="row", disable=not progress or not sys.stderr.isatty(), leave=False)
+    bar = progress_bar(values.numel(), "row", "patching", show=progress)
     with torch.no_grad(), bar:
         for index in batch.length.argsort(stable=True).split(pairs_at_once(addresses, encoder, batch, rows)):
             chunk = prepare(encoder, batch, addresses, fetch, index, also)

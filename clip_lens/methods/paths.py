@@ -33,7 +33,7 @@ def path_effects(
     source: Source = counterpart,
     metric: Metric = logit,
     rows: int = 256,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Effects:
     """What each sender moves through each receiver, per pair, in units of the metric: a place per path that exists.
 

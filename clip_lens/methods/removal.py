@@ -1,4 +1,4 @@
-"""Runs in which many edges at once carry the source's value: what circuits, their search and their tests are made of."""
+"""Runs in which many edges at once carry the source's value: what circuits, their search and their tests need."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def parts(encoder: HookedTextEncoder, batch: Batch, source: Source, metric: Metr
 
 @dataclass(frozen=True)
 class Removal:
-    """A whole batch, ready: means over its pairs for any sets of edges. Holds what `parts` prepares of every pair, about
-    8 MB for a pair of 14 tokens at the size of ViT-B/32."""
+    """A whole batch, ready: means over its pairs for any sets of edges. Holds what `parts` prepares of every pair,
+    about 8 MB for a pair of 14 tokens at the size of ViT-B/32."""
 
     prepared: tuple[Part, ...]
 
@@ -128,8 +128,9 @@ class Removal:
         return float(sum(_oriented(part, part.total[None]) for part in self.prepared)) / self.n
 
     def means(self, removed: Bool[Tensor, "set receiver sender"]) -> Float[Tensor, "set"]:
-        """What the removal of each set moves on average, `mean of sigma * (metric(patched) - metric(run))` over the pairs
-        that have a source: the part of d that is lost with these edges. Metrics without sides are taken as they are."""
+        """What the removal of each set moves on average, `mean of sigma * (metric(patched) - metric(run))` over the
+        pairs that have a source: the part of d that is lost with these edges. Metrics without sides are taken as they
+        are."""
         return sum((_oriented(part, part.values(removed)) for part in self.prepared), torch.zeros(())) / self.n
 
 

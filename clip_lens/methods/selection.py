@@ -160,7 +160,8 @@ def stability(
 
     Whole pairs are drawn with replacement, edges ranked again by the mean of their effects per pair; nothing is run.
     Columns: edges, jaccard (mean over resamples of the overlap with the circuit of all pairs), lower, upper (its
-    percentile interval), pairwise (mean overlap of two resamples), certain (edges that are in every resample), resamples, pairs.
+    percentile interval), pairwise (mean overlap of two resamples), certain (edges that are in every resample),
+    resamples, pairs.
 
     Raises:
         ValueError: what `top_edges` refuses, fewer than one resample, an interval outside of (0, 1).
@@ -199,7 +200,7 @@ def stability(
 def selection_frequency(
     effects: Effects, n: int, *, signed: bool = False, select: Select = "top", resamples: int = 200, seed: int = 0
 ) -> DataFrame:
-    """How often each edge is among the n of a resample of the pairs (see `stability`): a row per edge, most often first.
+    """How often each edge is among the n of a resample of the pairs (see `stability`): a row per edge.
 
     Columns: edge, sender, receiver, score (over all pairs), selected (whether it is in the circuit of all pairs),
     frequency (share of the resamples that select it).

@@ -63,7 +63,7 @@ class Study:
     images: ImageStore | None = None
     rows: int = 256
     seed: int = 0
-    progress: bool = False
+    progress: bool = True
 
     def meta(self, method: str, **more: str) -> dict[str, str]:
         """What a finished result must say of itself to be taken as this study's."""
@@ -96,7 +96,7 @@ def study(
     pictures: Pictures = None,
     rows: int = 256,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool = True,
     say: Callable[[str], object] | None = None,
 ) -> Path:
     """The path of a report of the negation study on one model and its pairs; its numbers lie beside it as Parquet.
