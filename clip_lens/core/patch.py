@@ -129,7 +129,7 @@ def address_edges(
 
     Masks of several places hold thousands of edges; as `Edge` objects they would cost more than running them.
     """
-    place, receiver, sender = chosen.nonzero(as_tuple=True)
+    _, receiver, sender = chosen.nonzero(as_tuple=True)
     device = chosen.device
     counts = chosen.flatten(1).sum(1)
     layer = torch.tensor([start_layer(Edge(Site("embed"), site), n_layers) for site in receivers], device=device)

@@ -192,8 +192,8 @@ Place: TypeAlias = Site | Edge | Outside | tuple[Site | Edge, ...]
 
 
 def members(place: Place) -> tuple[Site | Edge, ...]:
-    """The sites and edges of a place: one, or those of a tuple, which are patched together; a circuit's outside does not
-    list them.
+    """The sites and edges of a place: one, or those of a tuple, which are patched together; a circuit's outside lists
+    none.
 
     Example:
         >>> members(Site("mlp", 1))
@@ -223,7 +223,7 @@ def readers(n_layers: int, n_heads: int) -> list[Site]:
         ['q 0.0', 'k 0.0', 'v 0.0', 'mlp 0', 'out']
     """
     units = [(layer, unit) for layer in range(n_layers) for unit in range(n_heads)]
-    inputs = [Site(kind, *at) for at in units for kind in ("q", "k", "v")]  # type: ignore[arg-type]
+    inputs = [Site(kind, *at) for at in units for kind in ("q", "k", "v")]
     return sorted([*inputs, *(Site("mlp", layer) for layer in range(n_layers)), Site("out")], key=order)
 
 
