@@ -68,7 +68,12 @@ class With(str, Enum):
     noise = "noise"
 
 
-Model = Annotated[str, typer.Option(help="'tiny' (embedded), or a model of open_clip's.", rich_help_panel="Model")]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="'tiny' (embedded), a model of open_clip's, or a folder that transformers saved.", rich_help_panel="Model"
+    ),
+]
 Pretrained = Annotated[
     Optional[str],  # noqa: UP045 - typer reads this at run time, on Python 3.10 too
     typer.Option(help="A tag of open_clip's, a checkpoint file, or 'random'.", rich_help_panel="Model"),
@@ -160,8 +165,14 @@ def on_pairs(**defaults: object) -> Callable[[Callable[..., None]], Callable[...
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what is loaded, computed and written.")] = False,
 ) -> None:
     """How a CLIP text encoder computes what it says: causal tracing, patching, pictures."""
+    if verbose:
+        import logging
+
+        logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+        logging.getLogger("clip_lens").setLevel(logging.INFO)
 
 
 @app.command(
@@ -313,7 +324,8 @@ def embed(
 @app.command(epilog="Examples: clip-lens info   |   clip-lens info traced/resid.parquet   |   clip-lens info my.csv")
 def info(
     what: Annotated[
-        str, typer.Argument(help="'tiny', a model of open_clip's, or a file: pairs, image store, effects.")
+        str,
+        typer.Argument(help="'tiny', a model of open_clip's, a folder of one, or a file: pairs, image store, effects."),
     ] = "tiny",
     pretrained: Pretrained = None,
 ) -> None:

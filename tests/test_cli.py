@@ -179,3 +179,22 @@ def test_a_sender_that_does_not_exist_is_named(few: Path, tmp_path: Path, capsys
         common = ("--pairs", few, "--out", tmp_path / "o", "--quiet")
         assert run("paths", "--from", words[0], "--to", words[1], *common) == 1
         assert expected in capsys.readouterr().err
+
+
+def test_verbose_says_what_is_computed_and_written(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "clip_lens.cli",
+        "--verbose",
+        "patch",
+        "--sites",
+        "mlp",
+        "--quiet",
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "clip_lens.methods.patching: 6 places x 1200 pairs in" in done.stderr
+    assert "mlp-text.parquet: Effects(6 places x 1200 pairs" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from pandas import DataFrame
 from clip_lens.core.effects import Effects
 from clip_lens.core.files import written_whole
 from clip_lens.model.site import Place
+
+log = logging.getLogger(__name__)
 
 PART = 2**18
 """Rows (places x pairs) of a part of a sweep: what an interruption can cost, about a minute on a CLIP-sized tower."""
@@ -68,6 +71,7 @@ class Keep:
             return done
         effects = compute(places) if whole else _in_parts(path.with_suffix(".parts"), meta, places, compute)
         effects.save(path)
+        log.info("%s: %r", path, effects)
         shutil.rmtree(path.with_suffix(".parts"), ignore_errors=True)
         return effects
 
@@ -94,6 +98,7 @@ class Keep:
         """The table itself, written as Parquet under its name."""
         with written_whole(self._path(name)) as temporary:
             made.to_parquet(temporary)
+        log.info("%s: %d rows", self._path(name), len(made))
         return made
 
     def _path(self, name: str) -> Path:
@@ -123,6 +128,7 @@ def _in_parts(
         if part is None:
             part = compute(chosen)
             part.save(path)
+            log.info("%s: places %d to %d of %d", path, start, start + len(chosen) - 1, len(places))
         parts.append(part)
     return joined(parts)
 

@@ -84,7 +84,16 @@ def gradient_effects(
     also = [EMBEDDING] if steps > 1 else []
     with torch.inference_mode(False):
         effects = sweep(
-            encoder, batch, places, score, source=source, metric=metric, rows=rows, progress=progress, also=also
+            encoder,
+            batch,
+            places,
+            score,
+            source=source,
+            metric=metric,
+            rows=rows,
+            progress=progress,
+            also=also,
+            gradients=True,
         )
     return replace(effects, meta={**effects.meta, **conventions(effects.places, steps)})
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
@@ -21,6 +23,8 @@ from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Place, Site
 from clip_lens.openclip import digest
 from clip_lens.progress import progress_bar
+
+log = logging.getLogger(__name__)
 
 
 def patch_effects(
@@ -73,16 +77,18 @@ def sweep(
     rows: int,
     progress: bool,
     also: Iterable[str] = (),
+    gradients: bool = False,
 ) -> Effects:
     """What `score` says of each place, some pairs at a time, as an `Effects`; `also` names hooks whose source it needs
-    beside those of the places."""
+    beside those of the places, `gradients` says that what is cached will enter an autograd graph."""
+    began = time.perf_counter()
     places = checked(places, encoder, batch, rows)
     fetch = source(encoder, batch)
     addresses = address((*places, everything(encoder, fetch)), encoder, batch)
     values = torch.zeros(len(places) + 1, len(batch), dtype=encoder.dtype)
     baseline, d = torch.zeros(len(batch), dtype=encoder.dtype), torch.zeros(len(batch), dtype=encoder.dtype)
     bar = progress_bar(values.numel(), "row", "patching", show=progress)
-    with torch.no_grad(), bar:
+    with torch.no_grad() if gradients else torch.inference_mode(), bar:
         for index in batch.length.argsort(stable=True).split(pairs_at_once(addresses, encoder, batch, rows)):
             chunk = prepare(encoder, batch, addresses, fetch, index, also)
             readout = Readout(chunk.batch.direction, chunk.embedding, encoder(chunk.batch.other))
@@ -93,6 +99,7 @@ def sweep(
     meta = describe(encoder, batch, method=METHOD, source=source, metric=metric)
     if missing := int(values[-1].isnan().sum()):
         meta["pairs without a source"] = str(missing)
+    log.info("%d places x %d pairs in %.1f s", len(places), len(batch), time.perf_counter() - began)
     return Effects(values[:-1], values[-1], baseline, places, pairs_frame(batch, d), meta)
 
 
