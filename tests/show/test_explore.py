@@ -70,7 +70,7 @@ def by_hand(encoder, one, view, source, slots):
 # The numbers
 
 
-@pytest.mark.parametrize(("kind", "run"), zip(KINDS, 3 * RUNS, strict=False))
+@pytest.mark.parametrize(("kind", "run"), list(zip(KINDS, 3 * RUNS, strict=False)))
 def test_the_grid_is_patch_effects(desk, encoder, pairs, store, kind, run):
     row = KINDS.index(kind) + 3
     panels = desk.look(desk.change(desk.start(), pair=row, kind=kind, run=run))
