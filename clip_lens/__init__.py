@@ -46,6 +46,9 @@ _HOME = {
     "labels": "methods.labels",
     "acdc": "methods.acdc",
     "Circuit": "methods.circuit",
+    "Discovery": "methods.discover",
+    "agreement": "methods.discover",
+    "discover": "methods.discover",
     "overlaps": "methods.circuit",
     "random_circuit": "methods.circuit",
     "completeness": "methods.faithfulness",
@@ -80,6 +83,7 @@ _HOME = {
     "themed": "show.style",
     "report": "show.report",
     "study": "show.study",
+    "circuit_report": "show.circuit_report",
     "section_of": "show.effects_section",
     "Section": "show.section",
     "Picture": "show.section",
@@ -119,6 +123,9 @@ if TYPE_CHECKING:
     from clip_lens.methods.direct import components as components
     from clip_lens.methods.direct import direct_effects as direct_effects
     from clip_lens.methods.direct import logit_lens as logit_lens
+    from clip_lens.methods.discover import Discovery as Discovery
+    from clip_lens.methods.discover import agreement as agreement
+    from clip_lens.methods.discover import discover as discover
     from clip_lens.methods.faithfulness import completeness as completeness
     from clip_lens.methods.faithfulness import cpr_cmd as cpr_cmd
     from clip_lens.methods.faithfulness import faithfulness as faithfulness
@@ -146,6 +153,7 @@ if TYPE_CHECKING:
     from clip_lens.model.tower import HookedTextTower as HookedTextTower
     from clip_lens.show.attention import patterns as patterns
     from clip_lens.show.bars import bars as bars
+    from clip_lens.show.circuit_report import circuit_report as circuit_report
     from clip_lens.show.curves import curve as curve
     from clip_lens.show.curves import lens_lines as lens_lines
     from clip_lens.show.curves import scatter as scatter
@@ -158,10 +166,10 @@ if TYPE_CHECKING:
     from clip_lens.show.pictures import scatter_pairs as scatter_pairs
     from clip_lens.show.plots import heatmap as heatmap
     from clip_lens.show.report import report as report
-    from clip_lens.show.study import study as study
     from clip_lens.show.section import Picture as Picture
     from clip_lens.show.section import Section as Section
     from clip_lens.show.section import Table as Table
+    from clip_lens.show.study import study as study
     from clip_lens.show.style import themed as themed
 
 

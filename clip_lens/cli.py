@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, Optional
 import typer
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from clip_lens.core.effects import Effects
     from clip_lens.core.keep import Keep
     from clip_lens.core.source import Source
@@ -50,6 +52,16 @@ class By(str, Enum):
     text = "text"
     slot = "slot"
     position = "position"
+
+
+class Find(str, Enum):
+    """How a circuit's edges are found."""
+
+    exact = "exact"
+    eap = "eap"
+    eap_ig = "eap-ig"
+    acdc = "acdc"
+    random = "random"
 
 
 class Through(str, Enum):
@@ -290,6 +302,40 @@ def study(
 
 
 @app.command(
+    epilog="Examples: clip-lens circuit --exact --out circuit   |   "
+    "clip-lens circuit --method acdc --threshold 0.2 --pairs my.csv --images my-pictures/ --out searched",
+)
+@on_pairs(run=Run.caption, segment="all")
+def circuit(
+    job: Job,
+    method: Annotated[Find, typer.Option(help="How edges are found.")] = Find.eap_ig,
+    edges: Annotated[int, typer.Option(help="Edges of the circuit, before pruning (all but acdc).", min=1)] = 200,
+    steps: Annotated[int, typer.Option(help="eap-ig: steps of the integral.", min=1)] = 5,
+    threshold: Annotated[float, typer.Option(help="acdc: the change of d, in logits, below which an edge goes.")] = 0.1,
+    split: Annotated[float, typer.Option(help="The share of the pairs on which the circuit is found.")] = 0.5,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Patch every edge on the held-out pairs too, to compare.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="The seed of split, random circuits and resampling.")] = 0,
+) -> None:
+    """Find the circuit behind d on one part of the pairs, judge it on the other: f, CPR, CMD, stability; a report."""
+    from clip_lens.methods.discover import discover
+    from clip_lens.show.circuit_report import circuit_report
+    from clip_lens.show.findings import cautions
+
+    found, judged = _of_segment(job).split(split, seed)
+    discovery = discover(
+        job.encoder, found, judged, method=method.value, edges=edges, steps=steps, threshold=threshold, exact=exact,
+        keep=_keep(job), rows=job.rows, seed=seed, progress=job.progress,
+    )  # fmt: skip
+    page = circuit_report(
+        discovery, job.out / "report.html", pictures=job.pictures, warnings=cautions(job.encoder, job.batch)
+    )
+    _print_frame(discovery.summary, f"{discovery!r}")
+    _say(f"\nThe report is {page}; circuit.json, summary.csv and the .parquet files beside it hold the numbers.")
+
+
+@app.command(
     epilog="Example: clip-lens embed pictures/ --model ViT-B-32 --pretrained openai --out pictures.safetensors",
 )
 def embed(
@@ -466,6 +512,21 @@ def _segmented(effects: Effects, segment: str) -> Effects:
     return effects.where(segment=segment)
 
 
+def _of_segment(job: Job) -> Batch:
+    """The pairs of the segment that was asked for."""
+    if job.segment == "all":
+        return job.batch
+    from clip_lens.core.effects import segments
+    from clip_lens.methods.scores import pair_scores
+
+    found = segments(pair_scores(job.encoder, job.batch).d)
+    if job.segment not in found:
+        raise ValueError(
+            f"no pair is {job.segment!r}, there are {', '.join(sorted(set(found)))}; give one of these, or all"
+        )
+    return job.batch[[row for row, name in enumerate(found) if name == job.segment]]
+
+
 def _write(job: Job, results: dict[str, Effects]) -> None:
     """The table of the first result on the screen and as csv, and the report of all."""
     from clip_lens.show.report import report
@@ -508,6 +569,20 @@ def _print_table(effects: Effects) -> None:
                 interval = f"{line.effect_lower:+.2f} .. {line.effect_upper:+.2f}"
                 table.add_row(line.place, *share, f"{line.effect:+.2f}", interval)
         Console().print(table)
+
+
+def _print_frame(frame: DataFrame, title: str) -> None:
+    """A table on the screen, numbers with two decimals; columns without any are left out."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    shown = frame.dropna(axis=1, how="all")
+    for column in shown:
+        table.add_column(str(column), justify="left" if shown[column].dtype.kind == "O" else "right")
+    for line in shown.itertuples(index=False):
+        table.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in line))
+    Console().print(table)
 
 
 def _say(line: str) -> None:

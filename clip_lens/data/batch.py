@@ -125,6 +125,23 @@ class Batch:
         parts = ("tokens", "other", "origin", "slot", "other_slot", "length", "other_length", "direction", "sigma")
         return replace(self, pairs=self.pairs[rows.tolist()], **{name: getattr(self, name)[rows] for name in parts})
 
+    def split(self, fraction: float = 0.5, seed: int = 0) -> tuple[Batch, Batch]:
+        """Two parts as of `Pairs.split`: the first with about `fraction` of the pairs, those of one image together.
+
+        Raises:
+            ValueError: `fraction` isn't between 0 and 1, or all pairs are of one image.
+
+        Example:
+            >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+            >>> batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder)
+            >>> found, judged = batch.split(0.5, seed=1)
+            >>> set(found.pairs.image) & set(judged.pairs.image), len(found) + len(judged)
+            (set(), 8)
+        """
+        first = set(self.pairs.split(fraction, seed)[0].key)
+        inside = torch.tensor([key in first for key in self.pairs.key], device=self.tokens.device)
+        return self[inside], self[~inside]
+
     @property
     def unaligned(self) -> Int[Tensor, "pair"]:
         """For each pair, how many positions of the run have no counterpart."""
