@@ -6,6 +6,7 @@ import importlib.metadata
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import TypeAlias
 
 import pandas as pd
@@ -177,7 +178,7 @@ def describe(
         "pairs dropped": "; ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none",
         "without a template of slots": str(batch.untemplated),
         "positions without counterpart": str(int(batch.unaligned.sum())),
-        "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
+        "versions": _versions(),
     }
 
 
@@ -185,6 +186,11 @@ METHOD = "activation patching"
 RUNS = {"affirmative": "the text without negation", "negated": "the text with negation"}
 RUNS |= {name: f"the {name}" for name in ("caption", "foil")}
 PACKAGES = ("clip_lens", "transformer_lens", "open_clip_torch", "torch")
+
+
+@cache
+def _versions() -> str:
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
 
 
 def _name(function: object) -> str:
