@@ -1,0 +1,205 @@
+"""Circuits found on one split and judged on the other: the parts are the functions' own, and nothing runs twice."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from handmade import handmade
+from towers import random_encoder, random_store
+
+import clip_lens
+from clip_lens.core.effects import Effects
+from clip_lens.core.keep import Keep
+from clip_lens.data.pairs import Pairs
+from clip_lens.methods import discover as module
+from clip_lens.methods.circuit import Circuit, Graph, random_circuit
+from clip_lens.methods.discover import agreement, discover, random_sizes
+from clip_lens.methods.faithfulness import cpr_cmd, faithfulness, faithfulness_table
+from clip_lens.methods.gradient import gradient_effects
+from clip_lens.methods.patching import patch_effects
+from clip_lens.methods.selection import SHARES, sized_circuits, stability, top_edges
+
+EDGES = 15
+
+
+@pytest.fixture(autouse=True)
+def fewer(monkeypatch):
+    monkeypatch.setattr(module, "BASELINES", 2)
+    monkeypatch.setattr(module, "RESAMPLES", 10)
+
+
+@pytest.fixture(scope="module")
+def tower():
+    """A small random tower and twelve pairs of six images, split."""
+    encoder = random_encoder(layers=2, heads=2, width=32, dtype=torch.float64)
+    nouns = ("dogs", "cats", "cars", "trees", "birds", "boats")
+    texts = [(f"There are no {noun}.", f"There are some {noun}.") for noun in nouns]
+    captions, foils = zip(*(pair[::turn] for pair in texts for turn in (1, -1)), strict=True)
+    pairs = Pairs([str(n) for n in range(12)], captions, foils, [f"{n // 2}.png" for n in range(12)])
+    batch = clip_lens.align(pairs, random_store(pairs, encoder.d_embed), encoder, run="caption")
+    return encoder, *batch.split()
+
+
+def test_a_split_parts_a_batch_as_it_parts_its_pairs(tower):
+    _, found, judged = tower
+    assert not set(found.pairs.image) & set(judged.pairs.image) and len(found) + len(judged) == 12
+    whole = clip_lens.read_pairs()[:20]
+    batch = clip_lens.align(whole, clip_lens.ImageStore.open("tiny"), clip_lens.load())
+    for ours, theirs in zip(batch.split(0.3, 2), batch.pairs.split(0.3, 2), strict=True):
+        assert ours.pairs == theirs and len(ours.tokens) == len(theirs)
+
+
+@pytest.mark.parametrize(
+    ("method", "run", "options"),
+    [
+        ("exact", patch_effects, {}),
+        ("eap", gradient_effects, {}),
+        ("eap-ig", gradient_effects, {"steps": 3}),
+    ],
+)
+def test_its_parts_are_what_the_functions_give(tower, method, run, options):
+    encoder, found, judged = tower
+    done = discover(encoder, found, judged, method=method, edges=EDGES, steps=3, exact=True, seed=4)
+    scores = run(encoder, found, encoder.edges(), **options)
+    torch.testing.assert_close(done.scores.values, scores.values)
+    top = top_edges(scores, EDGES)
+    assert done.circuit.keep.equal(top.pruned().keep)
+    circuits = [circuit for signed in (True, False) for circuit in sized_circuits(scores, signed=signed)]
+    effects = faithfulness(encoder, judged, circuits)
+    own = [row for row, place in enumerate(done.judged.places) if place.circuit == done.name]
+    torch.testing.assert_close(done.judged.values[own], effects.values)
+    pd.testing.assert_frame_equal(
+        done.areas[done.areas["circuit"] == done.name].drop(columns="circuit").reset_index(drop=True),
+        cpr_cmd(effects, seed=4).drop(columns="circuit"),
+    )
+    verdict = faithfulness_table(faithfulness(encoder, judged, top.pruned()), seed=4)
+    same = done.verdict[done.verdict["circuit"] == done.name].reset_index(drop=True)
+    pd.testing.assert_frame_equal(same.drop(columns="circuit"), verdict.drop(columns="circuit"))
+    pd.testing.assert_frame_equal(done.stability, stability(scores, [EDGES], resamples=10, seed=4))
+    torch.testing.assert_close(done.exact.values, patch_effects(encoder, judged, encoder.edges()).values)
+    row = done.summary.iloc[-1]
+    assert row["side"] == "pooled" and row["edges"] == len(done.circuit) and row["pairs"] == len(judged)
+    assert (
+        row["CMD"] == done.areas[(done.areas["circuit"] == done.name) & (done.areas["side"] == "pooled")]["CMD"].item()
+    )
+    chance = done.areas[(done.areas["circuit"] != done.name) & (done.areas["side"] == "pooled")]
+    assert row["random_CPR"] == pytest.approx(chance["CPR"].mean()) and len(chance) == 2
+
+
+def test_agreement_is_numpys_correlation_of_the_means_per_side(tower):
+    encoder, found, judged = tower
+    exact, estimate = patch_effects(encoder, judged, encoder.edges()), gradient_effects(encoder, found, encoder.edges())
+    shuffled = replace(estimate, values=estimate.values.flip(0), places=estimate.places[::-1])
+    table = agreement(exact, shuffled).set_index("side")
+    assert list(table.index) == ["caption", "foil", "pooled"] and set(table["edges"]) == {len(encoder.edges())}
+    for side in ("caption", "foil"):
+        one, two = (effects.where(side=side).signed().mean(1).numpy() for effects in (exact, estimate))
+        assert table.loc[side, "r"] == pytest.approx(np.corrcoef(one, two)[0, 1], abs=1e-12)
+    both = np.corrcoef(exact.signed().mean(1).numpy(), estimate.signed().mean(1).numpy())[0, 1]
+    assert table.loc["pooled", "r"] == pytest.approx(both, abs=1e-12)
+    with pytest.raises(ValueError, match="no edge in common"):
+        agreement(replace(exact, values=exact.values[:1], places=exact.places[:1]), replace(
+            estimate, values=estimate.values[1:2], places=estimate.places[1:2]))  # fmt: skip
+
+
+def test_random_circuits_are_nested_of_the_sizes_asked_for_and_of_no_scores(tower):
+    encoder, found, judged = tower
+    n = len(encoder.edges())
+    sizes = random_sizes(encoder, 3)
+    assert [circuit.meta["share"] for circuit in sizes] == [f"{share:g}" for share in SHARES]
+    whole = [random_circuit(Circuit(first_edges(encoder, int(share * n)), 2, 2), 3) for share in SHARES]
+    for circuit, drawn in zip(sizes, whole, strict=True):
+        assert len(drawn) == int(float(circuit.meta["share"]) * n) and circuit.keep.equal(drawn.pruned().keep)
+    assert all(len(a - b) == 0 for a, b in pairwise(whole))
+    done = discover(encoder, found, judged, method="random", edges=EDGES, seed=5)
+    assert done.scores is None and done.name == "random(5)" and done.stability.empty
+    assert set(done.areas["circuit"]) == {"random(5)", "random(6)", "random(7)"}
+    assert done.areas[["CPR", "CMD"]].notna().all().all()
+    full = done.curve[done.curve["share"] == 1.0]
+    assert full["f"].to_numpy() == pytest.approx(1.0, abs=1e-9)
+
+
+def first_edges(encoder, n):
+    graph = Graph.of(encoder.n_layers, encoder.n_heads)
+    keep = torch.zeros_like(graph.edges)
+    rows, columns = graph.edges.nonzero()[:n].T
+    keep[rows, columns] = True
+    return keep
+
+
+def test_acdc_has_a_circuit_and_no_areas(tower):
+    encoder, found, judged = tower
+    done = discover(encoder, found, judged, method="acdc", threshold=0.5)
+    assert done.circuit.keep.equal(clip_lens.acdc(encoder, found, 0.5).pruned().keep)
+    assert done.summary[["CPR", "CMD", "jaccard", "r"]].isna().all().all()
+    own = done.curve[done.curve["circuit"] == "ACDC"]
+    assert len(own) == 2 * 3 and set(own["ranking"]) == {"signed", "absolute"}
+
+
+@pytest.mark.parametrize("method", ["exact", "eap", "eap-ig"])
+def test_a_tower_whose_circuit_is_known_gives_it(method):
+    tower = handmade("parallel")
+    half = len(tower.batch) // 2
+    splits = tower.batch[:half], tower.batch[half:]
+    done = discover(tower.encoder, *splits, method=method, edges=len(tower.edges))
+    assert set(done.circuit.edges()) == tower.edges
+    own = done.verdict[done.verdict["circuit"] == done.name]
+    assert own["f"].to_numpy() == pytest.approx(1.0, abs=1e-8)
+
+
+def test_what_is_finished_is_not_computed_again(tower, tmp_path, monkeypatch):
+    encoder, found, judged = tower
+    common = Keep(tmp_path)
+    how = {"edges": EDGES, "exact": True, "shared": common}
+    first = {m: discover(encoder, found, judged, method=m, keep=Keep(tmp_path / m), **how) for m in ("exact", "acdc")}
+
+    def computed(*_, **__):
+        raise AssertionError("computed again")
+
+    for name in ("patch_effects", "acdc", "faithfulness", "stability"):
+        monkeypatch.setattr(module, name, computed)
+    for method, done in first.items():
+        again = discover(encoder, found, judged, method=method, keep=Keep(tmp_path / method), **how)
+        pd.testing.assert_frame_equal(again.summary, done.summary)
+        assert Circuit.load(tmp_path / method / "circuit.json").jaccard(done.circuit) == 1.0
+        saved = pd.read_csv(tmp_path / method / "summary.csv")
+        assert saved["f"].to_numpy() == pytest.approx(done.summary["f"].to_numpy())
+    assert Effects.load(tmp_path / "exact" / "scores-exact.parquet").values.equal(first["exact"].scores.values)
+    with pytest.raises(AssertionError, match="computed again"):
+        discover(encoder, found, judged, method="acdc", threshold=0.7, keep=Keep(tmp_path / "acdc"), **how)
+    with pytest.raises(AssertionError, match="computed again"):
+        discover(encoder, found[:4], judged, method="exact", keep=Keep(tmp_path / "exact"), **how)
+
+
+def test_an_interrupted_sweep_goes_on_with_its_next_part(tower, tmp_path, monkeypatch):
+    encoder, found, judged = tower
+    monkeypatch.setattr("clip_lens.core.keep.PART", 20 * len(found))
+    sizes = []
+
+    def interrupted(encoder, batch, places, **how):
+        sizes.append(len(places))
+        if len(sizes) == 2:
+            raise KeyboardInterrupt
+        return patch_effects(encoder, batch, places, **how)
+
+    monkeypatch.setattr(module, "patch_effects", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        discover(encoder, found, judged, method="exact", edges=EDGES, keep=Keep(tmp_path))
+    done = discover(encoder, found, judged, method="exact", edges=EDGES, keep=Keep(tmp_path))
+    assert sum(sizes) == len(encoder.edges()) + 20  # the part that was interrupted, once more
+    torch.testing.assert_close(done.scores.values, patch_effects(encoder, found, encoder.edges()).values)
+
+
+def test_what_does_not_fit_is_refused_before_anything_runs(tower):
+    encoder, found, judged = tower
+    with pytest.raises(ValueError, match="give one of exact, eap, eap-ig, acdc, random"):
+        discover(encoder, found, judged, method="EAP")
+    with pytest.raises(ValueError, match="edges to select from"):
+        discover(encoder, found, judged, edges=10**6)
+    with pytest.raises(ValueError, match="in both splits"):
+        discover(encoder, found, found[:2], edges=EDGES)
+    with pytest.raises(ValueError, match="run='caption' and 'foil'"):
+        discover(encoder, found, judged.flip(), edges=EDGES)
