@@ -86,7 +86,7 @@ class EdgePatch:
         self.sender, self.receiver, self.slot = columns.unbind(1)
         patched = "blocks.0.hook_resid_pre" in self.addresses.hooks and self.layer == 0
         live = [patched if site.kind == "embed" else site.layer >= self.layer for site in self.addresses.senders]
-        self.is_live = torch.tensor(live, device=device)
+        self.is_live, self.n_live = torch.tensor(live, device=device), sum(live)
 
     def receiving(self) -> list[Hook]:
         """The hooks at receivers that stand before those of sites: a patched q is not shifted."""
@@ -213,7 +213,7 @@ class EdgePatch:
 
     def _fits(self, at: Int[Tensor, "row at"]) -> bool:
         """Whether what all live senders would send can be held: then it is computed once, not for each receiver."""
-        return at.numel() * self.change.shape[-1] * int(self.is_live.sum()) <= TILE
+        return at.numel() * self.change.shape[-1] * self.n_live <= TILE
 
     def _live_change(
         self, number: int, rows: Int[Tensor, "tile"] | slice, at: Int[Tensor, "row at"]
