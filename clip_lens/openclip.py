@@ -1,21 +1,16 @@
-"""The doorway to open_clip: a name and weights in, the original model, its tokenizer and its preprocessing out.
+"""The doorway for names: a name and weights in, the original model, its tokenizer and its preprocessing out.
 
-Both towers come through here: `clip_lens.load` converts the text tower, `clip_lens.embed_images` runs the image tower.
+open_clip's models are opened here, a folder that transformers saved in `clip_lens.huggingface`. Both towers come this
+way: `clip_lens.load` converts the text tower, `clip_lens.embed_images` runs the image tower.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import open_clip
@@ -24,24 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from clip_lens.huggingface import open_folder
+from clip_lens.original import Original, in_one_line, quiet
+from clip_lens.original import digest as digest
+
 ASSETS = Path(str(files("clip_lens"))) / "assets"
 RANDOM = "random"
-
-
-@dataclass(frozen=True)
-class Original:
-    """An open_clip model as it came, with everything that says which one it is.
-
-    `tokenizer` is None where none was asked for. `vocabulary` holds the token ids that the model saw in training, where
-    that is known (the embedded model); None = all.
-    """
-
-    module: nn.Module
-    tokenizer: Callable[..., Tensor] | None
-    preprocess: Callable[[Any], Tensor] | None
-    name: str
-    pretrained: str | None
-    vocabulary: frozenset[int] | None = None
 
 
 def open_original(
@@ -51,13 +34,14 @@ def open_original(
     tokenizer: Callable[..., Tensor] | None = None,
     with_tokenizer: bool = True,
 ) -> Original:
-    """The open_clip model `name` with weights, both towers, float32, on the CPU, in evaluation mode.
+    """The model `name` with weights, both towers, float32, on the CPU, in evaluation mode.
 
     `pretrained` is a tag of open_clip's (`open_clip.list_pretrained()`), the path of a checkpoint (.pt, .safetensors),
     or "random" for untrained weights. `name` may also be "tiny" (the embedded model; `pretrained` may be weights that
     `scripts/train_tiny.py` wrote with another seed) or open_clip's `local-dir:PATH` and `hf-hub:ORG/REPO`, which bring
-    their weights with them. A `tokenizer` takes the place of the model's own, which may have to be downloaded;
-    `with_tokenizer=False` does without, for work on images alone.
+    their weights with them, or the path of a folder that transformers' `save_pretrained` wrote, which does too. A
+    `tokenizer` takes the place of the model's own, which may have to be downloaded; `with_tokenizer=False` does
+    without, for work on images alone.
 
     A tag that was trained with QuickGELU gets it, whatever the model's configuration says: "ViT-B-32" with "openai" is
     "ViT-B-32-quickgelu". A checkpoint's file does not tell; there the name decides.
@@ -71,13 +55,16 @@ def open_original(
     """
     if name == "tiny":
         return _open_tiny(pretrained, tokenizer, with_tokenizer)
-    with _quiet():
+    if name not in open_clip.list_models() and Path(name).is_dir():
+        _refuse_weights(name, pretrained)
+        return open_folder(name, tokenizer=tokenizer, with_tokenizer=with_tokenizer)
+    with quiet():
         module: Any = _create(name, pretrained)
     preprocess = open_clip.transform.image_transform_v2(
         open_clip.transform.PreprocessCfg(**module.visual.preprocess_cfg), is_train=False
     )
     if with_tokenizer and tokenizer is None:
-        with _quiet():
+        with quiet():
             tokenizer = _tokenizer(name)
     return Original(module.eval(), tokenizer, preprocess, name, pretrained)
 
@@ -92,21 +79,6 @@ def builtin_config(name: str) -> dict[str, Any]:
     return open_clip.get_model_config(name) if name in open_clip.list_models() else {}
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """A sha256 over names, shapes and float32 bytes of tensors: the same weights give the same 16 hexadecimal digits.
-
-    Example:
-        >>> digest({"w": torch.ones(2)}) == digest({"w": torch.ones(2, dtype=torch.float64)})
-        True
-    """
-    hasher = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().to("cpu", torch.float32).contiguous()
-        hasher.update(f"{name}{tuple(tensor.shape)}".encode())
-        hasher.update(memoryview(tensor.numpy()).cast("B") if tensor.numel() else b"")  # type: ignore[arg-type]
-    return hasher.hexdigest()[:16]
-
-
 def _create(name: str, pretrained: str | None) -> nn.Module:
     hosted = name.startswith(("local-dir:", "hf-hub:"))
     if not hosted and name not in open_clip.list_models():
@@ -117,8 +89,8 @@ def _create(name: str, pretrained: str | None) -> nn.Module:
             f"{name} needs weights, got pretrained=None; give a tag ({tags}), the path of a checkpoint, "
             f"or {RANDOM!r} for an untrained model"
         )
-    if hosted and pretrained is not None:
-        raise ValueError(f"{name} has its weights with it, got pretrained={pretrained!r}; leave it None")
+    if hosted:
+        _refuse_weights(name, pretrained)
     weights = None if pretrained == RANDOM else pretrained
     trained = {} if hosted or weights is None else open_clip.get_pretrained_cfg(name, weights)
     try:
@@ -135,8 +107,13 @@ def _create(name: str, pretrained: str | None) -> nn.Module:
         raise ValueError(f"can't load {name} with pretrained={pretrained!r}: {reason}") from error
 
 
+def _refuse_weights(name: str, pretrained: str | None) -> None:
+    if pretrained is not None:
+        raise ValueError(f"{name} has its weights with it, got pretrained={pretrained!r}; leave it None")
+
+
 def _reason(name: str, pretrained: str | None, error: Exception) -> str:
-    cause = _in_one_line(error)
+    cause = in_one_line(error)
     if pretrained in (None, RANDOM):
         return cause
     if Path(pretrained).is_file():
@@ -147,16 +124,15 @@ def _reason(name: str, pretrained: str | None, error: Exception) -> str:
     return f"neither a file nor one of its tags: {', '.join(tags) or 'it has none'}"
 
 
-def _in_one_line(error: Exception) -> str:
-    return shorten(str(error), 240, placeholder=" ...") or type(error).__name__
-
-
 def _nearest(name: str, names: Sequence[str]) -> str:
     import difflib
 
     close = difflib.get_close_matches(name, names, n=4, cutoff=0.5)
     hint = f"did you mean {', '.join(close)}? " if close else ""
-    return hint + "open_clip.list_models() lists all of them; 'tiny' is the embedded one"
+    return (
+        hint + "open_clip.list_models() lists all of them; 'tiny' is the embedded one; "
+        "a folder that transformers saved goes by its path"
+    )
 
 
 def _tokenizer(name: str) -> Callable[..., Tensor]:
@@ -164,7 +140,7 @@ def _tokenizer(name: str) -> Callable[..., Tensor]:
         return open_clip.get_tokenizer(name)
     except Exception as error:
         raise ValueError(
-            f"can't load the tokenizer of {name}: {_in_one_line(error)} (load(..., tokenizer=...) takes one of yours)"
+            f"can't load the tokenizer of {name}: {in_one_line(error)} (load(..., tokenizer=...) takes one of yours)"
         ) from error
 
 
@@ -200,16 +176,3 @@ def _open_tiny(pretrained: str | None, tokenizer: Callable[..., Tensor] | None, 
     )
     tokenizer = tokenizer or (tiny_tokenizer() if with_tokenizer else None)
     return Original(module.eval(), tokenizer, preprocess, "tiny", pretrained, frozenset(rows.tolist()))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """open_clip logs and warns on its way to an error that we word ourselves."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous)

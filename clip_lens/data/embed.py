@@ -1,4 +1,4 @@
-"""embed_images: pictures -> an ImageStore, by the image tower of any open_clip model; interrupted, it goes on."""
+"""embed_images: pictures -> an ImageStore, by the image tower of any model that loads; interrupted, it goes on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BATCHES_PER_CHUNK = 8
 def embed_images(
     paths: PathLike | Iterable[PathLike],
     *,
-    model: str = "tiny",
+    model: PathLike = "tiny",
     pretrained: str | None = None,
     out: PathLike,
     batch_size: int = 64,
@@ -38,10 +38,10 @@ def embed_images(
 ) -> ImageStore:
     """The store `out` with the embeddings of a folder of images and its subfolders, of one image, or of a list of them.
 
-    `model` and `pretrained` are open_clip's, or "tiny". Pictures go through the model's own preprocessing as
-    `preprocess(PIL.Image.open(file))` does it: to RGB, EXIF orientation not applied. An id is the path below the
-    folder; for listed files, below the folder that they have in common. Images that can't be read are listed in
-    `failed` and in one warning.
+    `model` and `pretrained` are open_clip's, or "tiny", or `model` is a folder that transformers saved. Pictures go
+    through the model's own preprocessing as `preprocess(PIL.Image.open(file))` does it: to RGB, EXIF orientation not
+    applied. An id is the path below the folder; for listed files, below the folder that they have in common. Images
+    that can't be read are listed in `failed` and in one warning.
 
     A run that is interrupted resumes: what is done lies in `<out>.partial` until all is. A finished `out` of the same
     model is extended; its images are not computed again unless their files changed. An `out` of another model is
@@ -65,7 +65,7 @@ def embed_images(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     images, out = _find(paths), Path(out)
     finished = None if overwrite or not out.exists() else ImageStore.open(out)
-    tower = _image_tower(model, pretrained, device)
+    tower = _image_tower(os.fspath(model), pretrained, device)
     if finished:
         _same_maker(finished, tower, out)
     partial = _Partial(out.with_name(f"{out.name}.partial"))
@@ -131,14 +131,15 @@ def _image_tower(model: str, pretrained: str | None, device: str) -> _ImageTower
         raise ValueError(f"device={device!r} can't be used here ({reason}); give 'cpu', or 'cuda' on a GPU") from error
     original = open_original(model, pretrained=pretrained, with_tokenizer=False)
     module: Any = original.module.to(device).eval()
-    if original.preprocess is None:
-        raise ValueError(f"{model} has no preprocessing for images; give the name of an open_clip model")
+    if module.visual is None or original.preprocess is None:
+        lacking = "image tower" if module.visual is None else "preprocessing for images"
+        raise ValueError(f"{model} has no {lacking}; give a model that has, by open_clip's name or as a folder")
     provenance = {
         "model": original.name,
         "digest": digest(module.visual.state_dict()),
         # The address of a function in a repr would differ from run to run.
         "preprocessing": re.sub(r" at 0x[0-9a-f]+", "", str(original.preprocess)),
-        "versions": versions("clip_lens", "open_clip_torch", "torch", "pillow"),
+        "versions": versions("clip_lens", original.library, "torch", "pillow"),
         "origin": "computed by clip_lens.embed_images",
     }
     if original.pretrained is not None:

@@ -1,4 +1,4 @@
-"""An open_clip text tower -> `HookedTextTower`. All is read from the live module, nothing from the model's name."""
+"""A text tower of open_clip's or transformers' -> `HookedTextTower`, read from the live module, not from its name."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.config import TransformerBridgeConfig
 
+from clip_lens.huggingface import SUPPORTED, TransformersModel, fitted
 from clip_lens.model.tower import MLP, Attention, Block, HookedTextTower, LayerNorm
 
 PoolType = Literal["argmax", "eos", "last", "first"]
@@ -34,13 +35,26 @@ class Pool:
         return torch.full((len(tokens),), position, device=tokens.device)
 
 
-def convert(
-    module: nn.Module, *, name: str, tokenizer: Callable[..., Tensor] | None = None
-) -> tuple[HookedTextTower, Pool]:
-    """The hooked copy of an open_clip model's text tower, and how it pools.
+@dataclass(frozen=True)
+class Parts:
+    """A text tower taken apart, as `HookedTextTower` wants it."""
 
-    `module` is an `open_clip.CLIP`, a `CustomTextCLIP` or a `TextTransformer`; it is left as it is. Layer scales are
-    folded into the output weights that they multiply.
+    W_E: Float[Tensor, "d_vocab d_model"]
+    W_pos: Float[Tensor, "n_ctx d_model"]
+    blocks: list[Block]
+    ln_final: LayerNorm
+    W_U: Float[Tensor, "d_model d_embed"]
+    b_U: Float[Tensor, "d_embed"]
+    pool: Pool
+
+
+def convert(
+    module: nn.Module, *, name: str, tokenizer: Callable[..., Any] | None = None
+) -> tuple[HookedTextTower, Pool]:
+    """The hooked copy of a CLIP model's text tower, and how it pools.
+
+    `module` is an `open_clip.CLIP`, a `CustomTextCLIP`, a `TextTransformer`, or a `TransformersModel`; it is left as it
+    is. Layer scales are folded into the output weights that they multiply.
 
     Raises:
         ValueError: the tower has a part that this package does not reproduce; the message names it.
@@ -51,22 +65,71 @@ def convert(
         >>> tower.cfg.n_layers, tower.cfg.n_heads, pool.type
         (6, 4, 'argmax')
     """
+    parts = _of_transformers(module, name) if isinstance(module, TransformersModel) else _of_open_clip(module, name)
+    tower = HookedTextTower(
+        _config(parts, name),
+        parts.W_E,
+        parts.W_pos,
+        parts.blocks,
+        parts.ln_final,
+        parts.W_U,
+        parts.b_U,
+        fitted(tokenizer, len(parts.W_pos)),
+    )
+    return tower, parts.pool
+
+
+def _of_open_clip(module: nn.Module, name: str) -> Parts:
     text: Any = getattr(module, "text", module)
     _refuse_foreign(module, text, name)
     blocks = [_block(block, text.attn_mask is not None) for block in text.transformer.resblocks]
-    W_U, b_U = _projection(text)
-    cfg = _config(text, blocks, W_U.shape[1], name)
-    ln_final = _layer_norm(text.ln_final)
-    tower = HookedTextTower(
-        cfg, text.token_embedding.weight, text.positional_embedding, blocks, ln_final, W_U, b_U, tokenizer
+    ln_final, (W_U, b_U) = _layer_norm(text.ln_final), _projection(text)
+    return Parts(text.token_embedding.weight, text.positional_embedding, blocks, ln_final, W_U, b_U, _pool(text, name))
+
+
+def _of_transformers(module: TransformersModel, name: str) -> Parts:
+    text, projection = module.text, module.text_projection
+    blocks = [_separate_block(layer, causal=not module.siglip) for layer in text.encoder.layers]
+    W_U = projection.weight.T
+    return Parts(
+        text.embeddings.token_embedding.weight,
+        text.embeddings.position_embedding.weight,
+        blocks,
+        _layer_norm(text.final_layer_norm),
+        W_U,
+        W_U.new_zeros(W_U.shape[1]) if projection.bias is None else projection.bias,
+        Pool("last") if module.siglip else _end_of_text(text.eos_token_id, name),
     )
-    return tower, _pool(text, name)
+
+
+def _separate_block(layer: Any, causal: bool) -> Block:
+    """A block whose queries, keys and values come from linear layers of their own; here they are packed."""
+    attn, mlp = layer.self_attn, layer.mlp
+    linears = (attn.q_proj, attn.k_proj, attn.v_proj)
+    weight, bias = (torch.cat([getattr(linear, part) for linear in linears]) for part in ("weight", "bias"))
+    attention = Attention(attn.num_heads, weight, bias, attn.out_proj.weight, attn.out_proj.bias, causal)
+    act = copy.deepcopy(mlp.activation_fn)
+    return Block(
+        _layer_norm(layer.layer_norm1),
+        attention,
+        _layer_norm(layer.layer_norm2),
+        MLP(mlp.fc1, act, mlp.fc2.weight, mlp.fc2.bias),
+    )
+
+
+def _end_of_text(eos_id: Any, name: str) -> Pool:
+    """transformers' CLIP reads the first `eos_token_id`, or the highest id where a config has the 2 of early files."""
+    if not isinstance(eos_id, int):
+        raise ValueError(f"{name}: pooling at eos_token_id={eos_id!r} is not supported; it must be one token's id")
+    return Pool("argmax") if eos_id == 2 else Pool("eos", eos_id)
 
 
 def _refuse_foreign(module: nn.Module, text: Any, name: str) -> None:
     kind = type(text).__name__
     if not all(hasattr(text, part) for part in ("transformer", "token_embedding", "positional_embedding", "ln_final")):
-        raise ValueError(f"{name}: a {kind} is no open_clip text tower (Hugging Face text models are not supported)")
+        raise ValueError(
+            f"{name}: a {kind} is no open_clip text tower (of Hugging Face's models, {SUPPORTED} are supported)"
+        )
     if hasattr(module, "text_decoder") or getattr(text, "cls_emb", None) is not None:
         raise ValueError(f"{name}: CoCa's text tower (class embedding, padding mask) is not supported")
     if getattr(text, "use_pad_mask", False):
@@ -121,19 +184,20 @@ def _pool(text: Any, name: str) -> Pool:
     return Pool(type_, eos_id if type_ == "eos" else None)
 
 
-def _config(text: Any, blocks: list[Block], d_embed: int, name: str) -> TransformerBridgeConfig:
-    attn, mlp = blocks[0].attn, blocks[0].mlp
-    d_vocab, d_model = text.token_embedding.weight.shape
+def _config(parts: Parts, name: str) -> TransformerBridgeConfig:
+    block = parts.blocks[0]
+    attn, mlp = block.attn, block.mlp
+    d_vocab, d_model = parts.W_E.shape
     return TransformerBridgeConfig(
         d_model=d_model,
         d_head=attn.d_head,
-        n_layers=len(blocks),
-        n_ctx=text.positional_embedding.shape[0],
+        n_layers=len(parts.blocks),
+        n_ctx=len(parts.W_pos),
         n_heads=attn.n_heads,
         d_vocab=d_vocab,
-        d_vocab_out=d_embed,
+        d_vocab_out=parts.W_U.shape[1],
         d_mlp=mlp.in_weight.shape[0],
-        eps=blocks[0].ln1.eps,
+        eps=block.ln1.eps,
         act_fn=_activation_name(mlp.act),
         attention_dir="causal" if attn.causal else "bidirectional",
         normalization_type="LN",
@@ -144,7 +208,15 @@ def _config(text: Any, blocks: list[Block], d_embed: int, name: str) -> Transfor
     )
 
 
+ACTIVATIONS = {
+    "QuickGELU": "quick_gelu",
+    "QuickGELUActivation": "quick_gelu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_pytorch_tanh",
+}
+
+
 def _activation_name(act: nn.Module | partial) -> str:
     if isinstance(act, nn.GELU):
         return "gelu_pytorch_tanh" if act.approximate == "tanh" else "gelu"
-    return {"QuickGELU": "quick_gelu"}.get(type(act).__name__, type(act).__name__.lower())
+    return ACTIVATIONS.get(type(act).__name__, type(act).__name__.lower())

@@ -94,7 +94,10 @@ class HookedTextEncoder:
         call = inspect.signature(self.tower.tokenizer)
         if "context_length" not in call.parameters:
             return [True] * len(texts)
-        return (self.length(self._raw_tokens(texts, longer=8)) <= self.n_ctx).tolist()
+        wider = self._raw_tokens(texts, longer=8)
+        # Where padding looks like the end of a text, the end can't be found; but a text that was cut has other tokens.
+        whole = (wider[:, : self.n_ctx] == self._raw_tokens(texts)).all(1)
+        return (whole & (self.length(wider) <= self.n_ctx)).tolist()
 
     def _warn_unseen(self, texts: Sequence[str], tokens: Int[Tensor, "pair pos"]) -> None:
         rows = unseen_words(self, tokens).nonzero().flatten().tolist()

@@ -1,8 +1,9 @@
-"""`load`: a model's name, a checkpoint or a module in memory -> `HookedTextEncoder`, checked against the original."""
+"""`load`: a name, a checkpoint, a folder or a module in memory -> `HookedTextEncoder`, checked against the original."""
 
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clip_lens.huggingface import SUPPORTED, adopt
 from clip_lens.model.convert import Pool, convert
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.tower import HookedTextTower
@@ -20,22 +22,29 @@ PROBES = ("There are no circles.", "There is a red square and no blue star.", "A
 
 
 def load(
-    name: str | nn.Module = "tiny",
+    name: str | os.PathLike[str] | nn.Module = "tiny",
     *,
     pretrained: str | None = None,
-    tokenizer: Callable[..., Tensor] | None = None,
+    tokenizer: Callable[..., Any] | None = None,
+    scale: float | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> HookedTextEncoder:
     """The hooked text encoder of a CLIP model; its image tower is dropped.
 
     `name` is "tiny" (the embedded model), a model of open_clip's (`pretrained`: a tag, a checkpoint's path, or
-    "random"), open_clip's `local-dir:PATH` and `hf-hub:ORG/REPO`, or an open_clip module in memory, which is copied and
-    left as it is. The copy is compared with the original on a few texts before it is handed out.
+    "random"), open_clip's `local-dir:PATH` and `hf-hub:ORG/REPO`, the path of a folder that transformers'
+    `save_pretrained` wrote (CLIPModel, CLIPTextModelWithProjection, SiglipModel, SiglipTextModel; nothing is
+    downloaded), or a module of either library in memory, which is copied and left as it is. The copy is compared with
+    the original on a few texts before it is handed out.
+
+    `tokenizer` takes the place of the model's own, and a module in memory has none without it; it is called as
+    open_clip's are, or is one of transformers'. `scale`, exp(logit_scale), is for a text tower that came alone and so
+    without one. A SigLIP's logit bias is left out: it cancels in every difference of logits.
 
     Raises:
-        ValueError: an unknown model or tag, weights that can't be read, a tower that is not supported, or a copy that
-            disagrees with the original (the message has the measured difference).
+        ValueError: an unknown model or tag, files that can't be read, a tower that is not supported, no `scale` or two,
+            or a copy that disagrees with the original (the message has the measured difference).
 
     Example:
         >>> clip_lens.load()
@@ -45,11 +54,12 @@ def load(
         if pretrained is not None:
             raise ValueError("a module in memory has its weights with it; pretrained= goes with a model's name")
         title = f"{type(name).__name__} in memory"
-        original = Original(name, tokenizer, None, title, None)
+        original = Original(adopt(name), tokenizer, None, title, None)
     else:
+        name = os.fspath(name)
         _refuse_early(name)
         original = open_original(name, pretrained=pretrained, tokenizer=tokenizer)
-    encoder = _encoder(original)
+    encoder = _encoder(original, scale)
     return encoder.to(device=torch.device(device), dtype=dtype)
 
 
@@ -57,21 +67,22 @@ def _refuse_early(name: str) -> None:
     """The towers that `convert` refuses, before their weights are downloaded."""
     config = builtin_config(name)
     if "hf_model_name" in config.get("text_cfg", {}):
-        raise ValueError(f"{name}: its text tower is a Hugging Face model; only open_clip's own are supported")
+        raise ValueError(
+            f"{name}: its text tower is a Hugging Face model; open_clip's own are supported, and {SUPPORTED}"
+        )
     if "multimodal_cfg" in config:
         raise ValueError(f"{name}: CoCa's text tower (class embedding, padding mask) is not supported")
 
 
-def _encoder(original: Original) -> HookedTextEncoder:
+def _encoder(original: Original, scale: float | None) -> HookedTextEncoder:
     module = _full_precision(original.module)
     visual = getattr(original.module, "visual", None)
     tower, pool = convert(module, name=original.name, tokenizer=original.tokenizer)
     _check(module, tower, pool, original.name)
-    scale = getattr(module, "logit_scale", None)
     return HookedTextEncoder(
         tower,
         pool,
-        scale=1.0 if scale is None else float(scale.detach().exp()),
+        scale=_scale(module, scale, original.name),
         name=original.name,
         pretrained=original.pretrained,
         digest=digest(dict(tower.named_parameters())),
@@ -80,12 +91,29 @@ def _encoder(original: Original) -> HookedTextEncoder:
     )
 
 
+def _scale(module: Any, given: float | None, name: str) -> float:
+    logit_scale = getattr(module, "logit_scale", None)
+    if logit_scale is not None:
+        own = float(logit_scale.detach().exp())
+        if given is not None:
+            raise ValueError(f"{name} has its own scale, {own:.4g}, got scale={given:g}; leave it out")
+        return own
+    if given is None:
+        raise ValueError(
+            f"{name} has no logit scale with it; give scale=, the exp(logit_scale) of the whole model (100 for most "
+            "CLIPs), or scale=1 for cosines in the place of logits"
+        )
+    return float(given)
+
+
 def _full_precision(module: nn.Module) -> nn.Module:
     """The module itself, or a float32 copy of its text tower if it has half precision weights, which float32 holds
     exactly: compared at half precision, nothing could be told from rounding."""
     if all(parameter.dtype in (torch.float32, torch.float64) for parameter in module.parameters()):
         return module
-    memo: dict[int, nn.Module] = {id(getattr(module, "visual", None)): nn.Identity()}
+    visual = getattr(module, "visual", None)
+    dropped = [] if visual is None else [visual, *visual.children()]
+    memo: dict[int, nn.Module] = {id(part): nn.Identity() for part in dropped}
     return copy.deepcopy(module, memo).float()
 
 
@@ -112,7 +140,7 @@ def _check(module: Any, tower: HookedTextTower, pool: Pool, name: str) -> None:
     difference = float((found - expected).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE:
         raise ValueError(
-            f"{name}: the converted tower disagrees with open_clip's own encode_text by {difference:.2g} of the "
+            f"{name}: the converted tower disagrees with the original's own text embeddings by {difference:.2g} of the "
             f"largest component (allowed {TOLERANCE:g}); this tower has a part that is not reproduced, please report it"
         )
 
@@ -125,6 +153,10 @@ def _probe_tokens(tower: HookedTextTower, pool: Pool, name: str) -> Tensor:
             raise ValueError(
                 f"the tokenizer does not fit {name}: it gives {tokens.shape[1]} positions and ids up to "
                 f"{int(tokens.max())}, the tower has {n_ctx} positions and {d_vocab} ids"
+            )
+        if pool.eos_id is not None and not bool(tokens.eq(pool.eos_id).any(1).all()):
+            raise ValueError(
+                f"the tokenizer does not fit {name}: its texts don't have the end, {pool.eos_id}, to pool at"
             )
         return tokens
     generator = torch.Generator().manual_seed(0)

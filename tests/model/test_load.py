@@ -111,7 +111,12 @@ def test_logit_scale_however_it_is_kept() -> None:
     text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 1}
     module = randomise(open_clip.CLIP(32, dict(VISION), text, nonscalar_logit_scale=True, init_logit_bias=-10))
     assert abs(load(module).scale - 20.0855) <= 1e-3
-    assert load(open_clip.transformer.TextTransformer(layers=1, width=64, heads=4)).scale == 1.0
+    alone = open_clip.transformer.TextTransformer(layers=1, width=64, heads=4)
+    assert load(alone, scale=1).scale == 1.0
+    with pytest.raises(ValueError, match=r"TextTransformer in memory has no logit scale with it; give scale="):
+        load(alone)
+    with pytest.raises(ValueError, match=r"CLIP in memory has its own scale, 20.09, got scale=1; leave it out"):
+        load(module, scale=1)
 
 
 # --- the check ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,65 @@
+"""`Original`: an opened model before anything is made of it, whichever library it came from."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from textwrap import shorten
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Original:
+    """A model as it came, with everything that says which one it is.
+
+    `tokenizer` is None where none was asked for. `vocabulary` holds the token ids that the model saw in training, where
+    that is known (the embedded model); None = all. `library` is the package that its module and preprocessing are from.
+    """
+
+    module: nn.Module
+    tokenizer: Callable[..., Any] | None
+    preprocess: Callable[[Any], Tensor] | None
+    name: str
+    pretrained: str | None
+    vocabulary: frozenset[int] | None = None
+    library: str = "open_clip_torch"
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A sha256 over names, shapes and float32 bytes of tensors: the same weights give the same 16 hexadecimal digits.
+
+    Example:
+        >>> digest({"w": torch.ones(2)}) == digest({"w": torch.ones(2, dtype=torch.float64)})
+        True
+    """
+    hasher = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().to("cpu", torch.float32).contiguous()
+        hasher.update(f"{name}{tuple(tensor.shape)}".encode())
+        hasher.update(memoryview(tensor.numpy()).cast("B") if tensor.numel() else b"")  # type: ignore[arg-type]
+    return hasher.hexdigest()[:16]
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error says, short enough to stand in another's message."""
+    return shorten(str(error), 240, placeholder=" ...") or type(error).__name__
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Libraries log and warn on their way to an error that we word ourselves."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
