@@ -136,7 +136,7 @@ def read_config(path: Path) -> Config:
             raise ValueError(f"{path} needs at least one [[{name}]]")
     content["model"] = tuple(_checked(Model, line, f"{path}, [[model]]") for line in content["model"])
     content["pairs"] = tuple(_checked(PairSet, line, f"{path}, [[pairs]]") for line in content["pairs"])
-    content["methods"] = tuple(content.get("methods", Config.methods))
+    content["methods"] = _listed(content.get("methods", Config.methods), path)
     config = _checked(Config, {**content, "base": path.parent}, str(path))
     if unknown := [name for name in config.methods if name not in get_args(Method)]:
         raise ValueError(f"{path}: no method {unknown[0]!r}; there are {', '.join(get_args(Method))}")
@@ -168,6 +168,12 @@ def _checked(kind: type, entries: Mapping[str, Any], where: str) -> Any:
             words = wanted.__name__ if isinstance(wanted, type) else " or ".join(part.__name__ for part in wanted)
             raise ValueError(f"{where}: {name} = {value!r} must be {words}")
     return kind(**entries)
+
+
+def _listed(methods: Any, path: Path) -> tuple[str, ...]:
+    if isinstance(methods, str) or not isinstance(methods, list | tuple) or not methods:
+        raise ValueError(f"{path}: methods must be a list, such as {list(Config.methods)}. Got {methods!r}")
+    return tuple(methods)
 
 
 def _needed(part: Any) -> bool:

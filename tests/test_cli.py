@@ -8,7 +8,19 @@ import pandas as pd
 import pytest
 import torch
 
-from clip_lens import Site, align, load, patch_effects, path_effects, zeros
+from clip_lens import (
+    Circuit,
+    Site,
+    align,
+    faithfulness,
+    faithfulness_table,
+    gradient_effects,
+    load,
+    patch_effects,
+    path_effects,
+    top_edges,
+    zeros,
+)
 from clip_lens.cli import main
 from clip_lens.core.effects import Effects
 from clip_lens.data.images import ImageStore
@@ -91,6 +103,31 @@ def test_kinds_with_heads_are_traced_all_heads_together(few: Path, tmp_path: Pat
     out = tmp_path / "out"
     assert run("trace", "--pairs", few, "--images", "tiny", "--out", out, "--sites", "head", "--quiet") == 0
     assert set(Effects.load(out / "head-slots.parquet").index.layer) == set(range(6))
+
+
+def test_circuit_finds_on_one_split_and_judges_on_the_other(
+    few: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clip_lens.methods.discover.BASELINES", 1)
+    monkeypatch.setattr("clip_lens.methods.discover.RESAMPLES", 5)
+    out = tmp_path / "out"
+    words = ("circuit", "--pairs", few, "--out", out, "--method", "eap", "--edges", "80", "--split", ".25", "--quiet")
+    assert run(*words, "--seed", "3") == 0
+    assert "80 of 1108 edges" in capsys.readouterr().out
+    encoder, store = load(), ImageStore.open("tiny")
+    found, judged = align(read_pairs()[:40], store, encoder, run="caption").split(0.25, 3)
+    scores = Effects.load(out / "scores-eap.parquet")
+    assert list(scores.pairs.key) == list(found.pairs.key)
+    torch.testing.assert_close(scores.values, gradient_effects(encoder, found, encoder.edges()).values)
+    circuit = Circuit.load(out / "circuit.json")
+    assert circuit.keep.equal(top_edges(scores, 80).pruned().keep)
+    table = pd.read_csv(out / "summary.csv").set_index("side")
+    judge = faithfulness_table(faithfulness(encoder, judged, circuit), resamples=1).set_index("side")
+    assert table["f"].to_dict() == pytest.approx(judge["f"].to_dict(), abs=1e-5)
+    assert table.loc["pooled", "pairs"] == len(judged)
+    assert "What tiny computes d with" in (out / "report.html").read_text(encoding="utf-8")
+    assert run(*words, "--seed", "3", "--segment", "nothing") == 1
+    assert "no pair is 'nothing'" in capsys.readouterr().err
 
 
 def test_info_says_what_a_thing_is(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

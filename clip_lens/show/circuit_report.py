@@ -255,7 +255,7 @@ def _lines(discoveries: Sequence[Discovery], side: str, ranking: str) -> DataFra
     found, columns = [], ["share", "edges", "f", "lower", "upper"]
     for discovery in discoveries:
         rows = discovery.curve[discovery.curve["circuit"] == discovery.name]
-        rows = rows[(rows["side"] == side) & (rows["ranking"] == ranking)]
+        rows = rows[(rows["side"] == side) & (rows["ranking"] == ranking) & (rows["share"] > 0)]
         found.append(rows[columns].assign(method=discovery.name))
     curves, names = discoveries[0].curve, {discovery.name for discovery in discoveries}
     by_chance = curves[(curves["side"] == side) & (curves["ranking"] == ranking) & ~curves["circuit"].isin(names)]
