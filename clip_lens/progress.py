@@ -57,5 +57,5 @@ def _kind() -> type[tqdm[Any]]:
     if in_notebook() and find_spec("ipywidgets") is not None:
         from tqdm.notebook import tqdm_notebook
 
-        return tqdm_notebook  # type: ignore[no-any-return]
+        return tqdm_notebook
     return tqdm

@@ -58,7 +58,7 @@ LAYOUTS: dict[Kind, Layout] = {
     "neuron": Layout("blocks.{layer}.mlp.hook_post", unit_axis=2),
 }
 """Every kind that can be patched as a site. A line more is a kind more: with
-`LAYOUTS["pre"] = Layout("blocks.{layer}.mlp.hook_pre", unit_axis=2)` the place `Site("pre", 3)` is one like any other."""
+`LAYOUTS["pre"] = Layout("blocks.{layer}.mlp.hook_pre", unit_axis=2)` the place `Site("pre", 3)` is like any other."""
 
 
 @dataclass(frozen=True)
