@@ -83,9 +83,7 @@ class TransformersModel(nn.Module):
 
 
 def _embedding(output: Any) -> Tensor:
-    for name in ("text_embeds", "pooler_output"):
-        output = getattr(output, name, output)  # a tensor already, before transformers 5
-    return output
+    return output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output
 
 
 def adopt(module: nn.Module) -> nn.Module:
@@ -114,7 +112,10 @@ def _unsupported(what: str, kind: str) -> str:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer of transformers', called as open_clip's are: texts in, padded rows of ids out."""
+    """A tokenizer of transformers', called as open_clip's are: texts in, padded rows of ids out.
+
+    There is no attention mask: CLIP's end of text sees no padding, and SigLIP was trained to read it.
+    """
 
     tokenizer: Any
     context_length: int
@@ -180,6 +181,11 @@ def open_folder(name: str, *, tokenizer: Callable[..., Any] | None = None, with_
 
     Raises:
         ValueError: the folder has no model that is supported, or a file is missing, damaged or does not fit.
+
+    Example:
+        >>> open_folder("nowhere")
+        Traceback (most recent call last):
+        ValueError: nowhere has no config.json of a model that transformers saved
     """
     folder = Path(name)
     model = _model(folder, _kind(folder))

@@ -95,9 +95,11 @@ class HookedTextEncoder:
         if "context_length" not in call.parameters:
             return [True] * len(texts)
         wider = self._raw_tokens(texts, longer=8)
-        # Where padding looks like the end of a text, the end can't be found; but a text that was cut has other tokens.
-        whole = (wider[:, : self.n_ctx] == self._raw_tokens(texts)).all(1)
-        return (whole & (self.length(wider) <= self.n_ctx)).tolist()
+        fit = self.length(wider) <= self.n_ctx
+        if self.pool.type not in ("argmax", "eos"):
+            # An end that looks like padding is not counted, but a text cut to make room for it has other tokens.
+            fit &= (wider[:, : self.n_ctx] == self._raw_tokens(texts)).all(1)
+        return fit.tolist()
 
     def _warn_unseen(self, texts: Sequence[str], tokens: Int[Tensor, "pair pos"]) -> None:
         rows = unseen_words(self, tokens).nonzero().flatten().tolist()

@@ -19,8 +19,10 @@ from open_clip.tokenizer import bytes_to_unicode, default_bpe
 from PIL import Image
 from torch import Tensor, nn
 from towers import random_clip, randomise
+from typer.testing import CliRunner
 
-from clip_lens import HookedTextEncoder, Site, align, embed_images, load, patch_effects, read_pairs
+from clip_lens import HookedTextEncoder, ImageStore, Site, align, embed_images, load, patch_effects, read_pairs
+from clip_lens.cli import app
 from clip_lens.openclip import open_original
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -100,8 +102,9 @@ def embeddings(model: Any, tokenizer: Any, texts: list[str], **options: Any) -> 
 
 def assert_parity(source: Any, model: Any, own: Any, **options: Any) -> HookedTextEncoder:
     """`load(source)` against the model's own forward pass, in both precisions; the encoder in the last of them."""
+    encoder = load(source, **options)
     for dtype, tolerance in TOLERANCE.items():
-        encoder = load(source, dtype=dtype, **options)
+        encoder.to(dtype)
         raw = embeddings(model.to(dtype), own, TEXTS, padding="max_length")
         tokens = encoder.tokenize(TEXTS)
         found = encoder.tower(tokens)[torch.arange(len(TEXTS)), encoder.pool(tokens)]
@@ -319,6 +322,7 @@ def test_every_hook_is_there(folders: dict[str, Path]) -> None:
     assert cache["blocks.1.attn.hook_pattern"].shape[:2] == (4, 4)
     assert ours.tower.to_str_tokens("There are no circles.")[1:6] == ["there", "are", "no", "circles", "."]
     assert ours.tower.to_single_token("circles") == 19411
+    assert "circle" in "".join(load(folders["siglip"]).tower.to_str_tokens("There are no circles."))
 
 
 def test_stores_and_encoders_know_each_other(
@@ -332,6 +336,16 @@ def test_stores_and_encoders_know_each_other(
         align(pairs, store, load(folders["other"]))
     with pytest.raises(ValueError, match=r"was made by .*this run is"):
         embed_images(pictures, model=folders["other"], out=tmp_path / "images.safetensors", progress=False)
+
+
+def test_the_command_line_takes_a_folder(folders: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
+    run = lambda *words: CliRunner().invoke(app, [str(word) for word in words])
+    said = run("info", folders["clip"])
+    assert said.exit_code == 0 and load(folders["clip"]).digest in said.output
+    out = tmp_path / "images.safetensors"
+    said = run("embed", pictures, "--model", folders["clip"], "--out", out, "--quiet")
+    assert said.exit_code == 0 and "3 embeddings" in said.output
+    assert ImageStore.open(out).digest == load(folders["clip"]).image_digest
 
 
 # --- modules in memory ----------------------------------------------------------------------------------------------
