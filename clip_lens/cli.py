@@ -331,7 +331,7 @@ def circuit(
     page = circuit_report(
         discovery, job.out / "report.html", pictures=job.pictures, warnings=cautions(job.encoder, job.batch)
     )
-    _print_frame(discovery.summary, f"{discovery!r}")
+    _print_sides(discovery.summary.drop(columns="method").set_index("side"), repr(discovery))
     _say(f"\nThe report is {page}; circuit.json, summary.csv and the .parquet files beside it hold the numbers.")
 
 
@@ -571,17 +571,16 @@ def _print_table(effects: Effects) -> None:
         Console().print(table)
 
 
-def _print_frame(frame: DataFrame, title: str) -> None:
-    """A table on the screen, numbers with two decimals; columns without any are left out."""
+def _print_sides(frame: DataFrame, title: str) -> None:
+    """A table on the screen with a column per side, numbers with two decimals; lines without any are left out."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title)
-    shown = frame.dropna(axis=1, how="all")
-    for column in shown:
-        table.add_column(str(column), justify="left" if shown[column].dtype.kind == "O" else "right")
-    for line in shown.itertuples(index=False):
-        table.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in line))
+    names = {"caption": "negation in the caption", "foil": "in the foil", "none": "no side", "pooled": "together"}
+    table = Table("", *(names[side] for side in frame.index), title=title)
+    for name, column in frame.dropna(axis=1, how="all").items():
+        cells = (f"{cell:.2f}".replace("-0.00", "0.00") if isinstance(cell, float) else str(cell) for cell in column)
+        table.add_row(str(name).replace("_", " "), *cells)
     Console().print(table)
 
 

@@ -39,7 +39,7 @@ def run(*words: object) -> int:
     return main([str(word) for word in words])
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("trace",), ("embed",), ("info",)])
+@pytest.mark.parametrize("command", [(), ("demo",), ("trace",), ("circuit",), ("embed",), ("info",)])
 def test_help_imports_nothing_heavy(command: tuple[str, ...]) -> None:
     code = (
         "import sys; from clip_lens.cli import main; "
@@ -125,7 +125,7 @@ def test_circuit_finds_on_one_split_and_judges_on_the_other(
     judge = faithfulness_table(faithfulness(encoder, judged, circuit), resamples=1).set_index("side")
     assert table["f"].to_dict() == pytest.approx(judge["f"].to_dict(), abs=1e-5)
     assert table.loc["pooled", "pairs"] == len(judged)
-    assert "What tiny computes d with" in (out / "report.html").read_text(encoding="utf-8")
+    assert "The circuit behind the logit difference of tiny" in (out / "report.html").read_text(encoding="utf-8")
     assert run(*words, "--seed", "3", "--segment", "nothing") == 1
     assert "no pair is 'nothing'" in capsys.readouterr().err
 

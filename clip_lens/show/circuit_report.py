@@ -34,7 +34,10 @@ BARS = 15
 RANDOM = "random circuits"
 GOOD = 0.9
 """Pearson's r from which an estimate stands for exact scores."""
-SHOWN = {"circuit": "circuit", "side": "negation in", "edges": "edges", "f": "f", "lower": "lower", "upper": "upper"}
+SHOWN = {
+    "method": "circuit", "side": "negation in", "edges": "edges", "f": "f", "lower": "lower", "upper": "upper",
+    "random_f": "f of random ones", "pairs": "pairs",
+}  # fmt: skip
 
 
 def circuit_report(
@@ -64,7 +67,7 @@ def circuit_report(
     return report(
         sections,
         Path(out),
-        title=title or f"What {meta['model']} computes d with: {meta['data']}",
+        title=title or f"The circuit behind the logit difference of {meta['model']}: {meta['data']}",
         summary=" ".join([sections["Circuit"].findings[0], *faithful(discovery)[:1]]),
         pictures=pictures,
         warnings=warnings,
@@ -161,13 +164,13 @@ def faithful(discovery: Discovery) -> list[str]:
     said = []
     for row in discovery.summary.itertuples():
         areas = [
-            f"{name} {getattr(row, name):.2f} (random {getattr(row, f'random_{name}'):.2f})"
+            f"{name} {_two(getattr(row, name))} (random {_two(getattr(row, f'random_{name}'))})"
             for name in MEASURES.values()
             if getattr(row, name) == getattr(row, name)
         ]
         said.append(
-            f"{_capital(SIDES[row.side])}: on {row.pairs} held-out pairs the circuit keeps f = {row.f:.2f} "
-            f"[{row.lower:.2f}, {row.upper:.2f}] of d, random circuits of its size {row.random_f:.2f}"
+            f"{_capital(SIDES[row.side])}: on {row.pairs} held-out pairs the circuit keeps f = {_two(row.f)} "
+            f"[{_two(row.lower)}, {_two(row.upper)}] of d, random circuits of its size {_two(row.random_f)}"
             f"{'; ' + ', '.join(areas) if areas else ''}."
         )
     return said[::-1]  # both sides together first
@@ -178,8 +181,9 @@ def _circuit_section(discovery: Discovery) -> Section:
     nodes = f"{len(circuit.nodes())} of {len(circuit.graph.senders) + 1} nodes"
     verb = "left by the search" if discovery.method == "acdc" else "drawn" if discovery.method == "random" else "chosen"
     first = (
-        f"{discovery.name}: of {asked} edges {verb}, out of {int(circuit.graph.edges.sum())}, {len(circuit)} lie on a "
-        f"path from the embedding to the output; they join {nodes}."
+        f"{discovery.name}, on {discovery.found_on} pairs: of {asked} edges {verb}, out of "
+        f"{int(circuit.graph.edges.sum())}, {len(circuit)} lie on a path from the embedding to the output; they join "
+        f"{nodes}."
     )
     table = circuit.table()
     top = [f"{row.edge} ({row.score:+.2f})" for row in table.dropna(subset="score").head(5).itertuples()]
@@ -221,7 +225,7 @@ def _faithful_section(discoveries: Sequence[Discovery]) -> Section:
     first = discoveries[0]
     tables = [
         Table(
-            first.verdict[[*SHOWN, "lost", "n"]].rename(columns={**SHOWN, "n": "pairs"}),
+            first.summary[list(SHOWN)].rename(columns=SHOWN),
             "The circuit and random ones of its size", texts.JUDGED,
         ),
         Table(_areas(discoveries), "CPR and CMD", texts.AREAS, rows=40),
@@ -232,7 +236,7 @@ def _faithful_section(discoveries: Sequence[Discovery]) -> Section:
         findings=faithful(first),
         pictures=list(_curves(discoveries)),
         tables=tables,
-        data={"faithfulness.csv": curves},
+        data={"faithfulness.csv": curves, "verdict.csv": first.verdict},
     )
 
 
@@ -398,6 +402,11 @@ def _whole(discovery: Discovery) -> str:
 def _this_run(discovery: Discovery) -> str:
     said = {**discovery.judged.meta, **{f"circuit: {name}": value for name, value in discovery.circuit.meta.items()}}
     return "; ".join(f"{name}: {value}" for name, value in said.items()) + f". Seed {discovery.seed}."
+
+
+def _two(number: float) -> str:
+    """Two decimals, without a minus sign before nothing."""
+    return f"{number:.2f}".replace("-0.00", "0.00")
 
 
 def _capital(words: str) -> str:

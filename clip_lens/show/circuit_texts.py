@@ -30,8 +30,9 @@ CURVES = {
     "support it, so that f can rise above 1. The higher the better: the area below a line is CPR.",
 }
 JUDGED = (
-    "f of the circuit and of random circuits of its size, on the held-out pairs, with 95 % bootstrap intervals; lost "
-    "is the mean of what is lost of d, in logits. Edges are counted after pruning: random ones seldom lie on a path."
+    "f of the circuit with a 95 % bootstrap interval, and the mean f of five random circuits of its size, on the "
+    "held-out pairs. Edges are counted after pruning; of random ones few lie on a path. verdict.csv has every circuit "
+    "by itself."
 )
 AREAS = (
     "CPR is the area below f over the kept share of edges, from .001 to 1 on a linear axis: larger is better. CMD is "

@@ -85,7 +85,10 @@ def test_findings_say_the_numbers_of_the_summary(found):
     circuit = circuit_sections(found["eap"])["Circuit"]
     best = found["eap"].circuit.table().iloc[0]
     assert f"{best.edge} ({best.score:+.2f})" in circuit.findings[1]
-    assert f"of 15 edges chosen, out of 46, {len(found['eap'].circuit)} lie on a path" in circuit.findings[0]
+    assert (
+        f"EAP, on 6 pairs: of 15 edges chosen, out of 46, {len(found['eap'].circuit)} lie on a path"
+        in circuit.findings[0]
+    )
 
 
 def test_the_estimate_is_compared_where_exact_scores_are_there(found):
