@@ -18,10 +18,10 @@ from clip_lens.core.effects import Effects, segments
 from clip_lens.core.metric import Metric, Readout, logit
 from clip_lens.core.patch import address
 from clip_lens.core.rows import Chunk, chunk_effects, pairs_at_once, prepare
-from clip_lens.core.source import Fetch, Source, counterpart
+from clip_lens.core.source import Fetch, Source, counterpart, noise, resample
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import HookedTextEncoder
-from clip_lens.model.site import Place, Site
+from clip_lens.model.site import Edge, Place, Site
 from clip_lens.openclip import digest
 from clip_lens.progress import progress_bar
 
@@ -49,6 +49,7 @@ def patch_effects(
     Raises:
         ValueError: no places, a place that this encoder or batch does not have, a batch of another width than the
             encoder's embedding, `rows` below 1, or a metric that gives something else than one number per row.
+        TypeError: one place instead of a list of places, or a source or metric that is no function.
 
     Example:
         >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
@@ -84,6 +85,7 @@ def sweep(
     beside those of the places, `gradients` says that what is cached will enter an autograd graph."""
     began = time.perf_counter()
     places = checked(places, encoder, batch, rows)
+    check_functions(source, metric)
     fetch = source(encoder, batch)
     addresses = address((*places, everything(encoder, fetch)), encoder, batch)
     values = torch.zeros(len(places) + 1, len(batch), dtype=encoder.dtype)
@@ -106,6 +108,8 @@ def sweep(
 
 def checked(places: Sequence[Place], encoder: HookedTextEncoder, batch: Batch, rows: int) -> tuple[Place, ...]:
     """The places, after what can be refused before anything runs."""
+    if isinstance(places, Site | Edge):
+        raise TypeError(f"places are a list, got one place, {places}; write [{places!r}]")
     if not (places := tuple(places)):
         raise ValueError("no places to patch; encoder.sites('resid') lists some")
     if rows < 1:
@@ -115,6 +119,18 @@ def checked(places: Sequence[Place], encoder: HookedTextEncoder, batch: Batch, r
             f"the batch's direction has {batch.direction.shape[1]} components, {encoder.name} {encoder.d_embed}"
         )
     return places
+
+
+def check_functions(source: object, metric: object) -> None:
+    """Refuses a name in a function's place, and a maker of sources that was not called."""
+    if not callable(source):
+        raise TypeError(
+            f"source={source!r} is no function; give counterpart, zeros, mean, resample(seed), noise(std) ..."
+        )
+    if source is resample or source is noise:
+        raise TypeError(f"{_name(source)} makes a source: call it, as in resample(0) and noise(1.0)")
+    if not callable(metric):
+        raise TypeError(f"metric={metric!r} is no function; give clip_lens.logit, clip_lens.cosine or one of your own")
 
 
 def everything(encoder: HookedTextEncoder, fetch: Fetch) -> Place:

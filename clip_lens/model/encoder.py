@@ -202,6 +202,7 @@ class HookedTextEncoder:
 
         Raises:
             ValueError: a kind or a layer that does not exist.
+            TypeError: one slot's name instead of a list of slots.
 
         Example:
             >>> encoder = clip_lens.load()
@@ -210,6 +211,8 @@ class HookedTextEncoder:
         """
         if kind not in LAYOUTS:
             raise ValueError(f"no kind of site {kind!r}; the kinds are {', '.join(LAYOUTS)}")
+        if isinstance(slots, str):
+            raise TypeError(f"slots are a list, got the text {slots!r}; write slots=[{slots!r}]")
         depth = 1 if kind == "embed" else self.n_layers + (kind == "resid")
         chosen = range(depth) if layers is None else list(layers)
         if wrong := [layer for layer in chosen if not 0 <= layer < depth]:

@@ -17,7 +17,7 @@ from torch import nn
 from towers import random_clip, random_encoder, random_store
 
 from clip_lens.core.metric import logit
-from clip_lens.core.source import counterpart
+from clip_lens.core.source import counterpart, noise, resample
 from clip_lens.data.batch import align
 from clip_lens.data.pairs import Pairs
 from clip_lens.methods.patching import patch_effects
@@ -441,6 +441,23 @@ def test_bad_input_gets_its_error(change, message):
     _, encoder, _ = tower("causal")
     arguments = {"places": [Site("mlp", 1)]} | change
     with pytest.raises(ValueError, match=message):
+        patch_effects(encoder, batch_of(encoder, "foil"), arguments.pop("places"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"places": Site("mlp", 1)}, r"got one place, mlp 1; write \[Site\(kind='mlp', layer=1"),
+        ({"source": "mean"}, "source='mean' is no function; give counterpart, zeros, mean"),
+        ({"source": noise}, "noise makes a source: call it"),
+        ({"source": resample}, "resample makes a source: call it"),
+        ({"metric": "cosine"}, "metric='cosine' is no function; give clip_lens.logit"),
+    ],
+)
+def test_a_name_or_a_maker_in_the_place_of_a_function_is_refused(change, message):
+    _, encoder, _ = tower("causal")
+    arguments = {"places": [Site("mlp", 1)]} | change
+    with pytest.raises(TypeError, match=message):
         patch_effects(encoder, batch_of(encoder, "foil"), arguments.pop("places"), **arguments)
 
 

@@ -180,6 +180,11 @@ def test_sites_that_do_not_exist(encoder: HookedTextEncoder) -> None:
         encoder.sites("heads")  # type: ignore[arg-type]
 
 
+def test_one_slot_is_not_read_as_its_letters(encoder: HookedTextEncoder) -> None:
+    with pytest.raises(TypeError, match=r"got the text 'eot'; write slots=\['eot'\]"):
+        encoder.sites("resid", slots="eot")
+
+
 def test_without_a_tokenizer() -> None:
     encoder = load(random_clip(layers=1))
     tokens = torch.randint(1, 99, (2, 77), generator=torch.Generator().manual_seed(0))
