@@ -93,7 +93,7 @@ def lens_lines(effects: Effects, value: str = "effect", **how: Any) -> go.Figure
     bounds = {"fraction": ("lower", "upper"), "effect": ("effect_lower", "effect_upper")}.get(value, (None, None))
     figure = curve(table, "layer", value, lower=bounds[0], upper=bounds[1], by="side")
     resid = set(effects.index["kind"]) == {"resid"}
-    figure.update_xaxes(title_text="layer (0: embedding, l: output of block l)" if resid else "block, counted from 0")
+    figure.update_xaxes(title_text="layer (0: embedding, l: after l blocks)" if resid else "block, counted from 0")
     figure.update_yaxes(title_text=value_name(value, effects))
     figure.add_hline(y=0, line={"color": LIGHT.soft, "width": 1})
     return figure

@@ -197,7 +197,7 @@ def _caption(view: _View, gaps: bool) -> str:
         )
     lines = [
         f"{what_is_shown(view.effects)} {reading(view.effects)}",
-        " Layer 0 is the embedding, layer l the output of block l."
+        " Layer 0 is the embedding, layer l the stream after l blocks."
         if set(view.effects.index["kind"]) == {"resid"}
         else "",
         f" Grey: {gap(view.effects)}." if gaps else "",

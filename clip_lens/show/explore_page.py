@@ -134,7 +134,7 @@ def _effects_grid(panels: Panels) -> dict[str, Any]:
             cells.append(_cell(value, limit, sets, _title(view, name, layer, value, total), on=on))
         rows.append({"label": _row_name(view, name), "title": _row_name(view, name), "cells": cells})
     what = KIND_NAMES[view.kind].capitalize().replace("Mlp", "MLP")
-    where = "layer (0: embedding, l: output of block l)" if view.kind == "resid" else "block"
+    where = "layer (0: embedding, l: after l blocks)" if view.kind == "resid" else "block"
     return {
         "title": f"{what} from {SOURCE_NAMES[view.source]}, patched into the {_ran(panels)}",
         "below": f"Columns: {where}. Each cell: the part of d that this patch moves, in logits; {total:.2f} when all "

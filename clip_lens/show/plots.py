@@ -75,7 +75,7 @@ def heatmap(
     Colours run from -limit to limit, white at 0; without `limit` it is the largest absolute value of all panels. Cells
     are printed when they are few; hovering tells value, interval, mean signed effect and pairs. Grey cells have
     no counterpart. Edges are laid out by "sender" and "receiver", in the order of the tower; there grey is no path. For
-    `resid`, layer 0 is the embedding and layer l the output of block l. `effects` may be a grid, as `Effects.grid`
+    `resid`, layer 0 is the embedding and layer l the stream after l blocks. `effects` may be a grid, as `Effects.grid`
     gives it; `how` goes to `Effects.table`. `title=""` leaves the heading out.
 
     Raises:
@@ -313,7 +313,7 @@ def _axis_name(name: str, kinds: set[Any], short: bool) -> str:
     if name == "layer" and kinds:
         if kinds != {"resid"}:
             return "block, counted from 0"
-        return "layer (0: embedding)" if short else "layer (0: embedding, l: output of block l)"
+        return "layer (0: embedding)" if short else "layer (0: embedding, l: after l blocks)"
     if name == "unit":
         return "neuron" if kinds == {"neuron"} else "head"
     return "" if name in ("slot", "place") else escape(name)

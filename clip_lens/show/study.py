@@ -356,7 +356,7 @@ def _localisation_picture(spread: DataFrame) -> Iterable[Picture]:
     lines = lines[(lines["pairs"] >= FEW) & (lines["segment"] != "all")].dropna(subset="localisation")
     if len(lines):
         figure = curve(lines, "layer", "localisation", by="what")
-        figure.update_xaxes(title_text="layer (0: embedding, l: output of block l)")
+        figure.update_xaxes(title_text="layer (0: embedding, l: after l blocks)")
         yield Picture(figure, "How localised the effect is, by segment", texts.LOCALISATION, numbers=spread, wide=True)
 
 

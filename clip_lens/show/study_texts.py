@@ -91,7 +91,7 @@ METHODS = (
     (
         "Causal tracing",
         "The text without negation is the run, the residual stream of the text with it the source, one layer and "
-        "slot at a time; layer 0 is the embedding, layer l the output of block l (Quantmeyer et al. 2024; Meng et "
+        "slot at a time; layer 0 is the embedding, layer l the stream after l blocks (Quantmeyer et al. 2024; Meng et "
         "al. 2022). Tokens are matched by a minimum edit-distance alignment; a token without counterpart has no "
         "value.",
     ),
