@@ -311,7 +311,9 @@ def circuit(
     method: Annotated[Find, typer.Option(help="How edges are found.")] = Find.eap_ig,
     edges: Annotated[int, typer.Option(help="Edges of the circuit, before pruning (all but acdc).", min=1)] = 200,
     steps: Annotated[int, typer.Option(help="eap-ig: steps of the integral.", min=1)] = 5,
-    threshold: Annotated[float, typer.Option(help="acdc: the change of d, in logits, below which an edge goes.")] = 0.1,
+    threshold: Annotated[
+        float, typer.Option(help="acdc: the change of d, in logits, below which an edge goes.")
+    ] = 0.02,
     split: Annotated[float, typer.Option(help="The share of the pairs on which the circuit is found.")] = 0.5,
     exact: Annotated[
         bool, typer.Option("--exact", help="Patch every edge on the held-out pairs too, to compare.")

@@ -66,7 +66,7 @@ class Config:
     methods: tuple[str, ...] = ("eap-ig", "random")
     edges: int = 200
     steps: int = 5
-    threshold: float = 0.1
+    threshold: float = 0.02
     exact: bool = False
     split: float = 0.5
     run: str = "caption"
@@ -81,6 +81,7 @@ class Results:
 
     found: dict[str, list[Discovery]] = field(default_factory=dict)
     failed: list[tuple[str, str]] = field(default_factory=list)
+    cautions: dict[str, None] = field(default_factory=dict)
 
     def add(self, name: str, method: str, done: Discovery | Exception) -> None:
         """A run that is done, or why it is not."""
@@ -192,6 +193,7 @@ def run_all(config: Config, out: Path, *, progress: bool = True) -> Results:
         for pairs in config.pairs:
             name, folder = f"{model.folder}, {pairs.name}", out / model.folder / _plain(pairs.name)
             splits = _attempt(_prepared, config, model, pairs, encoder, folder)
+            results.cautions |= dict.fromkeys([] if isinstance(splits, Exception) else _cautions(encoder, splits))
             for method in config.methods:
                 print(f"{name}, {method} ...", flush=True)
                 results.add(name, method, _attempt(discovered, config, encoder, splits, method, folder, progress))
@@ -265,15 +267,21 @@ def discovered(
     from clip_lens.core.keep import Keep
     from clip_lens.methods.discover import discover
     from clip_lens.show.circuit_report import circuit_report
-    from clip_lens.show.findings import cautions
 
     done = discover(
         encoder, *splits, method=method, edges=config.edges, steps=config.steps, threshold=config.threshold,
         exact=config.exact, keep=Keep(folder / method, print), shared=Keep(folder), rows=config.rows,
         seed=config.seed, progress=progress,
     )  # fmt: skip
-    circuit_report(done, folder / method / "report.html", warnings=cautions(encoder, splits[1]))
+    circuit_report(done, folder / method / "report.html", warnings=_cautions(encoder, splits))
     return done
+
+
+def _cautions(encoder: HookedTextEncoder, splits: tuple[Batch, Batch]) -> list[str]:
+    """What a reader must know of the model and the images before any number."""
+    from clip_lens.show.findings import cautions
+
+    return cautions(encoder, splits[1])
 
 
 def compare(results: Results, out: Path) -> Path:
@@ -289,7 +297,7 @@ def compare(results: Results, out: Path) -> Path:
         comparison(results.found),
         out / "report.html",
         title="Circuits by model, pairs and method",
-        warnings=[f"{name} failed: {reason}" for name, reason in results.failed],
+        warnings=[*results.cautions, *(f"{name} failed: {reason}" for name, reason in results.failed)],
         methods=methods(every),
     )
 

@@ -51,7 +51,8 @@ def test_every_run_has_a_folder_and_all_runs_a_report(tmp_path, capsys, monkeypa
         assert {"circuit.json", "report.html", "summary.csv"} <= {file.name for file in (folder / method).iterdir()}
     table = pd.read_csv(tmp_path / "found" / "summary.csv")
     assert set(table["run"]) == {"tiny, few"} and set(table["method"]) == {"EAP", "random(0)"}
-    assert "Overlap of the circuits" in (tmp_path / "found" / "report.html").read_text(encoding="utf-8")
+    page = (tmp_path / "found" / "report.html").read_text(encoding="utf-8")
+    assert "How faithful: tiny, few" in page and "model organism" in page
     encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
     batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder, run="caption")
     done = clip_lens.discover(encoder, *batch.split(), method="eap", edges=60, keep=Keep(folder / "eap"))

@@ -138,7 +138,7 @@ def discover(
     method: Method = "eap-ig",
     edges: int = 200,
     steps: int = 5,
-    threshold: float = 0.1,
+    threshold: float = 0.02,
     exact: bool = False,
     source: Source = counterpart,
     metric: Metric = logit,

@@ -96,7 +96,7 @@ def circuit_sections(discovery: Discovery, others: Sequence[Discovery] = ()) -> 
 
 def comparison(groups: Mapping[str, Sequence[Discovery]]) -> dict[str, Section]:
     """The parts of a report on many discoveries, by the model and pairs that they share: what each found, f over size
-    of the methods in one picture, and how much circuits of towers of one shape have in common.
+    of the methods in one picture, and how much circuits of towers of one shape have in common, random ones left out.
 
     Raises:
         ValueError: no discoveries.
@@ -105,7 +105,7 @@ def comparison(groups: Mapping[str, Sequence[Discovery]]) -> dict[str, Section]:
         >>> from clip_lens.methods.discover import discover
         >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
         >>> batch = clip_lens.align(clip_lens.read_pairs()[:16], store, encoder, run="caption")
-        >>> found = [discover(encoder, *batch.split(), method=method, edges=100) for method in ("eap", "random")]
+        >>> found = [discover(encoder, *batch.split(), method=method, edges=100) for method in ("eap", "eap-ig")]
         >>> list(comparison({"tiny, scenes": found}))
         ['All runs', 'tiny, scenes', 'Overlap, 6 layers x 4 heads']
     """
@@ -119,7 +119,7 @@ def comparison(groups: Mapping[str, Sequence[Discovery]]) -> dict[str, Section]:
         sections[name] = replace(
             section, title=f"How faithful: {name}", findings=_best(best), tables=section.tables[1:]
         )
-    named = [(name, found) for name, discoveries in groups.items() for found in discoveries]
+    named = [(name, found) for name, every in groups.items() for found in every if found.method != "random"]
     shape = lambda item: (item[1].circuit.n_layers, item[1].circuit.n_heads)
     for (layers, heads), members in groupby(sorted(named, key=shape), key=shape):
         circuits = {_label(name, found, groups): found.circuit for name, found in members}
@@ -383,7 +383,7 @@ def _overlap_section(title: str, table: DataFrame) -> Section:
 
 
 def _overlap_figure(grid: DataFrame) -> go.Figure:
-    return heatmap(grid, value="jaccard", title="", limit=1.0)
+    return heatmap(grid, value="jaccard", title="", limit=1.0).update_xaxes(title_text="")
 
 
 def _label(name: str, found: Discovery, groups: Mapping[str, object]) -> str:
