@@ -101,8 +101,24 @@ Rephrased = Annotated[
 ]
 AnyStore = Annotated[bool, typer.Option("--any-store", help="Accept image embeddings of another model.")]
 Rows = Annotated[int, typer.Option(help="Sequences in one forward pass; bounds the memory.", min=1)]
+
+
+def _known_kind(kind: str) -> str:
+    """Refused before anything is loaded: what names no kind of site."""
+    from clip_lens.model.site import LAYOUTS
+
+    if kind not in LAYOUTS:
+        raise ValueError(f"no kind of site {kind!r}; the kinds are {', '.join(LAYOUTS)}")
+    return kind
+
+
 Kinds = Annotated[
-    str, typer.Option("--sites", help="Kind of site: resid, mid, attn, mlp, head, q, k, v, pattern, neuron.")
+    str,
+    typer.Option(
+        "--sites",
+        help="Kind of site: resid, mid, attn, mlp, head, q, k, v, pattern, neuron.",
+        callback=_known_kind,
+    ),
 ]
 ByOption = Annotated[By, typer.Option(help="Whole texts, named slots (all tokens together), or single positions.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
@@ -426,8 +442,7 @@ def _trace(job: Job, kind: str) -> None:
     by_slot = _sweep(job, _layers(job.encoder, kind, present), f"{kind}-slots", counterpart)
     by_position = _sweep(job, _layers(job.encoder, kind, positions), f"{kind}-positions", counterpart)
     chosen = _segmented(by_slot, job.segment)
-    keys = set(chosen.pairs["key"])
-    single = by_position.where(key=lambda column: column.isin(keys)).by_slot(job.batch)
+    single = _segmented(by_position, job.segment).by_slot(job.batch)
     _write(job, {f"{kind}: whole slots": chosen, f"{kind}: single positions": single})
 
 
@@ -535,7 +550,8 @@ def _write(job: Job, results: dict[str, Effects]) -> None:
 
     first = next(iter(results.values()))
     first.table().to_csv(job.out / "table.csv", index=False)
-    title = f"Where {job.encoder.full_name} processes negation: {job.batch.pairs.name}"
+    data = "" if job.batch.pairs.name == job.encoder.name else f": {job.batch.pairs.name}"
+    title = f"Where {job.encoder.full_name} processes negation{data}"
     page = report(results, job.out / "report.html", title=title, pictures=job.pictures)
     _print_table(first)
     _say(f"\nThe report is {page}; table.csv and the .parquet files beside it hold the numbers.")

@@ -301,7 +301,8 @@ class Effects:
         that both have means the index. `meta["selected"]` records the filters that took pairs away.
 
         Raises:
-            ValueError: no column has that name, or a function gives something else than a truth value per row.
+            ValueError: no column has that name, none of the values asked for is in it, or a function gives something
+                else than a truth value per row.
 
         Example:
             >>> toy_effects().where(slot="negator", layer=[0], d=lambda d: d > 1)
@@ -310,9 +311,9 @@ class Effects:
         rows, columns = np.ones(len(self.places), bool), np.ones(len(self.pairs), bool)
         for name, wanted in filters.items():
             if name in INDEX:
-                rows &= _matches(self.index[name], wanted)
+                rows &= _found(self.index[name], wanted)
             elif name in self.pairs:
-                columns &= _matches(self.pairs[name], wanted)
+                columns &= _found(self.pairs[name], wanted)
             else:
                 names = ", ".join([*INDEX, *map(str, self.pairs.columns)])
                 raise ValueError(f"no column {name!r} to filter by; there are {names}")
@@ -538,6 +539,16 @@ def _collision(two: DataFrame, rows: str, columns: str) -> str:
     name = further[0]
     values = " and ".join(repr(value) for value in plain(two[name]))
     return f"two places fall on {cell} and differ in {name} ({values}); choose with where({name}=...), or lay out by it"
+
+
+def _found(column: pd.Series, wanted: Any) -> np.ndarray:
+    """Which rows match; a value that is nowhere in the column is a slip of the pen, and an error."""
+    matches = _matches(column, wanted)
+    if len(column) and not matches.any() and not callable(wanted):
+        known = list(dict.fromkeys(map(repr, plain(column))))
+        there = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
+        raise ValueError(f"no {column.name} is {wanted!r}; there are {there}")
+    return matches
 
 
 def _matches(column: pd.Series, wanted: Any) -> np.ndarray:

@@ -124,7 +124,7 @@ def test_nothing_to_divide_by_is_nan_with_n_zero():
         assert table[["fraction", "lower", "upper"]].isna().all(axis=None)
         assert list(table["n"]) == [0, 0, 0]
         assert list(table["dropped"]) == [2, 2, 2]
-    assert effects.where(side="caption").table(resamples=5)["n"].tolist() == [0, 0, 0]
+    assert effects.where(side=lambda side: side == "caption").table(resamples=5)["n"].tolist() == [0, 0, 0]
     assert row(make([[1.0]], [NAN]).fraction()).n == 0
 
 
@@ -371,7 +371,7 @@ def test_where_filters_places_and_pairs():
     assert effects.where(noun={"x", "z"}, side="caption").pairs["key"].tolist() == ["pair 0", "pair 2"]
     assert effects.where(d=lambda d: d > 1.5).total.tolist() == [t for t in effects.total.tolist() if abs(t) > 1.5]
     assert len(effects.where(unit=None).places) == 4
-    assert len(effects.where(slot="nowhere").fraction()) == 0
+    assert len(effects.where(slot=lambda slot: slot == "nowhere").fraction()) == 0
     assert "selected" not in effects.where(slot=3, key=lambda key: key == key).meta
     twice = effects.where(slot=3, noun="x", d=lambda d: d > -9).where(key=["pair 3"])
     assert twice.meta["selected"] == "d filtered, noun = x: 2 of 6; key = ['pair 3']: 1 of 2"
@@ -381,6 +381,10 @@ def test_where_filters_places_and_pairs():
         effects.where(noun=lambda column: True)
     with pytest.raises(ValueError, match=r"no column 'nuon'.*place, kind.*noun"):
         effects.where(nuon="x")
+    with pytest.raises(ValueError, match=r"no slot is 'eto'; there are .*'eot'"):
+        effects.where(slot="eto")
+    with pytest.raises(ValueError, match=r"no noun is \['q'\]; there are 'x', 'y', 'z'"):
+        effects.where(noun=["q"])
 
 
 # Files
@@ -516,8 +520,8 @@ def test_notebook_view_escapes_and_counts():
     )
     shown = effects._repr_html_()
     assert "<script>" not in shown and "2: no image" in shown and "3 caption, 3 foil" in shown
-    assert "0 places" in effects.where(layer=9)._repr_html_()
-    assert "0 pairs" in effects.where(key="none").__repr__()
+    assert "0 places" in effects.where(layer=lambda layer: layer == 9)._repr_html_()
+    assert "0 pairs" in effects.where(key=lambda key: key == "none").__repr__()
 
 
 def test_slots_are_in_the_order_of_the_text():

@@ -303,7 +303,7 @@ def test_the_file_is_written_whole_and_bad_input_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no results"):
         report({}, path)
     with pytest.raises(ValueError, match="'gone' is empty"):
-        report({"gone": toy_effects().where(layer=7)}, path)
+        report({"gone": toy_effects().where(layer=lambda layer: layer == 7)}, path)
     monkeypatch.setattr("pathlib.Path.write_text", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         report({"resid": toy_effects()}, path)
