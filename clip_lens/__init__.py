@@ -44,24 +44,24 @@ _HOME = {
     "logit_lens": "methods.direct",
     "components": "methods.direct",
     "labels": "methods.labels",
-    "acdc": "methods.acdc",
-    "Circuit": "methods.circuit",
-    "Discovery": "methods.discover",
-    "agreement": "methods.discover",
-    "discover": "methods.discover",
-    "overlaps": "methods.circuit",
-    "random_circuit": "methods.circuit",
-    "completeness": "methods.faithfulness",
-    "cpr_cmd": "methods.faithfulness",
-    "faithfulness": "methods.faithfulness",
-    "faithfulness_table": "methods.faithfulness",
-    "minimality": "methods.faithfulness",
-    "edges_above": "methods.selection",
-    "selection_frequency": "methods.selection",
-    "shuffled": "methods.selection",
-    "sized_circuits": "methods.selection",
-    "stability": "methods.selection",
-    "top_edges": "methods.selection",
+    "acdc": "methods.circuits.acdc",
+    "Circuit": "methods.circuits.circuit",
+    "Discovery": "methods.circuits.discover",
+    "agreement": "methods.circuits.discover",
+    "discover": "methods.circuits.discover",
+    "overlaps": "methods.circuits.circuit",
+    "random_circuit": "methods.circuits.circuit",
+    "completeness": "methods.circuits.faithfulness",
+    "cpr_cmd": "methods.circuits.faithfulness",
+    "faithfulness": "methods.circuits.faithfulness",
+    "faithfulness_table": "methods.circuits.faithfulness",
+    "minimality": "methods.circuits.faithfulness",
+    "edges_above": "methods.circuits.selection",
+    "selection_frequency": "methods.circuits.selection",
+    "shuffled": "methods.circuits.selection",
+    "sized_circuits": "methods.circuits.selection",
+    "stability": "methods.circuits.selection",
+    "top_edges": "methods.circuits.selection",
     "gradient_effects": "methods.gradient",
     "attention_effects": "methods.attention",
     "scores": "methods.scores",
@@ -69,26 +69,26 @@ _HOME = {
     "probe": "methods.probe",
     "probe_effects": "methods.probe",
     "steer": "methods.probe",
-    "heatmap": "show.plots",
-    "qkv": "show.edges",
-    "path_diagram": "show.network",
-    "network": "show.network",
-    "bars": "show.bars",
-    "curve": "show.curves",
-    "lens_lines": "show.curves",
-    "scatter": "show.curves",
-    "scatter_pairs": "show.pictures",
-    "patterns": "show.attention",
-    "save_figure": "show.export",
-    "themed": "show.style",
-    "report": "show.report",
-    "study": "show.study",
-    "circuit_report": "show.circuit_report",
-    "section_of": "show.effects_section",
-    "Section": "show.section",
-    "Picture": "show.section",
-    "Table": "show.section",
-    "explore": "show.explore",
+    "heatmap": "show.figures.plots",
+    "qkv": "show.figures.edges",
+    "path_diagram": "show.figures.network",
+    "network": "show.figures.network",
+    "bars": "show.figures.bars",
+    "curve": "show.figures.curves",
+    "lens_lines": "show.figures.curves",
+    "scatter": "show.figures.curves",
+    "scatter_pairs": "show.figures.pictures",
+    "patterns": "show.figures.attention",
+    "save_figure": "show.figures.export",
+    "themed": "show.figures.style",
+    "report": "show.page.report",
+    "study": "show.studies.study",
+    "circuit_report": "show.studies.circuit_report",
+    "section_of": "show.page.effects_section",
+    "Section": "show.page.section",
+    "Picture": "show.page.section",
+    "Table": "show.page.section",
+    "explore": "show.explore.shell",
 }
 __all__ = sorted(_HOME)
 __version__ = "0.1.0"
@@ -114,23 +114,29 @@ if TYPE_CHECKING:
     from clip_lens.data.images import ImageStore as ImageStore
     from clip_lens.data.pairs import Pairs as Pairs
     from clip_lens.data.pairs import read_pairs as read_pairs
-    from clip_lens.methods.acdc import acdc as acdc
     from clip_lens.methods.attention import attention_effects as attention_effects
-    from clip_lens.methods.circuit import Circuit as Circuit
-    from clip_lens.methods.circuit import overlaps as overlaps
-    from clip_lens.methods.circuit import random_circuit as random_circuit
+    from clip_lens.methods.circuits.acdc import acdc as acdc
+    from clip_lens.methods.circuits.circuit import Circuit as Circuit
+    from clip_lens.methods.circuits.circuit import overlaps as overlaps
+    from clip_lens.methods.circuits.circuit import random_circuit as random_circuit
+    from clip_lens.methods.circuits.discover import Discovery as Discovery
+    from clip_lens.methods.circuits.discover import agreement as agreement
+    from clip_lens.methods.circuits.discover import discover as discover
+    from clip_lens.methods.circuits.faithfulness import completeness as completeness
+    from clip_lens.methods.circuits.faithfulness import cpr_cmd as cpr_cmd
+    from clip_lens.methods.circuits.faithfulness import faithfulness as faithfulness
+    from clip_lens.methods.circuits.faithfulness import faithfulness_table as faithfulness_table
+    from clip_lens.methods.circuits.faithfulness import minimality as minimality
+    from clip_lens.methods.circuits.selection import edges_above as edges_above
+    from clip_lens.methods.circuits.selection import selection_frequency as selection_frequency
+    from clip_lens.methods.circuits.selection import shuffled as shuffled
+    from clip_lens.methods.circuits.selection import sized_circuits as sized_circuits
+    from clip_lens.methods.circuits.selection import stability as stability
+    from clip_lens.methods.circuits.selection import top_edges as top_edges
     from clip_lens.methods.confounds import confounds as confounds
     from clip_lens.methods.direct import components as components
     from clip_lens.methods.direct import direct_effects as direct_effects
     from clip_lens.methods.direct import logit_lens as logit_lens
-    from clip_lens.methods.discover import Discovery as Discovery
-    from clip_lens.methods.discover import agreement as agreement
-    from clip_lens.methods.discover import discover as discover
-    from clip_lens.methods.faithfulness import completeness as completeness
-    from clip_lens.methods.faithfulness import cpr_cmd as cpr_cmd
-    from clip_lens.methods.faithfulness import faithfulness as faithfulness
-    from clip_lens.methods.faithfulness import faithfulness_table as faithfulness_table
-    from clip_lens.methods.faithfulness import minimality as minimality
     from clip_lens.methods.gradient import gradient_effects as gradient_effects
     from clip_lens.methods.labels import labels as labels
     from clip_lens.methods.patching import patch_effects as patch_effects
@@ -139,38 +145,32 @@ if TYPE_CHECKING:
     from clip_lens.methods.probe import probe_effects as probe_effects
     from clip_lens.methods.probe import steer as steer
     from clip_lens.methods.scores import scores as scores
-    from clip_lens.methods.selection import edges_above as edges_above
-    from clip_lens.methods.selection import selection_frequency as selection_frequency
-    from clip_lens.methods.selection import shuffled as shuffled
-    from clip_lens.methods.selection import sized_circuits as sized_circuits
-    from clip_lens.methods.selection import stability as stability
-    from clip_lens.methods.selection import top_edges as top_edges
     from clip_lens.model.encoder import HookedTextEncoder as HookedTextEncoder
     from clip_lens.model.load import load as load
     from clip_lens.model.site import Edge as Edge
     from clip_lens.model.site import Place as Place
     from clip_lens.model.site import Site as Site
     from clip_lens.model.tower import HookedTextTower as HookedTextTower
-    from clip_lens.show.attention import patterns as patterns
-    from clip_lens.show.bars import bars as bars
-    from clip_lens.show.circuit_report import circuit_report as circuit_report
-    from clip_lens.show.curves import curve as curve
-    from clip_lens.show.curves import lens_lines as lens_lines
-    from clip_lens.show.curves import scatter as scatter
-    from clip_lens.show.edges import qkv as qkv
-    from clip_lens.show.effects_section import section_of as section_of
-    from clip_lens.show.explore import explore as explore
-    from clip_lens.show.export import save_figure as save_figure
-    from clip_lens.show.network import network as network
-    from clip_lens.show.network import path_diagram as path_diagram
-    from clip_lens.show.pictures import scatter_pairs as scatter_pairs
-    from clip_lens.show.plots import heatmap as heatmap
-    from clip_lens.show.report import report as report
-    from clip_lens.show.section import Picture as Picture
-    from clip_lens.show.section import Section as Section
-    from clip_lens.show.section import Table as Table
-    from clip_lens.show.study import study as study
-    from clip_lens.show.style import themed as themed
+    from clip_lens.show.explore.shell import explore as explore
+    from clip_lens.show.figures.attention import patterns as patterns
+    from clip_lens.show.figures.bars import bars as bars
+    from clip_lens.show.figures.curves import curve as curve
+    from clip_lens.show.figures.curves import lens_lines as lens_lines
+    from clip_lens.show.figures.curves import scatter as scatter
+    from clip_lens.show.figures.edges import qkv as qkv
+    from clip_lens.show.figures.export import save_figure as save_figure
+    from clip_lens.show.figures.network import network as network
+    from clip_lens.show.figures.network import path_diagram as path_diagram
+    from clip_lens.show.figures.pictures import scatter_pairs as scatter_pairs
+    from clip_lens.show.figures.plots import heatmap as heatmap
+    from clip_lens.show.figures.style import themed as themed
+    from clip_lens.show.page.effects_section import section_of as section_of
+    from clip_lens.show.page.report import report as report
+    from clip_lens.show.page.section import Picture as Picture
+    from clip_lens.show.page.section import Section as Section
+    from clip_lens.show.page.section import Table as Table
+    from clip_lens.show.studies.circuit_report import circuit_report as circuit_report
+    from clip_lens.show.studies.study import study as study
 
 
 def __getattr__(name: str) -> object:

@@ -300,7 +300,7 @@ def study(
     job: Job, seed: Annotated[int, typer.Option(help="The seed of the probe's split and random directions.")] = 0
 ) -> None:
     """The negation study, whole: where negation is, which heads carry it, what confounds the score; one report."""
-    from clip_lens.show.study import study as write
+    from clip_lens.show.studies.study import study as write
 
     page = write(
         job.encoder,
@@ -337,9 +337,9 @@ def circuit(
     seed: Annotated[int, typer.Option(help="The seed of split, random circuits and resampling.")] = 0,
 ) -> None:
     """Find the circuit behind d on one part of the pairs, judge it on the other: f, CPR, CMD, stability; a report."""
-    from clip_lens.methods.discover import discover
-    from clip_lens.show.circuit_report import circuit_report
-    from clip_lens.show.findings import cautions
+    from clip_lens.methods.circuits.discover import discover
+    from clip_lens.show.studies.circuit_report import circuit_report
+    from clip_lens.show.studies.findings import cautions
 
     found, judged = _of_segment(job).split(split, seed)
     discovery = discover(
@@ -546,7 +546,7 @@ def _of_segment(job: Job) -> Batch:
 
 def _write(job: Job, results: dict[str, Effects]) -> None:
     """The table of the first result on the screen and as csv, and the report of all."""
-    from clip_lens.show.report import report
+    from clip_lens.show.page.report import report
 
     first = next(iter(results.values()))
     first.table().to_csv(job.out / "table.csv", index=False)

@@ -27,7 +27,7 @@ else:
 if TYPE_CHECKING:
     from clip_lens.data.batch import Batch
     from clip_lens.data.images import ImageStore
-    from clip_lens.methods.discover import Discovery
+    from clip_lens.methods.circuits.discover import Discovery
     from clip_lens.model.encoder import HookedTextEncoder
 
 
@@ -125,7 +125,7 @@ def read_config(path: Path) -> Config:
         OSError: there is no such file.
         ValueError: no TOML, an unknown or missing key, a value of another type, an unknown method, names that repeat.
     """
-    from clip_lens.methods.discover import Method
+    from clip_lens.methods.circuits.discover import Method
 
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -265,8 +265,8 @@ def discovered(
 ) -> Discovery:
     """One run, with its report in its folder."""
     from clip_lens.core.keep import Keep
-    from clip_lens.methods.discover import discover
-    from clip_lens.show.circuit_report import circuit_report
+    from clip_lens.methods.circuits.discover import discover
+    from clip_lens.show.studies.circuit_report import circuit_report
 
     done = discover(
         encoder, *splits, method=method, edges=config.edges, steps=config.steps, threshold=config.threshold,
@@ -279,7 +279,7 @@ def discovered(
 
 def _cautions(encoder: HookedTextEncoder, splits: tuple[Batch, Batch]) -> list[str]:
     """What a reader must know of the model and the images before any number."""
-    from clip_lens.show.findings import cautions
+    from clip_lens.show.studies.findings import cautions
 
     return cautions(encoder, splits[1])
 
@@ -287,8 +287,8 @@ def _cautions(encoder: HookedTextEncoder, splits: tuple[Batch, Batch]) -> list[s
 def compare(results: Results, out: Path) -> Path:
     """The report and the table over all runs that were done."""
     from clip_lens.core.files import written_whole
-    from clip_lens.show.circuit_report import comparison, methods, summaries
-    from clip_lens.show.report import report
+    from clip_lens.show.page.report import report
+    from clip_lens.show.studies.circuit_report import comparison, methods, summaries
 
     with written_whole(out / "summary.csv") as temporary:
         summaries(results.found).to_csv(temporary, index=False)

@@ -108,8 +108,8 @@ def test_kinds_with_heads_are_traced_all_heads_together(few: Path, tmp_path: Pat
 def test_circuit_finds_on_one_split_and_judges_on_the_other(
     few: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clip_lens.methods.discover.BASELINES", 1)
-    monkeypatch.setattr("clip_lens.methods.discover.RESAMPLES", 5)
+    monkeypatch.setattr("clip_lens.methods.circuits.discover.BASELINES", 1)
+    monkeypatch.setattr("clip_lens.methods.circuits.discover.RESAMPLES", 5)
     out = tmp_path / "out"
     words = ("circuit", "--pairs", few, "--out", out, "--method", "eap", "--edges", "80", "--split", ".25", "--quiet")
     assert run(*words, "--seed", "3") == 0

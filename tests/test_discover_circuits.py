@@ -9,8 +9,8 @@ import pytest
 
 import clip_lens
 from clip_lens.core.keep import Keep
-from clip_lens.methods import discover as module
-from clip_lens.methods.circuit import Circuit
+from clip_lens.methods.circuits import discover as module
+from clip_lens.methods.circuits.circuit import Circuit
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "discover_circuits.py"
 SPEC = importlib.util.spec_from_file_location("discover_circuits", SCRIPT)

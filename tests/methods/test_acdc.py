@@ -13,10 +13,10 @@ from clip_lens.core.metric import kl
 from clip_lens.core.source import zeros
 from clip_lens.data.batch import align
 from clip_lens.data.pairs import Pairs
-from clip_lens.methods import acdc as module
-from clip_lens.methods.acdc import acdc
-from clip_lens.methods.circuit import Circuit
-from clip_lens.methods.removal import Removal
+from clip_lens.methods.circuits import acdc as module
+from clip_lens.methods.circuits.acdc import acdc
+from clip_lens.methods.circuits.circuit import Circuit
+from clip_lens.methods.circuits.removal import Removal
 from clip_lens.model.load import load
 
 BANK = torch.nn.functional.normalize(torch.randn(5, 16, generator=torch.Generator().manual_seed(8)).double(), dim=-1)

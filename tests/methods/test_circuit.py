@@ -7,7 +7,7 @@ import networkx
 import pytest
 import torch
 
-from clip_lens.methods.circuit import Circuit, Graph, overlaps, random_circuit
+from clip_lens.methods.circuits.circuit import Circuit, Graph, overlaps, random_circuit
 from clip_lens.model.site import Edge, Site, precedes, readers, writers
 
 LAYERS, HEADS = 3, 2

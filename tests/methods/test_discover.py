@@ -14,13 +14,13 @@ import clip_lens
 from clip_lens.core.effects import Effects
 from clip_lens.core.keep import Keep
 from clip_lens.data.pairs import Pairs
-from clip_lens.methods import discover as module
-from clip_lens.methods.circuit import Circuit, Graph, random_circuit
-from clip_lens.methods.discover import agreement, discover, random_sizes
-from clip_lens.methods.faithfulness import cpr_cmd, faithfulness, faithfulness_table
+from clip_lens.methods.circuits import discover as module
+from clip_lens.methods.circuits.circuit import Circuit, Graph, random_circuit
+from clip_lens.methods.circuits.discover import agreement, discover, random_sizes
+from clip_lens.methods.circuits.faithfulness import cpr_cmd, faithfulness, faithfulness_table
+from clip_lens.methods.circuits.selection import SHARES, sized_circuits, stability, top_edges
 from clip_lens.methods.gradient import gradient_effects
 from clip_lens.methods.patching import patch_effects
-from clip_lens.methods.selection import SHARES, sized_circuits, stability, top_edges
 
 EDGES = 15
 

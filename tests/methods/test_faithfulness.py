@@ -12,16 +12,16 @@ from oracle import TOWERS, agree, batch_of, texts_of, tower
 from clip_lens.core.effects import Effects
 from clip_lens.core.metric import kl, logit
 from clip_lens.core.source import mean, resample, zeros
-from clip_lens.methods.circuit import Circuit, Graph
-from clip_lens.methods.faithfulness import (
+from clip_lens.methods.circuits.circuit import Circuit, Graph
+from clip_lens.methods.circuits.faithfulness import (
     completeness,
     cpr_cmd,
     faithfulness,
     faithfulness_table,
     minimality,
 )
+from clip_lens.methods.circuits.removal import Removal
 from clip_lens.methods.patching import patch_effects
-from clip_lens.methods.removal import Removal
 from clip_lens.model.site import Outside, Site
 
 LAYERS, HEADS = 3, 4

@@ -9,9 +9,8 @@ import torch
 from handmade import NAMES, handmade
 
 from clip_lens.core.effects import Effects
-from clip_lens.methods.circuit import Circuit, Graph
-from clip_lens.methods.patching import patch_effects
-from clip_lens.methods.selection import (
+from clip_lens.methods.circuits.circuit import Circuit, Graph
+from clip_lens.methods.circuits.selection import (
     edges_above,
     selection_frequency,
     shuffled,
@@ -19,6 +18,7 @@ from clip_lens.methods.selection import (
     stability,
     top_edges,
 )
+from clip_lens.methods.patching import patch_effects
 from clip_lens.model.site import Edge, Site
 
 LAYERS, HEADS = 2, 2

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import clip_lens
-from clip_lens.show.attention import difference, patterns
+from clip_lens.show.figures.attention import difference, patterns
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from show.test_plots import HEADS, make
 
 import clip_lens
 from clip_lens.core.effects import SHOWN, one_side
-from clip_lens.show.bars import bars, shortened
-from clip_lens.show.style import LIGHT
+from clip_lens.show.figures.bars import bars, shortened
+from clip_lens.show.figures.style import LIGHT
 
 CORRELATIONS = pd.DataFrame(
     {

@@ -12,10 +12,10 @@ from towers import random_encoder, random_store
 
 import clip_lens
 from clip_lens.data.pairs import Pairs
-from clip_lens.methods import discover as module
-from clip_lens.methods.circuit import overlaps
-from clip_lens.methods.discover import discover
-from clip_lens.show.circuit_report import (
+from clip_lens.methods.circuits import discover as module
+from clip_lens.methods.circuits.circuit import overlaps
+from clip_lens.methods.circuits.discover import discover
+from clip_lens.show.studies.circuit_report import (
     RANDOM,
     circuit_report,
     circuit_sections,

@@ -10,8 +10,8 @@ from show.test_plots import HEADS, RESID, make
 
 import clip_lens
 from clip_lens.core.effects import one_side
-from clip_lens.show.curves import curve, lens_lines, scatter
-from clip_lens.show.style import LIGHT, faded
+from clip_lens.show.figures.curves import curve, lens_lines, scatter
+from clip_lens.show.figures.style import LIGHT, faded
 
 FRAME = pd.DataFrame(
     {

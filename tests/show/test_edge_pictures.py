@@ -9,12 +9,12 @@ from show.test_plots import make
 
 import clip_lens
 from clip_lens.core.effects import SHOWN, one_side
-from clip_lens.methods.circuit import Circuit
+from clip_lens.methods.circuits.circuit import Circuit
 from clip_lens.model.site import Edge, Site, precedes
-from clip_lens.show.edges import qkv
-from clip_lens.show.network import network, path_diagram, strongest
-from clip_lens.show.plots import heatmap
-from clip_lens.show.style import LIGHT
+from clip_lens.show.figures.edges import qkv
+from clip_lens.show.figures.network import network, path_diagram, strongest
+from clip_lens.show.figures.plots import heatmap
+from clip_lens.show.figures.style import LIGHT
 
 SENDERS = [Site("embed"), *(Site("head", layer, unit) for layer in (0, 1, 10) for unit in (0, 1)), Site("mlp", 0)]
 RECEIVERS = [Site(kind, layer, unit) for kind in "qkv" for layer in (1, 2, 11) for unit in (0, 1)]

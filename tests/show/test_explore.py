@@ -12,8 +12,8 @@ from towers import random_encoder, random_store
 
 import clip_lens
 from clip_lens import Pairs, Site
-from clip_lens.show import explore as shell
-from clip_lens.show.explore_view import KINDS, Desk, View
+from clip_lens.show.explore.shell import shell
+from clip_lens.show.explore.view import KINDS, Desk, View
 
 RUNS = ("caption", "foil", "affirmative", "negated")
 HEADS = ("head", "q", "k", "v", "pattern")
@@ -322,7 +322,7 @@ def test_pictures(explorer, encoder, batch, tmp_path):
 
 
 def test_nothing_is_fetched():
-    from clip_lens.show.explore_widget import HERE
+    from clip_lens.show.explore.widget import HERE
 
     for name in ("explore.js", "explore.css", "explore.html.j2"):
         text = (HERE / name).read_text()

@@ -13,8 +13,8 @@ import pytest
 from show.test_plots import RESID, make
 
 import clip_lens
-from clip_lens.show.export import DRAWN, save_figure
-from clip_lens.show.plots import heatmap
+from clip_lens.show.figures.export import DRAWN, save_figure
+from clip_lens.show.figures.plots import heatmap
 
 
 @pytest.fixture

@@ -18,11 +18,11 @@ from test_report import EVIL, Page, files_of, make, own_part
 import clip_lens.show
 from clip_lens.core.effects import toy_effects
 from clip_lens.model.site import Edge, Site
-from clip_lens.show.network import network
-from clip_lens.show.numbers import numbers
-from clip_lens.show.report import report
-from clip_lens.show.section import Picture, Section, Table
-from clip_lens.show.style import DARK, LIGHT
+from clip_lens.show.figures.network import network
+from clip_lens.show.figures.style import DARK, LIGHT
+from clip_lens.show.page.numbers import numbers
+from clip_lens.show.page.report import report
+from clip_lens.show.page.section import Picture, Section, Table
 
 BARS = go.Figure(
     [go.Bar(name=side, x=["a", "b"], y=[1.0, -2.0], error_y={"array": [0.5, 0.25]}) for side in ("caption", "foil")]

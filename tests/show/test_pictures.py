@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 import clip_lens
-from clip_lens.show.pictures import MOST, scatter_pairs
-from clip_lens.show.style import themed
+from clip_lens.show.figures.pictures import MOST, scatter_pairs
+from clip_lens.show.figures.style import themed
 
 PAIRS = pd.DataFrame(
     {

@@ -9,11 +9,11 @@ import pytest
 from show.test_edge_pictures import EDGES
 from show.test_plots import RESID, make
 
-from clip_lens.show.bars import bars
-from clip_lens.show.curves import lens_lines
-from clip_lens.show.network import network
-from clip_lens.show.plots import heatmap
-from clip_lens.show.style import DARK, LIGHT, THEMES, TRANSPARENT, _roles, faded, swaps, themed
+from clip_lens.show.figures.bars import bars
+from clip_lens.show.figures.curves import lens_lines
+from clip_lens.show.figures.network import network
+from clip_lens.show.figures.plots import heatmap
+from clip_lens.show.figures.style import DARK, LIGHT, THEMES, TRANSPARENT, _roles, faded, swaps, themed
 
 
 def luminance(colour):

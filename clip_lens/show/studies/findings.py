@@ -11,7 +11,7 @@ from clip_lens.core.effects import Effects
 from clip_lens.data.batch import Batch
 from clip_lens.methods.confounds import ALL
 from clip_lens.model.encoder import HookedTextEncoder
-from clip_lens.show.plots import SIDE_NAMES
+from clip_lens.show.figures.plots import SIDE_NAMES
 
 SELECTIVE = 0.6
 """A head counts as selective when its mean selectivity is at least this."""

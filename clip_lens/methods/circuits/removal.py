@@ -15,7 +15,7 @@ from clip_lens.core.patch import address_edges
 from clip_lens.core.rows import Chunk, chunk_effects, pairs_at_once, prepare
 from clip_lens.core.source import Source
 from clip_lens.data.batch import Batch
-from clip_lens.methods.circuit import Graph
+from clip_lens.methods.circuits.circuit import Graph
 from clip_lens.methods.patching import check_metric, checked
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Site

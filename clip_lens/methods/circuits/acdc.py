@@ -12,9 +12,9 @@ from torch import Tensor
 from clip_lens.core.metric import Metric, logit
 from clip_lens.core.source import Source, counterpart
 from clip_lens.data.batch import Batch
-from clip_lens.methods.circuit import Circuit, Graph
+from clip_lens.methods.circuits.circuit import Circuit, Graph
+from clip_lens.methods.circuits.removal import Removal
 from clip_lens.methods.patching import describe
-from clip_lens.methods.removal import Removal
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Edge
 from clip_lens.progress import progress_bar

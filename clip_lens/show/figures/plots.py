@@ -14,7 +14,7 @@ from pandas import DataFrame
 from plotly.subplots import make_subplots
 
 from clip_lens.core.effects import SHOWN, Effects, one_side, pivot
-from clip_lens.show.style import LARGE, LIGHT, scale, template
+from clip_lens.show.figures.style import LARGE, LIGHT, scale, template
 
 SLOT_NAMES = {
     "sot": "start of text",

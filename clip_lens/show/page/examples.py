@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import os
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from pandas import DataFrame
 
 from clip_lens.core.effects import SEGMENTS, SIDES
-
-Pictures = str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None
-EDGE = 192  # pixels, the longer edge of an embedded picture
+from clip_lens.show.figures.thumbnails import Pictures, picture_file, thumbnail
 
 
 class Example(NamedTuple):
@@ -41,7 +34,7 @@ def examples(pairs: DataFrame, pictures: Pictures = None) -> dict[str, list[Exam
         {'correct': ['a', 'c', 'b']}
     """
     pairs = pairs.drop_duplicates("key").sort_values("d", kind="stable")
-    seen = pairs["image"].map(lambda image: _file(str(image), pictures) is not None)
+    seen = pairs["image"].map(lambda image: picture_file(str(image), pictures) is not None)
     found: dict[str, list[Example]] = {}
     for segment in dict.fromkeys([*SEGMENTS, *pairs["segment"]]):
         for side in SIDES:
@@ -54,38 +47,4 @@ def examples(pairs: DataFrame, pictures: Pictures = None) -> dict[str, list[Exam
 
 def _example(row: Any, pictures: Pictures) -> Example:
     texts = {name: str(row[name]) for name in ("key", "caption", "foil", "side", "segment")}
-    return Example(**texts, d=float(row["d"]), picture=thumbnail(_file(str(row["image"]), pictures)))
-
-
-def _file(image: str, pictures: Pictures) -> Path | None:
-    """The file of an image id, None where there is none; an id never leads out of the folder."""
-    if pictures is None:
-        return None
-    if isinstance(pictures, Mapping):
-        file = Path(pictures[image]) if image in pictures else None
-    else:
-        folder = Path(pictures).resolve()
-        file = (folder / image).resolve()
-        file = file if file.is_relative_to(folder) else None
-    return file if file is not None and file.is_file() else None
-
-
-def thumbnail(file: Path | None) -> str | None:
-    """A small copy of a picture as a data URI of JPEG; None without a readable file.
-
-    Example:
-        >>> thumbnail(Path("no such file")) is None
-        True
-    """
-    from PIL import Image
-
-    if file is None or not file.is_file():
-        return None
-    try:
-        with Image.open(file) as opened:
-            opened.thumbnail((EDGE, EDGE))
-            buffer = io.BytesIO()
-            opened.convert("RGB").save(buffer, "JPEG", quality=85)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return Example(**texts, d=float(row["d"]), picture=thumbnail(picture_file(str(row["image"]), pictures)))

@@ -467,7 +467,7 @@ def code(desk: Desk, view: View) -> str:
         f"# {names}: as given to explore",
         "import clip_lens",
         "from clip_lens import Site",
-        *([] if not stored or desk.given else ["from clip_lens.show.explore_view import images_of"]),
+        *([] if not stored or desk.given else ["from clip_lens.show.explore.view import images_of"]),
         "",
         *([] if not stored or desk.given else ["images = images_of(batch, encoder)"]),
         *_pair_code(desk, view),

@@ -9,7 +9,7 @@ import anywidget
 import traitlets
 
 if TYPE_CHECKING:
-    from clip_lens.show.explore import Explorer
+    from clip_lens.show.explore.shell import Explorer
 
 HERE = Path(__file__).parent
 

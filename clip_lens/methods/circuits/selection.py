@@ -19,7 +19,7 @@ from torch import Tensor
 from clip_lens.core.bootstrap import Draws
 from clip_lens.core.effects import Effects
 from clip_lens.core.metric import unsigned
-from clip_lens.methods.circuit import Circuit, Graph
+from clip_lens.methods.circuits.circuit import Circuit, Graph
 from clip_lens.model.site import Edge, Site
 
 Select = Literal["top", "greedy"]

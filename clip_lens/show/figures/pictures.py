@@ -15,10 +15,10 @@ from typing import Any
 import plotly.graph_objects as go
 from pandas import DataFrame
 
-from clip_lens.show.curves import need
-from clip_lens.show.examples import Pictures, thumbnail
-from clip_lens.show.plots import SIDE_NAMES
-from clip_lens.show.style import LIGHT, SIDE_COLOURS, template, under
+from clip_lens.show.figures.curves import need
+from clip_lens.show.figures.plots import SIDE_NAMES
+from clip_lens.show.figures.style import LIGHT, SIDE_COLOURS, template, under
+from clip_lens.show.figures.thumbnails import Pictures, picture_file, thumbnail
 
 MOST = 400  # small copies in one figure, of at most some 8 kB each
 SCRIPT = """
@@ -131,17 +131,7 @@ def _points(part: DataFrame, columns: tuple[str, str], image: str, group: Any, n
 
 def _copies(ids: list[str], pictures: Pictures) -> dict[str, str]:
     """A small copy of each picture that there is, by id, as a data URI."""
-    found = {name: thumbnail(file) for name, file in _files(ids, pictures).items()}
+    if pictures is not None and not isinstance(pictures, Mapping) and not Path(pictures).is_dir():
+        raise FileNotFoundError(f"{pictures} is no folder; give the one that holds the pictures, or a mapping by id")
+    found = {name: thumbnail(picture_file(name, pictures)) for name in ids}
     return dict([(name, uri) for name, uri in found.items() if uri][:MOST])
-
-
-def _files(ids: list[str], pictures: Pictures) -> dict[str, Path]:
-    """The file of each id; an id never leads out of the folder."""
-    if pictures is None:
-        return {}
-    if isinstance(pictures, Mapping):
-        return {name: Path(pictures[name]) for name in ids if name in pictures}
-    folder = Path(pictures).resolve()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder; give the one that holds the pictures, or a mapping by id")
-    return {name: folder / name for name in ids if (folder / name).resolve().is_relative_to(folder)}

@@ -14,18 +14,18 @@ import plotly.graph_objects as go
 from pandas import DataFrame
 
 from clip_lens.core.effects import Effects
-from clip_lens.methods.circuit import overlaps
-from clip_lens.methods.discover import Discovery
-from clip_lens.methods.faithfulness import MEASURES
-from clip_lens.show import circuit_texts as texts
-from clip_lens.show.bars import bars
-from clip_lens.show.curves import curve, scatter
-from clip_lens.show.examples import Pictures
-from clip_lens.show.network import network
-from clip_lens.show.plots import SIDE_NAMES, heatmap
-from clip_lens.show.report import report
-from clip_lens.show.section import Picture, Section, Table
-from clip_lens.show.words import D
+from clip_lens.methods.circuits.circuit import overlaps
+from clip_lens.methods.circuits.discover import Discovery
+from clip_lens.methods.circuits.faithfulness import MEASURES
+from clip_lens.show.figures.bars import bars
+from clip_lens.show.figures.curves import curve, scatter
+from clip_lens.show.figures.network import network
+from clip_lens.show.figures.plots import SIDE_NAMES, heatmap
+from clip_lens.show.figures.thumbnails import Pictures
+from clip_lens.show.page.report import report
+from clip_lens.show.page.section import Picture, Section, Table
+from clip_lens.show.page.words import D
+from clip_lens.show.studies import circuit_texts as texts
 
 SIDES = {**SIDE_NAMES, "none": "no side", "pooled": "both sides together"}
 DRAWN = 300
@@ -55,7 +55,7 @@ def circuit_report(
     `report`.
 
     Example:
-        >>> from clip_lens.methods.discover import discover
+        >>> from clip_lens.methods.circuits.discover import discover
         >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
         >>> batch = clip_lens.align(clip_lens.read_pairs()[:16], store, encoder, run="caption")
         >>> found = discover(encoder, *batch.split(), method="eap", edges=100)
@@ -79,7 +79,7 @@ def circuit_sections(discovery: Discovery, others: Sequence[Discovery] = ()) -> 
     """The parts of a report on one discovery: its circuit, its faithfulness, whether scores hold, how stable it is.
 
     Example:
-        >>> from clip_lens.methods.discover import discover
+        >>> from clip_lens.methods.circuits.discover import discover
         >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
         >>> batch = clip_lens.align(clip_lens.read_pairs()[:16], store, encoder, run="caption")
         >>> list(circuit_sections(discover(encoder, *batch.split(), method="eap", edges=100)))
@@ -102,7 +102,7 @@ def comparison(groups: Mapping[str, Sequence[Discovery]]) -> dict[str, Section]:
         ValueError: no discoveries.
 
     Example:
-        >>> from clip_lens.methods.discover import discover
+        >>> from clip_lens.methods.circuits.discover import discover
         >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
         >>> batch = clip_lens.align(clip_lens.read_pairs()[:16], store, encoder, run="caption")
         >>> found = [discover(encoder, *batch.split(), method=method, edges=100) for method in ("eap", "eap-ig")]

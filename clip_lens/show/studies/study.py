@@ -33,16 +33,16 @@ from clip_lens.methods.probe import probe
 from clip_lens.methods.scores import pair_scores, scores
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Place, Site
-from clip_lens.show import findings
-from clip_lens.show import study_texts as texts
-from clip_lens.show.bars import bars
-from clip_lens.show.curves import curve, lens_lines
-from clip_lens.show.effects_section import section_of
-from clip_lens.show.examples import Pictures
-from clip_lens.show.plots import SIDE_NAMES, heatmap
-from clip_lens.show.report import report
-from clip_lens.show.section import Picture, Section, Table
-from clip_lens.show.style import template
+from clip_lens.show.figures.bars import bars
+from clip_lens.show.figures.curves import curve, lens_lines
+from clip_lens.show.figures.plots import SIDE_NAMES, heatmap
+from clip_lens.show.figures.style import template
+from clip_lens.show.figures.thumbnails import Pictures
+from clip_lens.show.page.effects_section import section_of
+from clip_lens.show.page.report import report
+from clip_lens.show.page.section import Picture, Section, Table
+from clip_lens.show.studies import findings
+from clip_lens.show.studies import study_texts as texts
 
 IDENTITY = ("model", "weights", "data", "data digest", "images", "batch", "dtype", "pairs", "scale", "versions")
 """What two results must have in common to be of the same study."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from html import escape
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, get_args
 
 from clip_lens.core.effects import Effects
@@ -14,9 +12,9 @@ from clip_lens.data.batch import Batch, Run
 from clip_lens.data.images import ImageStore, UnknownImage
 from clip_lens.methods.patching import RUNS
 from clip_lens.model.encoder import HookedTextEncoder
-from clip_lens.show.examples import Pictures, thumbnail
-from clip_lens.show.explore_page import KIND_NAMES, SOURCE_NAMES, data_uri, render, style
-from clip_lens.show.explore_view import KINDS, Desk, Panels, View, code
+from clip_lens.show.explore.page import KIND_NAMES, SOURCE_NAMES, data_uri, render, style
+from clip_lens.show.explore.view import KINDS, Desk, Panels, View, code
+from clip_lens.show.figures.thumbnails import Pictures, picture_file, thumbnail
 
 NEEDS = ("ipywidgets", "anywidget")
 INSTALL = (
@@ -128,7 +126,7 @@ class Explorer:
             ImportError: ipywidgets or anywidget are not installed.
         """
         if self._widget is None:
-            from clip_lens.show.explore_widget import ExploreWidget
+            from clip_lens.show.explore.widget import ExploreWidget
 
             self._widget = ExploreWidget(self)
         return self._widget
@@ -162,7 +160,7 @@ class Explorer:
     def _picture(self) -> str | None:
         image = self.view.image
         if self.pictures is not None:
-            return thumbnail(_file(image, self.pictures))
+            return thumbnail(picture_file(image, self.pictures))
         scene = re.fullmatch(r"scene-(\d+)\.png", image)
         return _scene(int(scene[1])) if scene and self.desk.encoder.name == "tiny" else None
 
@@ -185,15 +183,6 @@ class Explorer:
 
 def _runs(sides: tuple[str, ...]) -> tuple[Run, ...]:
     return get_args(Run) if set(sides) != {"none"} else ("caption", "foil")
-
-
-def _file(image: str, pictures: Any) -> Path | None:
-    """The file of an image id; an id never leads out of the folder."""
-    if isinstance(pictures, Mapping):
-        return Path(pictures[image]) if image in pictures else None
-    folder = Path(pictures).resolve()
-    file = (folder / image).resolve()
-    return file if file.is_relative_to(folder) else None
 
 
 def _scene(seed: int) -> str:

@@ -19,13 +19,13 @@ from clip_lens.core.keep import Keep, joined
 from clip_lens.core.metric import Metric, logit
 from clip_lens.core.source import Source, counterpart
 from clip_lens.data.batch import Batch
-from clip_lens.methods import faithfulness as judging
-from clip_lens.methods.acdc import acdc
-from clip_lens.methods.circuit import Circuit, random_circuit
-from clip_lens.methods.faithfulness import cpr_cmd, faithfulness, faithfulness_table
+from clip_lens.methods.circuits import faithfulness as judging
+from clip_lens.methods.circuits.acdc import acdc
+from clip_lens.methods.circuits.circuit import Circuit, random_circuit
+from clip_lens.methods.circuits.faithfulness import cpr_cmd, faithfulness, faithfulness_table
+from clip_lens.methods.circuits.selection import SHARES, EdgeScores, sized_circuits, stability, top_edges
 from clip_lens.methods.gradient import conventions, gradient_effects
 from clip_lens.methods.patching import METHOD, describe, patch_effects
-from clip_lens.methods.selection import SHARES, EdgeScores, sized_circuits, stability, top_edges
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Edge, Outside
 from clip_lens.openclip import digest

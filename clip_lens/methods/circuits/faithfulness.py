@@ -17,9 +17,9 @@ from clip_lens.core.effects import Effects
 from clip_lens.core.metric import Metric, logit
 from clip_lens.core.source import Source, counterpart
 from clip_lens.data.batch import Batch
-from clip_lens.methods.circuit import Circuit
+from clip_lens.methods.circuits.circuit import Circuit
+from clip_lens.methods.circuits.removal import Removal, parts
 from clip_lens.methods.patching import describe, pairs_frame
-from clip_lens.methods.removal import Removal, parts
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Outside
 from clip_lens.progress import progress_bar
