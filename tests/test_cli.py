@@ -218,13 +218,15 @@ def test_a_sender_that_does_not_exist_is_named(few: Path, tmp_path: Path, capsys
         assert expected in capsys.readouterr().err
 
 
-def test_verbose_says_what_is_computed_and_written(tmp_path: Path) -> None:
+def test_verbose_says_what_is_computed_and_written(tmp_path: Path, few: Path) -> None:
     command = [
         sys.executable,
         "-m",
         "clip_lens.cli",
         "--verbose",
         "patch",
+        "--pairs",
+        str(few),
         "--sites",
         "mlp",
         "--quiet",
@@ -233,5 +235,5 @@ def test_verbose_says_what_is_computed_and_written(tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0
-    assert "clip_lens.methods.patching: 6 places x 1200 pairs in" in done.stderr
-    assert "mlp-text.parquet: Effects(6 places x 1200 pairs" in done.stderr
+    assert "clip_lens.methods.patching: 6 places x 40 pairs in" in done.stderr
+    assert "mlp-text.parquet: Effects(6 places x 40 pairs" in done.stderr

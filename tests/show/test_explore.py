@@ -12,7 +12,7 @@ from towers import random_encoder, random_store
 
 import clip_lens
 from clip_lens import Pairs, Site
-from clip_lens.show.explore.shell import shell
+from clip_lens.show.explore import shell
 from clip_lens.show.explore.view import KINDS, Desk, View
 
 RUNS = ("caption", "foil", "affirmative", "negated")

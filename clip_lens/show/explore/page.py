@@ -56,12 +56,12 @@ def render(
 
 def style() -> str:
     """The style sheet of the panels."""
-    return (files("clip_lens.show") / "explore.css").read_text(encoding="utf-8")
+    return (files("clip_lens.show.explore") / "explore.css").read_text(encoding="utf-8")
 
 
 @lru_cache(1)
 def _template() -> Template:
-    text = (files("clip_lens.show") / "explore.html.j2").read_text(encoding="utf-8")
+    text = (files("clip_lens.show.explore") / "explore.html.j2").read_text(encoding="utf-8")
     return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined).from_string(
         text
     )
