@@ -50,6 +50,8 @@ LABELLED = 6
 """Heads that get labels: those of the largest direct effects."""
 FEW = 10
 """Pairs of a side and segment below which its line would be noise."""
+SHARED = 1.0
+"""Logits of mean d below which shares of it say nothing."""
 
 
 @dataclass(frozen=True)
@@ -130,12 +132,17 @@ def study(
     return report(
         sections,
         Path(out) / "report.html",
-        title=f"How {encoder.full_name} processes negation: {batch.pairs.name}",
+        title=_title(encoder, batch),
         summary=_summary(sections),
         pictures=pictures,
         warnings=[*findings.cautions(encoder, batch), *fallback],
         methods=[*texts.METHODS, ("This run", _this_run(job))],
     )
+
+
+def _title(encoder: HookedTextEncoder, batch: Batch) -> str:
+    data = "" if batch.pairs.name == encoder.name else f": {batch.pairs.name}"
+    return f"How {encoder.full_name} processes negation{data}"
 
 
 def _traced(encoder: HookedTextEncoder, batch: Batch, segment: str) -> tuple[str, list[str]]:
@@ -344,16 +351,19 @@ def _localisation(job: Study, single: Effects) -> DataFrame:
     tables = []
     for segment in (*(name for name in SEGMENTS if name in set(single.pairs["segment"])), "all"):
         part = single if segment == "all" else single.where(segment=segment)
-        counts = part.pairs["side"].value_counts()
+        counts, mean = part.pairs["side"].value_counts(), part.pairs.groupby("side")["d"].mean()
         table = part.by_slot(job.batch).localisation()
-        tables.append(table.assign(segment=segment, pairs=table["side"].map(counts).astype(int)))
-    return pd.concat(tables, ignore_index=True)[["segment", "side", "pairs", "layer", "localisation", "slots"]]
+        sizes = {"pairs": table["side"].map(counts).astype(int), "mean d": table["side"].map(mean)}
+        tables.append(table.assign(segment=segment, **sizes))
+    columns = ["segment", "side", "pairs", "mean d", "layer", "localisation", "slots"]
+    return pd.concat(tables, ignore_index=True)[columns]
 
 
 def _localisation_picture(spread: DataFrame) -> Iterable[Picture]:
     names = spread["segment"] + ", " + spread["side"].map(SIDE_NAMES) + " (" + spread["pairs"].astype(str) + ")"
     lines = spread.assign(what=names, layer=spread["layer"].astype(int))
-    lines = lines[(lines["pairs"] >= FEW) & (lines["segment"] != "all")].dropna(subset="localisation")
+    tellable = (lines["pairs"] >= FEW) & (lines["mean d"].abs() >= SHARED)
+    lines = lines[tellable & (lines["segment"] != "all")].dropna(subset="localisation")
     if len(lines):
         figure = curve(lines, "layer", "localisation", by="what")
         figure.update_xaxes(title_text="layer (0: embedding, l: after l blocks)")
@@ -362,7 +372,9 @@ def _localisation_picture(spread: DataFrame) -> Iterable[Picture]:
 
 def _by_layer(spread: DataFrame) -> DataFrame:
     order = {name: number for number, name in enumerate((*SEGMENTS, "all"))}
-    table = spread.pivot(index=["segment", "side", "pairs"], columns="layer", values="localisation").reset_index()
+    table = spread.pivot(
+        index=["segment", "side", "pairs", "mean d"], columns="layer", values="localisation"
+    ).reset_index()
     table.columns = table.columns.map(str)
     return table.sort_values("segment", key=lambda column: column.map(order), kind="stable", ignore_index=True)
 
