@@ -13,8 +13,8 @@ DIFFERENCES = (
 LOCALISATION = (
     "The standard deviation (ddof 0) of the slots' shares of d, from the negator to the end of text, single tokens "
     "averaged by slot: high where one slot has everything, low where it is spread. In brackets the number of pairs; "
-    "segments with fewer than ten pairs on a side, or with a mean d below 1 logit (of which no share can be told), are in "
-    "the table only."
+    "segments with fewer than ten pairs on a side, or with a mean d below 1 logit (of which no share can be told), are "
+    "in the table only."
 )
 SELECTIVITY = (
     "How much more a head attends to the negator, in the text with the negation, than to the word in its place in "
