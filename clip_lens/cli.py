@@ -163,6 +163,8 @@ def _job(
     encoder = load(model, pretrained=pretrained, device=device)
     batch = align(chosen, store, encoder, run=run.value, any_store=any_store)
     _say(repr(batch))
+    for reason, count in batch.dropped.reason.value_counts().items():
+        _say(f"  {count} dropped: {reason}")
     out.mkdir(parents=True, exist_ok=True)
     shipped = ASSETS / "tiny" / "pictures" if images == "tiny" else None
     pictures = Path(images) if Path(images).is_dir() else shipped

@@ -45,6 +45,10 @@ NAMES: dict[How, str] = {"add": "added", "remove": "removed"}
 Columns: TypeAlias = dict[str, ndarray]
 
 
+class TooFewTexts(ValueError):
+    """Texts too much alike for any to be held out: a `ValueError` that a report on more than probes can leave out."""
+
+
 def steer(
     encoder: HookedTextEncoder,
     batch: Batch,
@@ -228,7 +232,7 @@ def _split(
     groups = int(group.max()) + 1
     tested = round(test_share * groups)
     if min(tested, groups - tested) < LEAST:
-        raise ValueError(
+        raise TooFewTexts(
             f"{len(batch)} pairs make {groups} groups that share no text, {tested} of them to test on; at least "
             f"{LEAST} must be left to train on and to test on: give more texts that differ, or another test_share"
         )

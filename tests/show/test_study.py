@@ -104,6 +104,13 @@ def test_a_random_tower_is_called_random_and_traced_as_far_as_it_goes(tmp_path):
     assert "Nobody said which model made the image embeddings" in text
 
 
+def test_texts_too_much_alike_for_a_probe_leave_the_rest(tiny, tmp_path):
+    encoder, _, batch = tiny
+    page = study(encoder, batch[[0]], tmp_path, segment="all", progress=False).read_text(encoding="utf-8")
+    assert "Not computed: 1 pairs make 1 groups that share no text" in words_of(page)
+    assert (tmp_path / "heads.parquet").exists() and not (tmp_path / "probe.parquet").exists()
+
+
 def test_what_the_study_cannot_take(tiny, tmp_path):
     encoder, _, batch = tiny
     with pytest.raises(ValueError, match=r"align\(\.\.\., run='affirmative'\)\. Got run='negated'"):
@@ -113,11 +120,13 @@ def test_what_the_study_cannot_take(tiny, tmp_path):
 
 
 def test_the_command_writes_the_report(tmp_path, capsys):
-    rows = clip_lens.read_pairs()[:16].to_frame().drop(columns="side")
+    rows = clip_lens.read_pairs()[:17].to_frame().drop(columns="side")
+    rows.loc[16, "image"] = "nowhere.png"
     rows.to_csv(tmp_path / "pairs.csv", index=False)
     code = main(["study", "--pairs", str(tmp_path / "pairs.csv"), "--out", str(tmp_path / "out"), "--quiet"])
     assert code == 0 and (tmp_path / "out" / "report.html").stat().st_size < 6e6
-    assert "Read and used ..." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Read and used ..." in said and "  1 dropped: image not in the store\n" in said
 
 
 # Sentences
@@ -146,6 +155,12 @@ def test_used_means_on_every_side():
 
 def test_unreadable():
     assert "At no layer does a linear probe" in findings.read_and_used(probed(accuracy_lower=0.5))[0]
+
+
+def test_readable_but_no_better_than_random_labels():
+    read = findings.read_and_used(probed(control=[0.5, 0.92, 0.9]))[0]
+    assert read.startswith("A linear probe tells negated texts from the others at the end of text in at most 100 %")
+    assert "at no layer clearly more often than labels drawn at random for each subject (90 % there)" in read
 
 
 def test_confounds_in_words():

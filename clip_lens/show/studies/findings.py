@@ -50,8 +50,8 @@ def localised(spread: DataFrame) -> list[str]:
             least = inner.loc[inner["localisation"].idxmin()]
             said.append(
                 f"{SIDE_NAMES[str(side)].capitalize()}: the effect is spread most evenly over the slots behind block "
-                f"{least['layer'] - 1} (localisation {least['localisation']:.2f}; at the embedding, where the "
-                f"negator has all of it, {part['localisation'].iloc[0]:.2f})."
+                f"{least['layer'] - 1} (localisation {least['localisation']:.2f}; at the embedding "
+                f"{part['localisation'].iloc[0]:.2f})."
             )
     return said
 
@@ -146,9 +146,17 @@ def cautions(encoder: HookedTextEncoder, batch: Batch) -> list[str]:
 def _read(table: DataFrame) -> str:
     chance = np.fmax(table["control"], 0.5)
     above = table[table["accuracy_lower"] > chance]
-    if above.empty:
+    best = table.loc[table["accuracy"].idxmax()]
+    if above.empty and not (table["accuracy_lower"] > 0.5).any():
         return "At no layer does a linear probe tell negated texts from the others at the end of text."
-    first, best = above.iloc[0], table.loc[table["accuracy"].idxmax()]
+    if above.empty:
+        return (
+            f"A linear probe tells negated texts from the others at the end of text in at most "
+            f"{100 * best['accuracy']:.0f} % (at layer {best['layer']:.0f}; chance is 50 %), but at no layer clearly "
+            f"more often than labels drawn at random for each subject ({100 * best['control']:.0f} % there): with "
+            "these pairs its success says little."
+        )
+    first = above.iloc[0]
     said = (
         f"A linear probe reads at the end of text whether the text is negated from layer {first['layer']:.0f} on "
         f"({100 * first['accuracy']:.0f} %; at most {100 * best['accuracy']:.0f} %, at layer {best['layer']:.0f}; "

@@ -29,7 +29,7 @@ from clip_lens.methods.confounds import ALL, WITHOUT, Confounds, confounds
 from clip_lens.methods.direct import components, direct_effects, logit_lens
 from clip_lens.methods.labels import labels
 from clip_lens.methods.patching import METHOD, describe, patch_effects
-from clip_lens.methods.probe import probe
+from clip_lens.methods.probe import TooFewTexts, probe
 from clip_lens.methods.scores import pair_scores, scores
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Place, Site
@@ -299,16 +299,20 @@ def confounds_section(job: Study) -> Section:
 
 def probe_section(job: Study) -> Section:
     """Whether the direction of negation is readable, and whether it is used."""
+    title = "Is the direction of negation there, and is it used?"
     meta = job.meta("probe", seed=str(job.seed))
-    table = job.keep.frame("probe", meta, lambda: probe(job.encoder, job.batch, seed=job.seed))
+    try:
+        table = job.keep.frame("probe", meta, lambda: probe(job.encoder, job.batch, seed=job.seed))
+    except TooFewTexts as error:  # all else in the report holds without a probe
+        return Section(title, findings=[f"Not computed: {error}."])
     read = _lines(table, READABLE)
     pictures = [Picture(read, "Can the negation be read at the end of text?", texts.READ, numbers=table)]
     for side in ("caption", "foil"):
         if table.get(f"added_{side}", Series(np.nan)).notna().any():
-            title = f"Is the direction used? {SIDE_NAMES[side].capitalize()}"
-            pictures.append(Picture(_lines(table, _used_on(side)), title, texts.USED, numbers=table))
+            asked = f"Is the direction used? {SIDE_NAMES[side].capitalize()}"
+            pictures.append(Picture(_lines(table, _used_on(side)), asked, texts.USED, numbers=table))
     return Section(
-        "Is the direction of negation there, and is it used?",
+        title,
         findings=findings.read_and_used(table),
         pictures=pictures,
         tables=[Table(table, "Probe and causal test by layer", "The rows of `clip_lens.probe`.")],
