@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple, Optional
 
@@ -640,8 +642,19 @@ def _complain(error: Exception) -> int:
     return 1
 
 
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning as a line on stderr, without the place in the code that raised it, each once."""
+    _warn_once(str(message))
+
+
+@cache
+def _warn_once(line: str) -> None:
+    typer.echo(f"clip-lens: {line}", err=True)
+
+
 def entry() -> None:
     """The console script."""
+    warnings.showwarning = _warn
     sys.exit(main())
 
 

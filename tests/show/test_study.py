@@ -104,6 +104,16 @@ def test_a_random_tower_is_called_random_and_traced_as_far_as_it_goes(tmp_path):
     assert "Nobody said which model made the image embeddings" in text
 
 
+@pytest.mark.filterwarnings("ignore:tiny never saw")
+def test_words_the_model_never_saw_are_a_caution(tiny):
+    encoder, store, batch = tiny
+    table = batch.pairs.to_frame()[:3]
+    table.loc[0, ["caption", "foil"]] = ["There are no zebras.", "There are some zebras."]
+    odd = clip_lens.align(clip_lens.Pairs.from_frame(table), store, encoder)
+    assert findings.cautions(encoder, odd)[-1].startswith("1 of 3 pairs have words that tiny never saw in training")
+    assert len(findings.cautions(encoder, batch)) == 1
+
+
 def test_texts_too_much_alike_for_a_probe_leave_the_rest(tiny, tmp_path):
     encoder, _, batch = tiny
     page = study(encoder, batch[[0]], tmp_path, segment="all", progress=False).read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ from clip_lens.core.bootstrap import SIDES
 from clip_lens.core.effects import Effects
 from clip_lens.data.batch import Batch
 from clip_lens.methods.confounds import ALL
-from clip_lens.model.encoder import HookedTextEncoder
+from clip_lens.model.encoder import HookedTextEncoder, unseen_words
 from clip_lens.show.figures.plots import SIDE_NAMES
 
 SELECTIVE = 0.6
@@ -116,7 +116,8 @@ def read_and_used(table: DataFrame) -> list[str]:
 
 
 def cautions(encoder: HookedTextEncoder, batch: Batch) -> list[str]:
-    """What a reader must know before any number: a random tower, made-up image embeddings, a model organism.
+    """What a reader must know before any number: a random tower, made-up image embeddings, a model organism,
+    words it never saw.
 
     Example:
         >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
@@ -139,6 +140,11 @@ def cautions(encoder: HookedTextEncoder, batch: Batch) -> list[str]:
         said.append(
             "The embedded model is a model organism, trained on rendered scenes. What is found here is a fact about "
             "this model and no evidence about OpenAI's CLIP or any other one."
+        )
+    if unseen := int((unseen_words(encoder, batch.tokens) | unseen_words(encoder, batch.other)).sum()):
+        said.append(
+            f"{unseen} of {len(batch)} pairs have words that {encoder.name} never saw in training: what it says of "
+            "them means nothing."
         )
     return said
 
