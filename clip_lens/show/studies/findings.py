@@ -13,6 +13,8 @@ from clip_lens.methods.confounds import ALL
 from clip_lens.model.encoder import HookedTextEncoder, unseen_words
 from clip_lens.show.figures.plots import SIDE_NAMES
 
+FEW = 20
+"""Pairs below which a bootstrap over them is not to be trusted."""
 SELECTIVE = 0.6
 """A head counts as selective when its mean selectivity is at least this."""
 
@@ -122,8 +124,8 @@ def cautions(encoder: HookedTextEncoder, batch: Batch) -> list[str]:
     Example:
         >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
         >>> batch = clip_lens.align(clip_lens.read_pairs()[:4], store, encoder)
-        >>> ["model organism" in caution for caution in cautions(encoder, batch)]
-        [True]
+        >>> [caution[:28] for caution in cautions(encoder, batch)]
+        ['The embedded model is a mode', 'Only 4 pairs: intervals over']
     """
     said = []
     if encoder.pretrained == "random":
@@ -141,6 +143,8 @@ def cautions(encoder: HookedTextEncoder, batch: Batch) -> list[str]:
             "The embedded model is a model organism, trained on rendered scenes. What is found here is a fact about "
             "this model and no evidence about OpenAI's CLIP or any other one."
         )
+    if len(batch) < FEW:
+        said.append(f"Only {len(batch)} pairs: intervals over so few pairs are too narrow to be trusted.")
     if unseen := int((unseen_words(encoder, batch.tokens) | unseen_words(encoder, batch.other)).sum()):
         said.append(
             f"{unseen} of {len(batch)} pairs have words that {encoder.name} never saw in training: what it says of "
