@@ -92,6 +92,16 @@ def test_selectivity_of_all_490_pairs_equals_the_plain_loop(slot, slow, batch, e
         assert (effects.values[:, pair] - expected.flatten()).abs().max() < 1e-9
 
 
+def test_in_float32_selectivity_agrees_to_a_thousandth(slow, clip, rephrased):
+    encoder = load(clip, tokenizer=open_clip.SimpleTokenizer())
+    assert encoder.dtype == torch.float32
+    batch = align(rephrased, random_store(rephrased, 16, seed=3), encoder)
+    values = attention_effects(encoder, batch).values
+    for pair, (negated, affirmative, end) in enumerate(slow):
+        expected = (negated - affirmative)[:, :, 4 : end + 1, 3].amax(-1).flatten()
+        assert (values[:, pair].double() - expected).abs().max() < 1e-5  # of a weight, at most 1
+
+
 def test_whichever_text_is_run_the_one_without_is_subtracted(batch, encoder, rephrased):
     effects = attention_effects(encoder, batch)
     for other in (batch.flip(), align(rephrased, random_store(rephrased, 16, seed=3), encoder, run="foil")):

@@ -8,6 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from handmade import NAMES, handmade
 from oracle import TOWERS, Text, agree, bare, batch_of, forward, tower
 from towers import random_encoder, random_store
 
@@ -17,6 +18,7 @@ from clip_lens.core.source import counterpart, mean, named, noise, resample, zer
 from clip_lens.core.via import via
 from clip_lens.data.batch import align
 from clip_lens.data.pairs import Pairs
+from clip_lens.methods.circuits.selection import top_edges
 from clip_lens.methods.gradient import gradient_effects
 from clip_lens.methods.patching import patch_effects
 from clip_lens.model.site import LAYOUTS, Edge, Site, at_slot, hook_name
@@ -483,3 +485,17 @@ def test_errors():
         loaded = random_encoder(layers=1, width=16, heads=2, d_embed=16, dtype=torch.float64)
     with pytest.raises(ValueError, match="loaded in torch"):
         gradient_effects(loaded, batch, place)
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("name", NAMES)
+def test_on_towers_written_by_hand_the_strongest_edges_are_theirs(name, steps):
+    """Those that do nothing when they are patched may still have a slope (a feature on its way through a LayerNorm), but
+    none as large as the circuit's; along the line the signs are right as well."""
+    tower = handmade(name)
+    effects = gradient_effects(tower.encoder, tower.batch, tower.encoder.edges(), steps=steps)
+    circuit = top_edges(effects, len(tower.edges))
+    assert set(circuit.edges()) == tower.edges
+    if steps > 1:
+        scores = dict(zip(effects.places, effects.signed().mean(1).tolist(), strict=True))
+        assert {edge for edge in tower.edges if scores[edge] < 0} == tower.negative
