@@ -490,8 +490,8 @@ def test_errors():
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("name", NAMES)
 def test_on_towers_written_by_hand_the_strongest_edges_are_theirs(name, steps):
-    """Those that do nothing when they are patched may still have a slope (a feature on its way through a LayerNorm), but
-    none as large as the circuit's; along the line the signs are right as well."""
+    """Those that do nothing when they are patched may still have a slope (a feature on its way through a LayerNorm),
+    but none as large as the circuit's; along the line the signs are right as well."""
     tower = handmade(name)
     effects = gradient_effects(tower.encoder, tower.batch, tower.encoder.edges(), steps=steps)
     circuit = top_edges(effects, len(tower.edges))
