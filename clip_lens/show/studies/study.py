@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import plotly.graph_objects as go
 from pandas import DataFrame, Series
 
 from clip_lens.core.bootstrap import SIDES
-from clip_lens.core.effects import SEGMENTS, Effects, segments
+from clip_lens.core.effects import SEGMENTS, Effects
 from clip_lens.core.keep import Keep
 from clip_lens.core.metric import logit
 from clip_lens.core.source import counterpart
@@ -30,7 +31,7 @@ from clip_lens.methods.direct import components, direct_effects, logit_lens
 from clip_lens.methods.labels import labels
 from clip_lens.methods.patching import METHOD, describe, patch_effects
 from clip_lens.methods.probe import TooFewTexts, probe
-from clip_lens.methods.scores import pair_scores, scores
+from clip_lens.methods.scores import tally
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Place, Site
 from clip_lens.show.figures.bars import bars
@@ -83,6 +84,11 @@ class Study:
         """A result that is computed in one go."""
         return self.keep.effects(name, self.meta(method, **more), places, lambda _: compute(), whole=True)
 
+    @cached_property
+    def data(self) -> Confounds:
+        """What is known of every pair, its score with it: computed once for all sections."""
+        return confounds(self.encoder, self.batch)
+
     def chosen(self, effects: Effects) -> Effects:
         """The pairs of the segment that is traced."""
         return effects if self.segment == "all" else effects.where(segment=self.segment)
@@ -123,8 +129,7 @@ def study(
     if batch.run != "affirmative":
         raise ValueError(f"the study adds the negation: align(..., run='affirmative'). Got run={batch.run!r}")
     hear = say or (lambda line: None)
-    traced, fallback = _traced(encoder, batch, segment)
-    job = Study(encoder, batch, Keep(Path(out), hear), traced, images, rows, seed, progress)
+    job, fallback = _traced(Study(encoder, batch, Keep(Path(out), hear), segment, images, rows, seed, progress))
     sections: dict[str, Section] = {}
     for name, make in SECTIONS.items():
         hear(f"{name} ...")
@@ -145,21 +150,22 @@ def _title(encoder: HookedTextEncoder, batch: Batch) -> str:
     return f"How {encoder.full_name} processes negation{data}"
 
 
-def _traced(encoder: HookedTextEncoder, batch: Batch, segment: str) -> tuple[str, list[str]]:
-    """The segment that is traced: the one asked for, or all pairs where it has none, and then a line that says so."""
+def _traced(job: Study) -> tuple[Study, list[str]]:
+    """The study of the segment asked for, or of all pairs where it has none, and then a line that says so."""
+    segment = job.segment
     if segment not in (*SEGMENTS, "all"):
         raise ValueError(f"segment={segment!r}; give one of {', '.join((*SEGMENTS, 'all'))}")
-    counts = Series(segments(pair_scores(encoder, batch).d)).value_counts().to_dict()
+    counts = job.data.frame["segment"].value_counts().to_dict()
     if segment == "all" or segment in counts:
-        return segment, []
+        return job, []
     found = ", ".join(f"{count} {name}" for name, count in counts.items())
-    return "all", [f"No pair is {segment} ({found}): all pairs are traced instead."]
+    return replace(job, segment="all"), [f"No pair is {segment} ({found}): all pairs are traced instead."]
 
 
 def scores_section(job: Study) -> Section:
     """How often the caption beats the foil."""
-    table = job.keep.save("scores", scores(job.encoder, job.batch).drop(columns="tied"))
-    pairs = confounds(job.encoder, job.batch).frame
+    pairs = job.data.frame
+    table = job.keep.save("scores", tally(pairs).drop(columns="tied"))
     shown = table.rename(columns={"mean_d": "mean d", "n": "pairs"})
     formats = dict.fromkeys(("accuracy", "lower", "upper"), ".1%") | {"mean d": ".2f"}
     told = "The share of pairs with d > 0, with Wilson's 95 % interval; a tie counts as wrong."
@@ -274,7 +280,7 @@ def heads_section(job: Study) -> Section:
 
 def confounds_section(job: Study) -> Section:
     """What in the data goes along with the score."""
-    found = confounds(job.encoder, job.batch)
+    found = job.data
     tables = {
         "correlations": found.correlations(), "regression": found.regression(), "sizes": found.by_size(),
         "accuracy": found.accuracy().drop(columns="tied"),
