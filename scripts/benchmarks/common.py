@@ -20,6 +20,9 @@ class Time(NamedTuple):
     def __str__(self) -> str:
         return f"{self.wall:.1f} s ({self.cpu:.1f} s CPU)"
 
+    def plus(self, other: Time) -> Time:
+        return Time(self.wall + other.wall, self.cpu + other.cpu)
+
 
 def timed(function: Callable[[], T]) -> tuple[T, Time]:
     wall, cpu = perf_counter(), process_time()

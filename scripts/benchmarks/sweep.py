@@ -18,13 +18,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from time import perf_counter, process_time
-from typing import NamedTuple, TypeVar
 
-T = TypeVar("T")
+from common import Time, randomised, timed, tokenizer
+
 LARGEST = 1e-5  # allowed difference, of the largest |effect|
 NOUNS = ("people", "dogs", "zebras", "fire hydrants", "skateboarders", "red umbrellas", "parking meters", "cats")
 PLACES = ("", " in the picture", " on the street", " at the beach", " near a big old tree", " in the room", " outside")
@@ -97,46 +95,6 @@ def largest_difference(found: dict, values) -> float:
     """Of the values found by (pair, layer, position), relative to the largest |effect|."""
     differences = [float((values[p, layer, pair] - value).abs()) for (pair, layer, p), value in found.items()]
     return max(differences) / float(values.nan_to_num().abs().max())
-
-
-class Time(NamedTuple):
-    """Seconds on the clock, and of all threads together, which other jobs on the machine disturb less."""
-
-    wall: float
-    cpu: float
-
-    def __str__(self) -> str:
-        return f"{self.wall:.1f} s ({self.cpu:.1f} s CPU)"
-
-    def plus(self, other: Time) -> Time:
-        return Time(self.wall + other.wall, self.cpu + other.cpu)
-
-
-def timed(function: Callable[[], T]) -> tuple[T, Time]:
-    wall, cpu = perf_counter(), process_time()
-    result = function()
-    return result, Time(perf_counter() - wall, process_time() - cpu)
-
-
-def randomised(model: str):
-    """An open_clip model of which every parameter of the text tower is random, none of them zero or one."""
-    import open_clip
-    import torch
-
-    clip = open_clip.create_model(model).eval()
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in clip.named_parameters():
-        if not name.startswith("visual.") and parameter.ndim:
-            spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.2
-            centre = float(parameter.ndim == 1 and name.endswith("weight"))
-            parameter.copy_(centre + spread * torch.randn(parameter.shape, generator=generator))
-    return clip
-
-
-def tokenizer(model: str):
-    import open_clip
-
-    return open_clip.get_tokenizer(model)
 
 
 def equally_long(arguments: argparse.Namespace, encoder):
