@@ -37,7 +37,7 @@ _HOME = {
     "logit": "core.metric",
     "cosine": "core.metric",
     "kl": "core.metric",
-    "correlations": "core.statistics",
+    "correlations": "methods.statistics",
     "patch_effects": "methods.patching",
     "path_effects": "methods.paths",
     "direct_effects": "methods.direct",
@@ -66,28 +66,28 @@ _HOME = {
     "attention_effects": "methods.attention",
     "scores": "methods.scores",
     "confounds": "methods.confounds",
-    "probe": "methods.probe",
-    "probe_effects": "methods.probe",
-    "steer": "methods.probe",
-    "heatmap": "show.figures.plots",
-    "qkv": "show.figures.edges",
+    "probe": "methods.probes.probe",
+    "probe_effects": "methods.probes.probe",
+    "steer": "methods.probes.probe",
+    "heatmap": "show.figures.heatmap",
+    "qkv": "show.figures.qkv",
     "path_diagram": "show.figures.network",
     "network": "show.figures.network",
     "bars": "show.figures.bars",
     "curve": "show.figures.curves",
     "lens_lines": "show.figures.curves",
     "scatter": "show.figures.curves",
-    "scatter_pairs": "show.figures.pictures",
+    "scatter_pairs": "show.figures.scatter",
     "patterns": "show.figures.attention",
     "save_figure": "show.figures.export",
     "themed": "show.figures.style",
-    "report": "show.page.report",
-    "study": "show.studies.study",
-    "circuit_report": "show.studies.circuit_report",
-    "section_of": "show.page.effects_section",
-    "Section": "show.page.section",
-    "Picture": "show.page.section",
-    "Table": "show.page.section",
+    "report": "show.report.report",
+    "study": "show.questions.study",
+    "circuit_report": "show.questions.circuit_report",
+    "section_of": "show.report.effects_section",
+    "Section": "show.report.section",
+    "Picture": "show.report.section",
+    "Table": "show.report.section",
     "explore": "show.explore.shell",
 }
 __all__ = sorted(_HOME)
@@ -105,7 +105,6 @@ if TYPE_CHECKING:
     from clip_lens.core.source import resample as resample
     from clip_lens.core.source import steered as steered
     from clip_lens.core.source import zeros as zeros
-    from clip_lens.core.statistics import correlations as correlations
     from clip_lens.core.via import via as via
     from clip_lens.data.batch import Batch as Batch
     from clip_lens.data.batch import align as align
@@ -141,10 +140,11 @@ if TYPE_CHECKING:
     from clip_lens.methods.labels import labels as labels
     from clip_lens.methods.patching import patch_effects as patch_effects
     from clip_lens.methods.paths import path_effects as path_effects
-    from clip_lens.methods.probe import probe as probe
-    from clip_lens.methods.probe import probe_effects as probe_effects
-    from clip_lens.methods.probe import steer as steer
+    from clip_lens.methods.probes.probe import probe as probe
+    from clip_lens.methods.probes.probe import probe_effects as probe_effects
+    from clip_lens.methods.probes.probe import steer as steer
     from clip_lens.methods.scores import scores as scores
+    from clip_lens.methods.statistics import correlations as correlations
     from clip_lens.model.encoder import HookedTextEncoder as HookedTextEncoder
     from clip_lens.model.load import load as load
     from clip_lens.model.site import Edge as Edge
@@ -157,20 +157,20 @@ if TYPE_CHECKING:
     from clip_lens.show.figures.curves import curve as curve
     from clip_lens.show.figures.curves import lens_lines as lens_lines
     from clip_lens.show.figures.curves import scatter as scatter
-    from clip_lens.show.figures.edges import qkv as qkv
     from clip_lens.show.figures.export import save_figure as save_figure
+    from clip_lens.show.figures.heatmap import heatmap as heatmap
     from clip_lens.show.figures.network import network as network
     from clip_lens.show.figures.network import path_diagram as path_diagram
-    from clip_lens.show.figures.pictures import scatter_pairs as scatter_pairs
-    from clip_lens.show.figures.plots import heatmap as heatmap
+    from clip_lens.show.figures.qkv import qkv as qkv
+    from clip_lens.show.figures.scatter import scatter_pairs as scatter_pairs
     from clip_lens.show.figures.style import themed as themed
-    from clip_lens.show.page.effects_section import section_of as section_of
-    from clip_lens.show.page.report import report as report
-    from clip_lens.show.page.section import Picture as Picture
-    from clip_lens.show.page.section import Section as Section
-    from clip_lens.show.page.section import Table as Table
-    from clip_lens.show.studies.circuit_report import circuit_report as circuit_report
-    from clip_lens.show.studies.study import study as study
+    from clip_lens.show.questions.circuit_report import circuit_report as circuit_report
+    from clip_lens.show.questions.study import study as study
+    from clip_lens.show.report.effects_section import section_of as section_of
+    from clip_lens.show.report.report import report as report
+    from clip_lens.show.report.section import Picture as Picture
+    from clip_lens.show.report.section import Section as Section
+    from clip_lens.show.report.section import Table as Table
 
 
 def __getattr__(name: str) -> object:

@@ -75,7 +75,7 @@ def embedded(given: argparse.Namespace) -> Path:
 
 def study(given: argparse.Namespace, store: Path) -> int:
     """`clip-lens study`, as anyone would call it."""
-    from clip_lens.cli import main as clip_lens
+    from clip_lens.cli.app import main as clip_lens
 
     options = {
         "--pairs": given.pairs, "--images": store, "--model": given.model, "--pretrained": given.pretrained,

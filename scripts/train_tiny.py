@@ -2,7 +2,7 @@
 
     python scripts/train_tiny.py train --seed 0 --out build/tiny-0     # minutes; one thread; the seed fixes every bit
     python scripts/train_tiny.py train --seed 1 --out build/tiny-1
-    python scripts/train_tiny.py assets build/tiny-0 build/tiny-1      # the better one becomes clip_lens/assets/tiny
+    python scripts/train_tiny.py assets build/tiny-0 build/tiny-1      # the better one becomes clip_lens/tiny/assets
 
 Training goes in stages, since both towers at once from scratch are slow to find each other:
 
@@ -39,11 +39,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from clip_lens.data import scenes
 from clip_lens.data.embed import embed_images
-from clip_lens.data.scenes import ANY, COLOURS, FORMS, FRESH, HELD_OUT, SHAPES, Clause, Scene
+from clip_lens.tiny import scenes
+from clip_lens.tiny.scenes import ANY, COLOURS, FORMS, FRESH, HELD_OUT, SHAPES, Clause, Scene
 
-ASSETS = Path(__file__).resolve().parents[1] / "clip_lens" / "assets" / "tiny"
+ASSETS = Path(__file__).resolve().parents[1] / "clip_lens" / "tiny" / "assets"
 
 MODEL = {
     "embed_dim": 128,

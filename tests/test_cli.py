@@ -21,7 +21,7 @@ from clip_lens import (
     top_edges,
     zeros,
 )
-from clip_lens.cli import main
+from clip_lens.cli.app import main
 from clip_lens.core.effects import Effects
 from clip_lens.data.images import ImageStore
 from clip_lens.data.pairs import read_pairs
@@ -42,7 +42,7 @@ def run(*words: object) -> int:
 @pytest.mark.parametrize("command", [(), ("demo",), ("trace",), ("circuit",), ("embed",), ("info",)])
 def test_help_imports_nothing_heavy(command: tuple[str, ...]) -> None:
     code = (
-        "import sys; from clip_lens.cli import main; "
+        "import sys; from clip_lens.cli.app import main; "
         f"main({[*command, '--help']!r}); "
         "sys.exit(' '.join({'torch', 'pandas', 'open_clip', 'transformer_lens', 'plotly'} & set(sys.modules)) or 0)"
     )
@@ -85,9 +85,9 @@ def test_trace_reuses_what_is_finished_and_only_that(few: Path, tmp_path: Path, 
 
 
 def test_trace_embeds_a_folder_of_pictures(tmp_path: Path) -> None:
-    from clip_lens.openclip import ASSETS
+    from clip_lens.tiny.assets import ASSETS
 
-    pictures = ASSETS / "tiny" / "pictures"
+    pictures = ASSETS / "pictures"
     names = {path.name for path in pictures.iterdir()}
     pairs = read_pairs()
     chosen = pairs[[row for row, image in enumerate(pairs.image) if image in names]]
@@ -222,7 +222,7 @@ def test_verbose_says_what_is_computed_and_written(tmp_path: Path, few: Path) ->
     command = [
         sys.executable,
         "-m",
-        "clip_lens.cli",
+        "clip_lens.cli.app",
         "--verbose",
         "patch",
         "--pairs",

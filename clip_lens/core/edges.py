@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from clip_lens.core.patch import Addresses
+from clip_lens.core.address import Addresses
 from clip_lens.model.encoder import Cache, Hook, HookedTextEncoder
 from clip_lens.model.site import Site, hook_name
 from clip_lens.model.tower import Block

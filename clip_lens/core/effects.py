@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from html import escape
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -20,13 +20,14 @@ from jaxtyping import Float, Int
 from pandas import DataFrame
 from torch import Tensor
 
-from clip_lens.core.bootstrap import BOUNDS, POINTS, SIDES, Draws, Sample, sides_of, tabulate
-from clip_lens.core.files import INDEX, plain, read, write
-from clip_lens.model.site import KINDS, Edge, Place, Site, at_slot, index_rows, members, order, slot_of
+from clip_lens.core.grid import SLOTS, one_side, pivot
+from clip_lens.core.slots import gather, instances, positions_of, rows_of
+from clip_lens.core.store import INDEX, plain, read, write
+from clip_lens.core.table import BOUNDS, POINTS, SIDES, Draws, Sample, sides_of, tabulate
+from clip_lens.model.site import Edge, Place, Site, at_slot, index_rows, members, order
 
 PAIRS = ("key", "caption", "foil", "image", "side", "sigma", "d", "segment")
 SEGMENTS = ("incorrect", "ambiguous", "correct")
-SLOTS = ("sot", "prefix", "there", "be", "negator", "subject", "subject_rest", "suffix", "stop", "eot")
 LOCALISED = SLOTS[SLOTS.index("negator") :]
 SHOWN = ("fraction", "lower", "upper", "effect", "effect_lower", "effect_upper", "n", "dropped")
 
@@ -192,19 +193,19 @@ class Effects:
             tensor([[ 2.,  0., -4.,  0.],
                     [nan, nan, nan, -1.]])
         """
-        bases, row_at = _positions(self.places)
-        slot = batch.slot[_rows_of(list(self.pairs["key"]), list(batch.pairs.key))].cpu()
-        instances = _instances(slot, len(batch.slots))
-        used = [number for number in range(len(batch.slots)) if (instances.position[number] >= 0).any()]
-        values = [_gather(self.values, row_at, instances, number) for number in used]
-        columns = instances.pair.numpy()
+        bases, row_at = positions_of(self.places)
+        slot = batch.slot[rows_of(list(self.pairs["key"]), list(batch.pairs.key))].cpu()
+        found = instances(slot, len(batch.slots))
+        used = [number for number in range(len(batch.slots)) if (found.position[number] >= 0).any()]
+        values = [gather(self.values, row_at, found, number) for number in used]
+        columns = found.pair.numpy()
         return replace(
             self,
             values=torch.stack(values, 1).flatten(0, 1) if values else self.values[:0, columns],
-            total=self.total[instances.pair],
-            baseline=self.baseline[instances.pair],
+            total=self.total[found.pair],
+            baseline=self.baseline[found.pair],
             places=tuple(at_slot(base, batch.slots[number]) for base in bases for number in used),
-            pairs=self.pairs.iloc[columns].assign(token=instances.token.numpy()),
+            pairs=self.pairs.iloc[columns].assign(token=found.token.numpy()),
         )
 
     def grid(
@@ -398,58 +399,6 @@ def segments(d: Iterable[float] | Float[Tensor, "pair"], thresholds: tuple[float
     return [SEGMENTS[int(number >= low) + int(number >= high)] for number in numbers]
 
 
-def one_side(table: DataFrame, side: str | None) -> DataFrame:
-    """The rows of one side of a table; None = the only side there is.
-
-    Raises:
-        ValueError: the side does not occur, or there are several and none is named.
-
-    Example:
-        >>> len(one_side(toy_effects().fraction(), "foil"))
-        4
-    """
-    sides = list(dict.fromkeys(table["side"]))
-    if side is None and len(sides) > 1:
-        choices = " or ".join(f"side={name!r}" for name in sides)
-        raise ValueError(f"the result has several sides; choose {choices}, or pool them with pooled=True")
-    if side is not None and side not in sides:
-        raise ValueError(f"no side {side!r} in the result; it has {', '.join(map(repr, sides))}")
-    return table if side is None else table[table["side"] == side]
-
-
-def pivot(
-    table: DataFrame, rows: str, columns: str, value: str, known: Mapping[str, Sequence[str]] | None = None
-) -> DataFrame:
-    """A column of a table of one side, laid out by two columns of the index; NaN where there is no place.
-
-    `known` has the order of the entries of further columns, as `Effects.ends` gives it.
-
-    Raises:
-        ValueError: no such columns, or two places that fall in one cell.
-
-    Example:
-        >>> pivot(one_side(toy_effects().fraction(), "foil"), "place", "side", "fraction").shape
-        (4, 1)
-    """
-    for name in (rows, columns, value):
-        if name not in table:
-            raise ValueError(f"no column {name!r} in the table; it has {', '.join(table.columns)}")
-    known = {"slot": SLOTS, "kind": KINDS, **(known or {})}
-    row_labels, column_labels = (_ordered(table[name], known.get(name, ())) for name in (rows, columns))
-    row_at = {label: number for number, label in enumerate(row_labels)}
-    column_at = {label: number for number, label in enumerate(column_labels)}
-    cells = np.full((len(row_labels), len(column_labels)), np.nan)
-    taken: dict[tuple[int, int], int] = {}
-    keys = zip(plain(table[rows]), plain(table[columns]), table[value].to_numpy(), strict=True)
-    for number, (row, column, content) in enumerate(keys):
-        cell = row_at[row], column_at[column]
-        if cell in taken:
-            raise ValueError(_collision(table.iloc[[taken[cell], number]], rows, columns))
-        taken[cell] = number
-        cells[cell] = content
-    return DataFrame(cells, index=_axis(rows, row_labels), columns=_axis(columns, column_labels))
-
-
 def toy_effects() -> Effects:
     """A small result made by hand, for examples: resid at two layers and two slots, three pairs, d = 2, 4, 1 logits.
 
@@ -507,40 +456,6 @@ def _check_pairs(pairs: DataFrame) -> None:
         raise ValueError(f"side must be 'caption', 'foil' or 'none'. Got {strange[0]!r}")
 
 
-# Grids and filters
-
-
-def _ordered(column: pd.Series, known: Sequence[str]) -> list[Any]:
-    """The distinct entries in reading order: known ones as listed, others as seen, numbers ascending, None last."""
-    seen = list(dict.fromkeys(plain(column)))
-    position = {entry: number for number, entry in enumerate(known)}
-    first = {entry: number for number, entry in enumerate(seen)}
-
-    def rank(entry: Any) -> tuple[int, int]:
-        if entry is None:
-            return 3, 0
-        if isinstance(entry, int | np.integer):
-            return 2, int(entry)
-        return (0, position[entry]) if entry in position else (1, first[entry])
-
-    return sorted(seen, key=rank)
-
-
-def _axis(name: str, labels: list[Any]) -> pd.Index:
-    uniform = len({type(label) for label in labels}) == 1 and None not in labels
-    return pd.Index(labels, name=name) if uniform else pd.Index(labels, name=name, dtype=object)
-
-
-def _collision(two: DataFrame, rows: str, columns: str) -> str:
-    cell = ", ".join(f"{name}={plain(two[name])[0]!r}" for name in (rows, columns))
-    further = [name for name in INDEX[1:] if name not in (rows, columns) and len(set(plain(two[name]))) > 1]
-    if not further:
-        return f"two places fall on {cell}: {' and '.join(two['place'])}, the same in every column"
-    name = further[0]
-    values = " and ".join(repr(value) for value in plain(two[name]))
-    return f"two places fall on {cell} and differ in {name} ({values}); choose with where({name}=...), or lay out by it"
-
-
 def _found(column: pd.Series, wanted: Any) -> np.ndarray:
     """Which rows match; a value that is nowhere in the column is a slip of the pen, and an error."""
     matches = _matches(column, wanted)
@@ -572,64 +487,3 @@ def _selected(effects: Effects, filters: Mapping[str, Any], kept: int) -> dict[s
     line = f"{', '.join(sorted(words))}: {kept} of {len(effects.pairs)}"
     before = effects.meta.get("selected")
     return {**effects.meta, "selected": f"{before}; {line}" if before else line}
-
-
-# Slots
-
-
-class _Instances(NamedTuple):
-    """The (pair, token) columns of by_slot: which pair, which token of its slot, and at which position (-1 = none)."""
-
-    pair: Int[Tensor, "instance"]
-    token: Int[Tensor, "instance"]
-    position: Int[Tensor, "slot instance"]
-
-
-def _instances(slot: Int[Tensor, "pair pos"], n_slots: int) -> _Instances:
-    one_hot = slot.unsqueeze(-1) == torch.arange(n_slots)
-    rank = one_hot.cumsum(1) - 1  # the how-manieth token of its slot a position holds
-    longest = one_hot.sum(1).amax(1).clamp(min=1) if n_slots else torch.ones(len(slot), dtype=torch.long)
-    start = longest.cumsum(0) - longest
-    pair = torch.arange(len(slot)).repeat_interleave(longest)
-    position = torch.full((n_slots, len(pair)), -1)
-    row, pos, number = one_hot.nonzero(as_tuple=True)
-    position[number, start[row] + rank[row, pos, number]] = pos
-    return _Instances(pair, torch.arange(len(pair)) - start[pair], position)
-
-
-def _positions(places: Sequence[Place]) -> tuple[list[Place], Int[Tensor, "base pos"]]:
-    """The places without their position, in order, and for each the row of `values` at each position (-1 = none)."""
-    rows: dict[Place, dict[int, int]] = {}
-    for number, place in enumerate(places):
-        slots = {slot_of(member) for member in members(place)}
-        position = slots.pop() if slots else None
-        if slots or not isinstance(position, int | np.integer):
-            raise ValueError(f"by_slot regroups raw positions, such as Site('resid', 3, slot=5). Got {place}")
-        base = rows.setdefault(at_slot(place, None), {})
-        if int(position) in base:
-            raise ValueError(f"by_slot needs each place once. Got {place} twice")
-        base[int(position)] = number
-    width = 1 + max((position for base in rows.values() for position in base), default=-1)
-    row_at = torch.tensor([[base.get(position, -1) for position in range(width)] for base in rows.values()])
-    return list(rows), row_at.reshape(len(rows), width).long()
-
-
-def _gather(values: Tensor, row_at: Tensor, instances: _Instances, number: int) -> Float[Tensor, "base instance"]:
-    position = instances.position[number]
-    known = (position >= 0) & (position < row_at.shape[1])
-    if not known.any():
-        return values.new_full((len(row_at), len(position)), torch.nan)
-    rows = row_at[:, position.where(known, 0)].where(known, -1)
-    return values[rows.clamp(min=0), instances.pair].where(rows >= 0, torch.nan)
-
-
-def _rows_of(keys: list[Any], batch_keys: list[Any]) -> list[int]:
-    if keys == batch_keys:
-        return list(range(len(keys)))
-    row = {key: number for number, key in enumerate(batch_keys)}
-    missing = [key for key in keys if key not in row]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} pairs of the result are not in the batch, such as {missing[0]!r}; give the one patched"
-        )
-    return [row[key] for key in keys]

@@ -14,7 +14,7 @@ import torch
 from pandas import DataFrame
 
 from clip_lens.core.effects import Effects
-from clip_lens.core.files import written_whole
+from clip_lens.core.store import written_whole
 from clip_lens.model.site import Place
 
 log = logging.getLogger(__name__)

@@ -16,9 +16,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from clip_lens.core.address import Addresses, address
 from clip_lens.core.edges import EdgePatch, differences, sender_hook
 from clip_lens.core.metric import Metric, Readout
-from clip_lens.core.patch import Addresses, address, patch_hooks, present, slot_positions
+from clip_lens.core.sites import patch_hooks, present, slot_positions
 from clip_lens.core.source import QUERY_BY_KEY, Fetch, Source
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import Cache, Hook, HookedTextEncoder

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from clip_lens.core.patch import address
+from clip_lens.core.address import address
 from clip_lens.core.rows import Chunk, needed, place_hooks, prepare
 from clip_lens.core.source import Fetch, Source, counterpart, named
 from clip_lens.data.batch import Batch

@@ -122,7 +122,7 @@ class _ImageTower:
 
 
 def _image_tower(model: str, pretrained: str | None, device: str) -> _ImageTower:
-    from clip_lens.openclip import digest, open_original
+    from clip_lens.originals.open_clip import digest, open_original
 
     try:
         torch.zeros(1, device=device)

@@ -14,7 +14,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
 from itertools import islice, pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -26,8 +25,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clip_lens.tiny.assets import ASSETS
+
 FORMAT = "clip_lens.images/1"
-TINY = Path(str(files("clip_lens"))) / "assets" / "tiny" / "images.safetensors"
+
+TINY = ASSETS / "images.safetensors"
 
 _LABELS = ("model", "pretrained", "digest", "preprocessing", "versions", "origin")
 Failures = Sequence[tuple[str, str]]
@@ -115,8 +117,8 @@ class ImageStore:
     ) -> ImageStore:
         """A store in memory of embeddings that were computed elsewhere; float64 stays float64 until it is saved.
 
-        `model`, `pretrained`, and `digest` (`clip_lens.openclip.digest` of the image tower's `state_dict()`) say what
-        made them, as far as that is known. With `normalize=False` the rows must be unit vectors already.
+        `model`, `pretrained`, and `digest` (`clip_lens.originals.original.digest` of the image tower's `state_dict()`)
+        say what made them, as far as that is known. With `normalize=False` the rows must be unit vectors already.
 
         Raises:
             ValueError: another number of ids than rows, a repeated id, a row that is not finite, zero, or not a unit

@@ -14,15 +14,17 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from clip_lens.tiny.assets import ASSETS
+
 NEGATORS = ("no", "not", "without", "n't", "never", "none", "nobody", "nothing")
-TINY = Path(str(files("clip_lens"))) / "assets" / "tiny" / "pairs.csv"
+
+TINY = ASSETS / "pairs.csv"
 SIDES = ("caption", "foil", "none")
 TEXTS = ("caption", "foil", "image")
 VALSE_VOTES = 2  # of three annotators; Parcalabescu et al. 2022, section 4.4

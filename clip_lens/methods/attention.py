@@ -11,9 +11,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from clip_lens.core.address import address
 from clip_lens.core.effects import Effects
 from clip_lens.core.metric import Readout, logit
-from clip_lens.core.patch import address, slot_positions
+from clip_lens.core.sites import slot_positions
 from clip_lens.core.source import CHUNK, counterpart
 from clip_lens.data.batch import Batch
 from clip_lens.methods.patching import describe, pairs_frame

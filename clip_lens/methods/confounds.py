@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 from pandas import DataFrame, Series
 
-from clip_lens.core.bootstrap import SIDES, sides_of
-from clip_lens.core.statistics import Correlation, Method, correlation, frame_of, proportion, regression
+from clip_lens.core.table import SIDES, sides_of
 from clip_lens.data.batch import Batch, template_slots
 from clip_lens.data.pairs import Pairs
 from clip_lens.methods.patching import pairs_frame
 from clip_lens.methods.scores import pair_scores, tally
+from clip_lens.methods.statistics import Correlation, Method, correlation, frame_of, proportion, regression
 from clip_lens.model.encoder import HookedTextEncoder
 
 FEATURES = ("cosine", "tokens", "subject_size", "most_frequent")
@@ -48,7 +48,7 @@ class Confounds:
     def correlations(self, interval: float = 0.95, *, method: Method = "pearson") -> DataFrame:
         """Every feature with numbers, correlated with d: a row per feature, side (and "pooled") and choice of pairs.
 
-        Columns: feature, side, pairs, r, lower, upper, p, n, note (`clip_lens.core.statistics.correlation`).
+        Columns: feature, side, pairs, r, lower, upper, p, n, note (`clip_lens.methods.statistics.correlation`).
 
         Example:
             >>> table = toy_confounds().correlations()
@@ -110,8 +110,8 @@ class Confounds:
         """d regressed on all features at once: a row per term, in logits per unit of the feature.
 
         The features with numbers, the side of the negation, and the subject phrases that occur `least` times, against
-        all the rarer ones. Errors are HC3. Columns: pairs, then those of `clip_lens.core.statistics.regression`, whose
-        note says why a feature has no coefficient: missing, constant, collinear with those above.
+        all the rarer ones. Errors are HC3. Columns: pairs, then those of `clip_lens.methods.statistics.regression`,
+        whose note says why a feature has no coefficient: missing, constant, collinear with those above.
 
         Example:
             >>> table = toy_confounds().regression()

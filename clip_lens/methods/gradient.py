@@ -23,9 +23,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from clip_lens.core.address import Addresses, Entries
 from clip_lens.core.effects import Effects
 from clip_lens.core.metric import Metric, Readout, logit
-from clip_lens.core.patch import Addresses, Entries
 from clip_lens.core.rows import Chunk, chunk_effects
 from clip_lens.core.source import Source, counterpart
 from clip_lens.data.batch import Batch

@@ -14,15 +14,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from clip_lens.core.address import address
 from clip_lens.core.effects import Effects, segments
 from clip_lens.core.metric import Metric, Readout, logit
-from clip_lens.core.patch import address
 from clip_lens.core.rows import Chunk, chunk_effects, pairs_at_once, prepare
 from clip_lens.core.source import Fetch, Source, counterpart, noise, resample
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Edge, Place, Site
-from clip_lens.openclip import digest
+from clip_lens.originals.open_clip import digest
 from clip_lens.progress import progress_bar
 
 log = logging.getLogger(__name__)

@@ -9,12 +9,12 @@ from jaxtyping import Float
 from pandas import DataFrame
 from torch import Tensor
 
-from clip_lens.core.bootstrap import sides_of
 from clip_lens.core.metric import Readout, logit
 from clip_lens.core.source import CHUNK
-from clip_lens.core.statistics import proportion
+from clip_lens.core.table import sides_of
 from clip_lens.data.batch import Batch
 from clip_lens.methods.patching import check_metric, pairs_frame
+from clip_lens.methods.statistics import proportion
 from clip_lens.model.encoder import HookedTextEncoder
 
 

@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.config import TransformerBridgeConfig
 
-from clip_lens.huggingface import SUPPORTED, TransformersModel, fitted
 from clip_lens.model.tower import MLP, Attention, Block, HookedTextTower, LayerNorm
+from clip_lens.originals.transformers import SUPPORTED, TransformersModel, fitted
 
 PoolType = Literal["argmax", "eos", "last", "first"]
 
@@ -60,7 +60,7 @@ def convert(
         ValueError: the tower has a part that this package does not reproduce; the message names it.
 
     Example:
-        >>> from clip_lens.openclip import open_original
+        >>> from clip_lens.originals.open_clip import open_original
         >>> tower, pool = convert(open_original("tiny").module, name="tiny")
         >>> tower.cfg.n_layers, tower.cfg.n_heads, pool.type
         (6, 4, 'argmax')

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip_lens.huggingface import SUPPORTED, adopt
 from clip_lens.model.convert import Pool, convert
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.tower import HookedTextTower
-from clip_lens.openclip import Original, builtin_config, digest, open_original
+from clip_lens.originals.open_clip import Original, builtin_config, digest, open_original
+from clip_lens.originals.transformers import SUPPORTED, adopt
 
 TOLERANCE = 1e-4
 PROBES = ("There are no circles.", "There is a red square and no blue star.", "A picture.", "")

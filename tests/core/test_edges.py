@@ -8,7 +8,7 @@ from oracle import TOWERS, agree, batch_of, forward, texts_of, tower
 from towers import random_encoder
 
 from clip_lens.core import edges
-from clip_lens.core.patch import address
+from clip_lens.core.address import address
 from clip_lens.core.source import counterpart
 from clip_lens.methods.patching import patch_effects
 from clip_lens.model.site import Edge, Site, at_slot, members, precedes

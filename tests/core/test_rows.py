@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from towers import random_encoder, random_store
 
+from clip_lens.core.address import address
 from clip_lens.core.metric import Readout, logit
-from clip_lens.core.patch import address
 from clip_lens.core.rows import WORTH_A_FORWARD, _groups, chunk_effects, needed, prepare, run_rows, schedule
 from clip_lens.core.source import counterpart
 from clip_lens.data.batch import align

@@ -18,7 +18,7 @@ from clip_lens.data import embed as embedding
 from clip_lens.data import images as storing
 from clip_lens.data.embed import embed_images
 from clip_lens.data.images import ImageStore, UnknownImage
-from clip_lens.openclip import digest, open_original
+from clip_lens.originals.open_clip import digest, open_original
 
 CONFIG = {
     "model_cfg": {
@@ -55,7 +55,7 @@ def other_model(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def models_open_once():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clip_lens.openclip.open_original", cache(open_original))
+        patch.setattr("clip_lens.originals.open_clip.open_original", cache(open_original))
         yield
 
 
@@ -188,8 +188,8 @@ def test_a_batch_without_a_readable_image(folder, model, tmp_path):
 def test_no_tokenizer_is_opened(folder, tmp_path, monkeypatch):
     """Some have to be downloaded, and pictures need none."""
     for name in ("_tokenizer", "tiny_tokenizer"):
-        monkeypatch.setattr(f"clip_lens.openclip.{name}", lambda *_: pytest.fail("opened"))
-    monkeypatch.setattr("clip_lens.openclip.open_original", open_original)
+        monkeypatch.setattr(f"clip_lens.originals.open_clip.{name}", lambda *_: pytest.fail("opened"))
+    monkeypatch.setattr("clip_lens.originals.open_clip.open_original", open_original)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert len(embed_images(folder, out=tmp_path / "s", progress=False))
@@ -200,7 +200,7 @@ def test_outputs_without_a_direction_are_listed(folder, model, tmp_path, monkeyp
     encode = original.module.encode_image
     spoil = torch.tensor([[float("nan")], [0.0], *[[1.0]] * 10])
     monkeypatch.setattr(original.module, "encode_image", lambda pixels: encode(pixels) * spoil)
-    monkeypatch.setattr("clip_lens.openclip.open_original", lambda *args, **options: original)
+    monkeypatch.setattr("clip_lens.originals.open_clip.open_original", lambda *args, **options: original)
     with pytest.warns(UserWarning, match="2 of 12"):
         store = embed(folder, tmp_path / "s", model)
     assert store.failed == tuple((name, "the model's output is not finite or zero") for name in ("a.png", "b.jpg"))

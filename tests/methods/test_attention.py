@@ -11,14 +11,14 @@ from towers import random_clip, random_store
 
 import clip_lens
 from clip_lens.core.metric import logit
-from clip_lens.core.statistics import correlations
-from clip_lens.data import scenes
 from clip_lens.data.batch import align
 from clip_lens.data.pairs import Pairs, read_pairs
 from clip_lens.methods.attention import attention_effects
 from clip_lens.methods.patching import patch_effects
+from clip_lens.methods.statistics import correlations
 from clip_lens.model.load import load
 from clip_lens.model.site import Site
+from clip_lens.tiny import scenes
 
 LAYERS, HEADS = 2, 4
 SLOTS = {"there": [1], "be": [2], "negator": [3], "subject": [4]}  # "There is/are NEGATOR ..." in a rephrased text
@@ -286,7 +286,7 @@ def test_a_batch_of_another_width_is_refused(batch):
 
 
 def card():
-    with (importlib.resources.files("clip_lens") / "assets" / "tiny" / "card.json").open() as file:
+    with (importlib.resources.files("clip_lens") / "tiny" / "assets" / "card.json").open() as file:
         return json.load(file)["seeds"]["1"]["selectivity (layer x head)"]
 
 

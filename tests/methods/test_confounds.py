@@ -10,12 +10,12 @@ from pandas import DataFrame
 from towers import random_clip, random_store
 
 import clip_lens
-from clip_lens.core.statistics import proportion
 from clip_lens.data.batch import align
 from clip_lens.data.pairs import Pairs, read_pairs
 from clip_lens.methods.confounds import FEATURES, WITHOUT, Confounds, confounds, subject_phrases
 from clip_lens.methods.patching import patch_effects
 from clip_lens.methods.scores import pair_scores, scores, tally
+from clip_lens.methods.statistics import proportion
 from clip_lens.model.load import load
 
 CAPTIONS = ("There are no people.", "There is a dog.", "There are no people.", "There are some red cars.")

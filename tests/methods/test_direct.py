@@ -8,8 +8,8 @@ from oracle import TOWERS, agree, batch_of, given, pooled, tower
 from torch import nn
 
 import clip_lens
+from clip_lens.core.address import address
 from clip_lens.core.effects import Effects
-from clip_lens.core.patch import address
 from clip_lens.methods import direct
 from clip_lens.methods.direct import UNALIGNED, UNNAMED, components, direct_effects, logit_lens
 from clip_lens.model.site import Edge, Site, members

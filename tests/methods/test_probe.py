@@ -17,12 +17,12 @@ import clip_lens
 from clip_lens.core.source import steered
 from clip_lens.data.batch import align
 from clip_lens.data.pairs import Pairs
-from clip_lens.data.scenes import COLOURS
-from clip_lens.methods import probe as module
 from clip_lens.methods.patching import patch_effects
-from clip_lens.methods.probe import probe, probe_effects, steer
+from clip_lens.methods.probes import probe as module
+from clip_lens.methods.probes.probe import probe, probe_effects, steer
 from clip_lens.model.load import load
 from clip_lens.model.site import Site
+from clip_lens.tiny.scenes import COLOURS
 
 TOWERS = ("causal", "bidirectional", "bidirectional, pooled last")
 L = 3

@@ -14,7 +14,7 @@ from towers import VISION, random_clip, randomise
 
 import clip_lens.model.load as loading
 from clip_lens.model.load import load
-from clip_lens.openclip import Original, digest, open_original
+from clip_lens.originals.open_clip import Original, digest, open_original
 
 TEXTS = ["There are no circles.", "There is a red square.", "", "zeppelins over a pond"]
 

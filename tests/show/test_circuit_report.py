@@ -15,7 +15,7 @@ from clip_lens.data.pairs import Pairs
 from clip_lens.methods.circuits import discover as module
 from clip_lens.methods.circuits.circuit import overlaps
 from clip_lens.methods.circuits.discover import discover
-from clip_lens.show.studies.circuit_report import (
+from clip_lens.show.questions.circuit_report import (
     RANDOM,
     circuit_report,
     circuit_sections,

@@ -11,9 +11,9 @@ import clip_lens
 from clip_lens.core.effects import SHOWN, one_side
 from clip_lens.methods.circuits.circuit import Circuit
 from clip_lens.model.site import Edge, Site, precedes
-from clip_lens.show.figures.edges import qkv
+from clip_lens.show.figures.heatmap import heatmap
 from clip_lens.show.figures.network import network, path_diagram, strongest
-from clip_lens.show.figures.plots import heatmap
+from clip_lens.show.figures.qkv import qkv
 from clip_lens.show.figures.style import LIGHT
 
 SENDERS = [Site("embed"), *(Site("head", layer, unit) for layer in (0, 1, 10) for unit in (0, 1)), Site("mlp", 0)]

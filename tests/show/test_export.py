@@ -14,7 +14,7 @@ from show.test_plots import RESID, make
 
 import clip_lens
 from clip_lens.show.figures.export import DRAWN, save_figure
-from clip_lens.show.figures.plots import heatmap
+from clip_lens.show.figures.heatmap import heatmap
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ from clip_lens.core.effects import toy_effects
 from clip_lens.model.site import Edge, Site
 from clip_lens.show.figures.network import network
 from clip_lens.show.figures.style import DARK, LIGHT
-from clip_lens.show.page.numbers import numbers
-from clip_lens.show.page.report import report
-from clip_lens.show.page.section import Picture, Section, Table
+from clip_lens.show.report.numbers import numbers
+from clip_lens.show.report.report import report
+from clip_lens.show.report.section import Picture, Section, Table
 
 BARS = go.Figure(
     [go.Bar(name=side, x=["a", "b"], y=[1.0, -2.0], error_y={"array": [0.5, 0.25]}) for side in ("caption", "foil")]

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import clip_lens
-from clip_lens.show.figures.pictures import MOST, scatter_pairs
+from clip_lens.show.figures.scatter import MOST, scatter_pairs
 from clip_lens.show.figures.style import themed
 
 PAIRS = pd.DataFrame(

@@ -9,7 +9,7 @@ import torch
 
 from clip_lens.core.effects import SHOWN, SLOTS, Effects, one_side, pivot, toy_effects
 from clip_lens.model.site import Site
-from clip_lens.show.figures.plots import GREY, heatmap, largest, slot_name
+from clip_lens.show.figures.heatmap import GREY, heatmap, largest, slot_name
 
 
 def make(places, seed=0, n_pairs=12, missing=0.0):

@@ -16,8 +16,8 @@ from plotly.offline import get_plotlyjs
 
 from clip_lens.core.effects import Effects, toy_effects
 from clip_lens.model.site import Edge, Site, precedes
-from clip_lens.show.page.examples import examples
-from clip_lens.show.page.report import report
+from clip_lens.show.report.examples import examples
+from clip_lens.show.report.report import report
 
 PATHS = [
     Edge(Site("head", layer, unit), receiver)

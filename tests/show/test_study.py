@@ -10,9 +10,9 @@ import torch
 from towers import random_encoder, random_store
 
 import clip_lens
-from clip_lens.cli import main
-from clip_lens.show.studies import findings
-from clip_lens.show.studies.study import SECTIONS, study
+from clip_lens.cli.app import main
+from clip_lens.show.questions import findings
+from clip_lens.show.questions.study import SECTIONS, study
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import reproduce_negation_study
@@ -86,7 +86,7 @@ def test_a_finished_study_is_not_computed_again(studied, tiny, monkeypatch):
         raise AssertionError("computed again")
 
     for name in ("patch_effects", "attention_effects", "direct_effects", "logit_lens", "probe"):
-        monkeypatch.setattr(f"clip_lens.show.studies.study.{name}", refuse)
+        monkeypatch.setattr(f"clip_lens.show.questions.study.{name}", refuse)
     said = []
     again = study(encoder, batch, folder, images=store, say=said.append)
     assert words_of(again.read_text(encoding="utf-8")) == words_of(page)

@@ -11,8 +11,8 @@ from show.test_plots import RESID, make
 
 from clip_lens.show.figures.bars import bars
 from clip_lens.show.figures.curves import lens_lines
+from clip_lens.show.figures.heatmap import heatmap
 from clip_lens.show.figures.network import network
-from clip_lens.show.figures.plots import heatmap
 from clip_lens.show.figures.style import DARK, LIGHT, THEMES, TRANSPARENT, _roles, faded, swaps, themed
 
 

@@ -12,12 +12,12 @@ import pandas as pd
 import torch
 from pandas import DataFrame
 
-from clip_lens.core.bootstrap import sides_of
 from clip_lens.core.effects import Effects
-from clip_lens.core.files import written_whole
 from clip_lens.core.keep import Keep, joined
 from clip_lens.core.metric import Metric, logit
 from clip_lens.core.source import Source, counterpart
+from clip_lens.core.store import written_whole
+from clip_lens.core.table import sides_of
 from clip_lens.data.batch import Batch
 from clip_lens.methods.circuits import faithfulness as judging
 from clip_lens.methods.circuits.acdc import acdc
@@ -28,7 +28,7 @@ from clip_lens.methods.gradient import conventions, gradient_effects
 from clip_lens.methods.patching import METHOD, describe, patch_effects
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Edge, Outside
-from clip_lens.openclip import digest
+from clip_lens.originals.open_clip import digest
 
 Method = Literal["exact", "eap", "eap-ig", "acdc", "random"]
 BASELINES = 5

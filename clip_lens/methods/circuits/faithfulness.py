@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float
 from pandas import DataFrame
 from torch import Tensor
 
-from clip_lens.core.bootstrap import Draws, sides_of
 from clip_lens.core.effects import Effects
 from clip_lens.core.metric import Metric, logit
 from clip_lens.core.source import Source, counterpart
+from clip_lens.core.table import Draws, sides_of
 from clip_lens.data.batch import Batch
 from clip_lens.methods.circuits.circuit import Circuit
 from clip_lens.methods.circuits.removal import Removal, parts

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from clip_lens.core.address import address_edges
 from clip_lens.core.metric import Metric, Readout, logit, unsigned
-from clip_lens.core.patch import address_edges
 from clip_lens.core.rows import Chunk, chunk_effects, pairs_at_once, prepare
 from clip_lens.core.source import Source
 from clip_lens.data.batch import Batch

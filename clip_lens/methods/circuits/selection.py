@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float
 from pandas import DataFrame
 from torch import Tensor
 
-from clip_lens.core.bootstrap import Draws
 from clip_lens.core.effects import Effects
 from clip_lens.core.metric import unsigned
+from clip_lens.core.table import Draws
 from clip_lens.methods.circuits.circuit import Circuit, Graph
 from clip_lens.model.site import Edge, Site
 

@@ -14,7 +14,7 @@ from pandas import DataFrame
 
 from clip_lens.model.site import Site, label
 from clip_lens.show.explore.view import Panels, Text, View
-from clip_lens.show.figures.plots import SLOT_NAMES
+from clip_lens.show.figures.heatmap import SLOT_NAMES
 
 KIND_NAMES = {
     "resid": "residual stream",

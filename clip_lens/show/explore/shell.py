@@ -189,7 +189,7 @@ def _scene(seed: int) -> str:
     """The picture of a rendered scene."""
     from PIL import Image
 
-    from clip_lens.data.scenes import render as rendered
-    from clip_lens.data.scenes import sample_scene
+    from clip_lens.tiny.scenes import render as rendered
+    from clip_lens.tiny.scenes import sample_scene
 
     return data_uri(Image.fromarray(rendered(sample_scene(seed))))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import HookedTextEncoder
-from clip_lens.show.figures.plots import CELLS
+from clip_lens.show.figures.heatmap import CELLS
 from clip_lens.show.figures.style import LIGHT, SMALL, scale, template
 
 TITLES = {"caption": "caption", "foil": "foil", "affirmative": "without negation", "negated": "with negation"}

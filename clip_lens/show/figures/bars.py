@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 
 from clip_lens.core.effects import SHOWN, Effects
 from clip_lens.show.figures.curves import need
-from clip_lens.show.figures.plots import HOVER, SIDE_NAMES, value_name
+from clip_lens.show.figures.heatmap import HOVER, SIDE_NAMES, value_name
 from clip_lens.show.figures.style import LIGHT, SMALL, template
 
 LINE, HEAD, FOOT = 20, 40, 52  # pixels: of a bar, of a panel's heading, of the axis below

@@ -14,7 +14,7 @@ from plotly.subplots import make_subplots
 
 from clip_lens.core.effects import SIDES, Effects
 from clip_lens.model.site import label
-from clip_lens.show.figures.plots import SIDE_NAMES, value_name
+from clip_lens.show.figures.heatmap import SIDE_NAMES, value_name
 from clip_lens.show.figures.style import LIGHT, SIDE_COLOURS, faded, template, under
 
 DASHES = ("solid", "dash", "dot", "dashdot")  # a second turn through the colours

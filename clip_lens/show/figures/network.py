@@ -18,7 +18,7 @@ from plotly.subplots import make_subplots
 from clip_lens.core.effects import SHOWN, SIDES, Effects, one_side
 from clip_lens.methods.circuits.circuit import Circuit
 from clip_lens.model.site import Edge, Site, label
-from clip_lens.show.figures.plots import HOVER, SIDE_NAMES, slot_name
+from clip_lens.show.figures.heatmap import HOVER, SIDE_NAMES, slot_name
 from clip_lens.show.figures.style import LIGHT, SMALL, template, under
 
 READS = {"q": "queries", "k": "keys", "v": "values"}

@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 from pandas import DataFrame, Series
 
-from clip_lens.core.bootstrap import SIDES
 from clip_lens.core.effects import Effects
+from clip_lens.core.table import SIDES
 from clip_lens.data.batch import Batch
 from clip_lens.methods.confounds import ALL
 from clip_lens.model.encoder import HookedTextEncoder, unseen_words
-from clip_lens.show.figures.plots import SIDE_NAMES
+from clip_lens.show.figures.heatmap import SIDE_NAMES
 
 FEW = 20
 """Pairs below which a bootstrap over them is not to be trusted."""

@@ -1,4 +1,4 @@
-"""The hooks of core.patch: each row reads the source at its own place, and nothing else changes."""
+"""The hooks of core.sites: each row reads the source at its own place, and nothing else changes."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from towers import random_encoder, random_store
 
-from clip_lens.core.patch import address, patch_hooks, present, slot_positions
+from clip_lens.core.address import address
+from clip_lens.core.sites import patch_hooks, present, slot_positions
 from clip_lens.data.batch import align
 from clip_lens.data.pairs import Pairs
 from clip_lens.model.site import LAYOUTS, Site, hook_name, members

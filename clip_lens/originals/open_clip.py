@@ -1,29 +1,23 @@
 """The doorway for names: a name and weights in, the original model, its tokenizer and its preprocessing out.
 
-open_clip's models are opened here, a folder that transformers saved in `clip_lens.huggingface`. Both towers come this
-way: `clip_lens.load` converts the text tower, `clip_lens.embed_images` runs the image tower.
+open_clip's models are opened here, a folder that transformers saved in `clip_lens.originals.transformers`. Both towers
+come this way: `clip_lens.load` converts the text tower, `clip_lens.embed_images` runs the image tower.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import open_clip
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from clip_lens.huggingface import open_folder
-from clip_lens.original import Original, in_one_line, quiet
-from clip_lens.original import digest as digest
+from clip_lens.originals.original import Original, in_one_line, quiet
+from clip_lens.originals.original import digest as digest
+from clip_lens.originals.transformers import open_folder
+from clip_lens.tiny.opener import open_tiny, tiny_tokenizer
 
-ASSETS = Path(str(files("clip_lens"))) / "assets"
 RANDOM = "random"
 
 
@@ -54,7 +48,9 @@ def open_original(
         'argmax'
     """
     if name == "tiny":
-        return _open_tiny(pretrained, tokenizer, with_tokenizer)
+        tiny, preprocess, vocabulary = open_tiny(pretrained)
+        tokenizer = tokenizer or (tiny_tokenizer() if with_tokenizer else None)
+        return Original(tiny, tokenizer, preprocess, name, pretrained, vocabulary)
     if name not in open_clip.list_models() and Path(name).is_dir():
         _refuse_weights(name, pretrained)
         return open_folder(name, tokenizer=tokenizer, with_tokenizer=with_tokenizer)
@@ -142,37 +138,3 @@ def _tokenizer(name: str) -> Callable[..., Tensor]:
         raise ValueError(
             f"can't load the tokenizer of {name}: {in_one_line(error)} (load(..., tokenizer=...) takes one of yours)"
         ) from error
-
-
-@lru_cache(maxsize=1)
-def tiny_tokenizer() -> Callable[..., Tensor]:
-    """open_clip's SimpleTokenizer, read once: 49,408 ids, context 77."""
-    return open_clip.SimpleTokenizer()
-
-
-def _open_tiny(pretrained: str | None, tokenizer: Callable[..., Tensor] | None, with_tokenizer: bool) -> Original:
-    """The embedded architecture, with the shipped weights or with a file that `scripts/train_tiny.py` wrote."""
-    folder = ASSETS / "tiny"
-    weights = folder / "model.safetensors" if pretrained is None else Path(pretrained)
-    if not weights.is_file():
-        raise ValueError(
-            f"no weights {pretrained!r} for tiny; leave pretrained= out for the embedded ones, or give a "
-            "model.safetensors that scripts/train_tiny.py wrote"
-        )
-    config = json.loads((folder / "open_clip_config.json").read_text())
-    module = open_clip.CLIP(**config["model_cfg"])
-    try:
-        state = load_file(weights)
-        rows = state.pop("token_embedding.rows").long()
-    except (SafetensorError, KeyError) as error:
-        what = "the embedded weights" if pretrained is None else repr(pretrained)
-        raise ValueError(f"{what} can't be read as a tiny model's ({error}); reinstall, or train it again") from error
-    table = torch.zeros_like(module.token_embedding.weight)
-    table[rows] = state["token_embedding.weight"].to(table.dtype)
-    state["token_embedding.weight"] = table.detach()
-    module.load_state_dict({key: value.float() for key, value in state.items()})
-    preprocess = open_clip.transform.image_transform_v2(
-        open_clip.transform.PreprocessCfg(**config["preprocess_cfg"]), is_train=False
-    )
-    tokenizer = tokenizer or (tiny_tokenizer() if with_tokenizer else None)
-    return Original(module.eval(), tokenizer, preprocess, "tiny", pretrained, frozenset(rows.tolist()))

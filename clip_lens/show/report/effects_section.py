@@ -11,10 +11,10 @@ from pandas import DataFrame
 
 from clip_lens.core.effects import SHOWN, SIDES, Effects
 from clip_lens.model.site import Edge
+from clip_lens.show.figures.heatmap import SIDE_NAMES, heatmap, largest, slot_name
 from clip_lens.show.figures.network import path_diagram, strongest
-from clip_lens.show.figures.plots import SIDE_NAMES, heatmap, largest, slot_name
-from clip_lens.show.page.section import Picture, Section, Table
-from clip_lens.show.page.words import gap, is_share, noun, reading, unit, value_name, verb, what_is_shown, whole
+from clip_lens.show.report.section import Picture, Section, Table
+from clip_lens.show.report.words import gap, is_share, noun, reading, unit, value_name, verb, what_is_shown, whole
 
 NEGATION_IN = {"caption": "the caption", "foil": "the foil", "none": "neither"}
 MOST_FIGURES = 12  # per result

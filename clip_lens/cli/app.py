@@ -156,7 +156,7 @@ def _job(
     from clip_lens.data.batch import align
     from clip_lens.data.pairs import read_pairs
     from clip_lens.model.load import load
-    from clip_lens.openclip import ASSETS
+    from clip_lens.tiny.assets import ASSETS
 
     chosen = read_pairs(pairs)
     chosen = chosen.rephrased() if rephrased else chosen
@@ -168,7 +168,7 @@ def _job(
     for reason, count in batch.dropped.reason.value_counts().items():
         _say(f"  {count} dropped: {reason}")
     out.mkdir(parents=True, exist_ok=True)
-    shipped = ASSETS / "tiny" / "pictures" if images == "tiny" else None
+    shipped = ASSETS / "pictures" if images == "tiny" else None
     pictures = Path(images) if Path(images).is_dir() else shipped
     return Job(encoder, batch, store, out, pictures, segment, rows, not quiet)
 
@@ -304,7 +304,7 @@ def study(
     job: Job, seed: Annotated[int, typer.Option(help="The seed of the probe's split and random directions.")] = 0
 ) -> None:
     """The negation study, whole: where negation is, which heads carry it, what confounds the score; one report."""
-    from clip_lens.show.studies.study import study as write
+    from clip_lens.show.questions.study import study as write
 
     page = write(
         job.encoder,
@@ -342,8 +342,8 @@ def circuit(
 ) -> None:
     """Find the circuit behind d on one part of the pairs, judge it on the other: f, CPR, CMD, stability; a report."""
     from clip_lens.methods.circuits.discover import discover
-    from clip_lens.show.studies.circuit_report import circuit_report
-    from clip_lens.show.studies.findings import cautions
+    from clip_lens.show.questions.circuit_report import circuit_report
+    from clip_lens.show.questions.findings import cautions
 
     found, judged = _of_segment(job).split(split, seed)
     discovery = discover(
@@ -550,7 +550,7 @@ def _of_segment(job: Job) -> Batch:
 
 def _write(job: Job, results: dict[str, Effects]) -> None:
     """The table of the first result on the screen and as csv, and the report of all."""
-    from clip_lens.show.page.report import report
+    from clip_lens.show.report.report import report
 
     first = next(iter(results.values()))
     first.table().to_csv(job.out / "table.csv", index=False)
@@ -566,7 +566,7 @@ def _print_table(effects: Effects) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from clip_lens.core.bootstrap import SIDES
+    from clip_lens.core.table import SIDES
 
     index = effects.index
     ablated = effects.meta.get("source") != "counterpart"

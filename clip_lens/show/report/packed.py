@@ -11,7 +11,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 from pandas import DataFrame
 
-from clip_lens.show.page.section import Data
+from clip_lens.show.report.section import Data
 
 TYPES = {".csv": "text/csv", ".json": "application/json", ".js": "text/javascript", ".txt": "text/plain"}
 

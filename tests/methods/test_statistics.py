@@ -12,7 +12,7 @@ from pandas import DataFrame
 from statsmodels.stats.proportion import proportion_confint
 
 from clip_lens.core.effects import toy_effects
-from clip_lens.core.statistics import correlation, correlations, proportion, regression
+from clip_lens.methods.statistics import correlation, correlations, proportion, regression
 from clip_lens.model.site import Site
 
 

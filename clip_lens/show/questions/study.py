@@ -17,12 +17,11 @@ import pandas as pd
 import plotly.graph_objects as go
 from pandas import DataFrame, Series
 
-from clip_lens.core.bootstrap import SIDES
 from clip_lens.core.effects import SEGMENTS, Effects
 from clip_lens.core.keep import Keep
 from clip_lens.core.metric import logit
 from clip_lens.core.source import counterpart
-from clip_lens.core.statistics import correlations
+from clip_lens.core.table import SIDES
 from clip_lens.data.batch import Batch
 from clip_lens.data.images import ImageStore
 from clip_lens.methods.attention import attention_effects
@@ -30,20 +29,21 @@ from clip_lens.methods.confounds import ALL, WITHOUT, Confounds, confounds
 from clip_lens.methods.direct import components, direct_effects, logit_lens
 from clip_lens.methods.labels import labels
 from clip_lens.methods.patching import METHOD, describe, patch_effects
-from clip_lens.methods.probe import TooFewTexts, probe
+from clip_lens.methods.probes.probe import TooFewTexts, probe
 from clip_lens.methods.scores import tally
+from clip_lens.methods.statistics import correlations
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Place, Site
 from clip_lens.show.figures.bars import bars
 from clip_lens.show.figures.curves import curve, lens_lines
-from clip_lens.show.figures.plots import SIDE_NAMES, heatmap
+from clip_lens.show.figures.heatmap import SIDE_NAMES, heatmap
 from clip_lens.show.figures.style import template
 from clip_lens.show.figures.thumbnails import Pictures
-from clip_lens.show.page.effects_section import section_of
-from clip_lens.show.page.report import report
-from clip_lens.show.page.section import Picture, Section, Table
-from clip_lens.show.studies import findings
-from clip_lens.show.studies import study_texts as texts
+from clip_lens.show.questions import findings
+from clip_lens.show.questions import study_texts as texts
+from clip_lens.show.report.effects_section import section_of
+from clip_lens.show.report.report import report
+from clip_lens.show.report.section import Picture, Section, Table
 
 IDENTITY = ("model", "weights", "data", "data digest", "images", "batch", "dtype", "pairs", "scale", "versions")
 """What two results must have in common to be of the same study."""

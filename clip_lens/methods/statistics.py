@@ -17,8 +17,8 @@ import pandas as pd
 from jaxtyping import Float
 from pandas import DataFrame, Series
 
-from clip_lens.core.bootstrap import sides_of
 from clip_lens.core.effects import Effects
+from clip_lens.core.table import sides_of
 
 Method = Literal["pearson", "spearman"]
 Numbers: TypeAlias = npt.ArrayLike | Series

@@ -19,13 +19,13 @@ from clip_lens.methods.circuits.discover import Discovery
 from clip_lens.methods.circuits.faithfulness import MEASURES
 from clip_lens.show.figures.bars import bars
 from clip_lens.show.figures.curves import curve, scatter
+from clip_lens.show.figures.heatmap import SIDE_NAMES, heatmap
 from clip_lens.show.figures.network import network
-from clip_lens.show.figures.plots import SIDE_NAMES, heatmap
 from clip_lens.show.figures.thumbnails import Pictures
-from clip_lens.show.page.report import report
-from clip_lens.show.page.section import Picture, Section, Table
-from clip_lens.show.page.words import D
-from clip_lens.show.studies import circuit_texts as texts
+from clip_lens.show.questions import circuit_texts as texts
+from clip_lens.show.report.report import report
+from clip_lens.show.report.section import Picture, Section, Table
+from clip_lens.show.report.words import D
 
 SIDES = {**SIDE_NAMES, "none": "no side", "pooled": "both sides together"}
 DRAWN = 300

@@ -22,8 +22,8 @@ from towers import random_clip, randomise
 from typer.testing import CliRunner
 
 from clip_lens import HookedTextEncoder, ImageStore, Site, align, embed_images, load, patch_effects, read_pairs
-from clip_lens.cli import app
-from clip_lens.openclip import open_original
+from clip_lens.cli.app import app
+from clip_lens.originals.open_clip import open_original
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 """Of the largest component of an embedding."""

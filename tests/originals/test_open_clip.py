@@ -15,7 +15,8 @@ from torch import nn
 from towers import VISION, randomise
 
 import clip_lens
-from clip_lens.openclip import ASSETS, builtin_config, digest, open_original
+from clip_lens.originals.open_clip import builtin_config, digest, open_original
+from clip_lens.tiny.assets import ASSETS
 
 SMALL = {
     "embed_dim": 32,
@@ -213,7 +214,7 @@ def test_digests_tell_weights_apart() -> None:
 
 def test_tiny_takes_the_weights_of_another_training(tmp_path):
     """The same architecture with other weights, under a name that tells them apart; any other file is refused."""
-    shipped = load_file(ASSETS / "tiny" / "model.safetensors")
+    shipped = load_file(ASSETS / "model.safetensors")
     changed = {name: 2 * value if name == "text_projection" else value for name, value in shipped.items()}
     save_file(changed, tmp_path / "other.safetensors")
     mine = open_original("tiny", pretrained=str(tmp_path / "other.safetensors"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from clip_lens.core.effects import Effects
-from clip_lens.show.figures.plots import VALUE_NAMES, slot_name
+from clip_lens.show.figures.heatmap import VALUE_NAMES, slot_name
 
 KIND_NAMES = {
     "embed": "the embedding",

@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 from pandas import DataFrame
 
 from clip_lens.show.figures.curves import need
-from clip_lens.show.figures.plots import SIDE_NAMES
+from clip_lens.show.figures.heatmap import SIDE_NAMES
 from clip_lens.show.figures.style import LIGHT, SIDE_COLOURS, template, under
 from clip_lens.show.figures.thumbnails import Pictures, picture_file, thumbnail
 

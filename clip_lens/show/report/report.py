@@ -19,16 +19,16 @@ from pandas import DataFrame
 from plotly.offline import get_plotlyjs
 
 from clip_lens.core.effects import SEGMENTS, SIDES, Effects
-from clip_lens.core.files import written_whole
-from clip_lens.show.figures.plots import SIDE_NAMES
+from clip_lens.core.store import written_whole
+from clip_lens.show.figures.heatmap import SIDE_NAMES
 from clip_lens.show.figures.style import swaps
 from clip_lens.show.figures.thumbnails import Pictures
-from clip_lens.show.page.effects_section import NEGATION_IN, section_of
-from clip_lens.show.page.examples import examples
-from clip_lens.show.page.numbers import numbers
-from clip_lens.show.page.packed import File, as_json, pack
-from clip_lens.show.page.section import Data, Picture, Section, Table
-from clip_lens.show.page.words import methods_of
+from clip_lens.show.report.effects_section import NEGATION_IN, section_of
+from clip_lens.show.report.examples import examples
+from clip_lens.show.report.numbers import numbers
+from clip_lens.show.report.packed import File, as_json, pack
+from clip_lens.show.report.section import Data, Picture, Section, Table
+from clip_lens.show.report.words import methods_of
 
 WHAT = (
     "method",

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from clip_lens.original import Original, in_one_line, quiet
+from clip_lens.originals.original import Original, in_one_line, quiet
 
 MODEL_TYPES = {
     "clip": "CLIPModel",

@@ -11,8 +11,8 @@ from pandas import DataFrame
 
 from clip_lens.core.effects import SHOWN, Effects, one_side, pivot
 from clip_lens.model.site import Edge
+from clip_lens.show.figures.heatmap import SIDE_NAMES, Panel, assemble
 from clip_lens.show.figures.network import READS, path_diagram, single_edges
-from clip_lens.show.figures.plots import SIDE_NAMES, Panel, assemble
 
 __all__ = ["path_diagram", "qkv"]
 

@@ -28,7 +28,7 @@ from clip_lens.data.batch import Batch
 from clip_lens.methods.patching import patch_effects
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Site, hook_name
-from clip_lens.openclip import digest
+from clip_lens.originals.open_clip import digest
 
 C = 1.0
 """The inverse strength of the probe's L2 penalty, on standardised coordinates."""

@@ -8,7 +8,7 @@ import open_clip
 import pytest
 from PIL import Image
 
-from clip_lens.data.scenes import (
+from clip_lens.tiny.scenes import (
     ANY,
     COLOURS,
     FORMS,
