@@ -154,7 +154,7 @@ def luminance(colour):
 
 @pytest.mark.parametrize("theme", [0, 1, 2])  # light, dark, print
 def test_words_stand_out_from_their_ground(theme):
-    styles = (Path(clip_lens.show.__file__).with_name("page") / "report.css").read_text(encoding="utf-8")
+    styles = (Path(clip_lens.show.__file__).with_name("report") / "report.css").read_text(encoding="utf-8")
     colours = dict(re.findall(r"--([\w-]+): (#\w+)", re.findall(r":root \{(.*?)\}", styles, re.S)[theme]))
     grounds = {"ink": ("paper", "card"), "soft": ("paper",), "link": ("paper", "card"), "warn": ("warn-paper",)}
     for words, behind in grounds.items():
