@@ -15,7 +15,7 @@ from pandas import DataFrame
 
 from clip_lens.core.effects import Effects
 from clip_lens.core.record import Record, as_json, of_json
-from clip_lens.core.store import written_whole
+from clip_lens.files import written_whole
 from clip_lens.model.site import Place
 
 log = logging.getLogger(__name__)
