@@ -68,8 +68,8 @@ class Addresses:
 
     def some(self, first: int, last: int) -> Addresses:
         """The addresses of the places from `first` to before `last`, numbered as in all of them."""
-        entries = {"sites": self.sites.some(first, last), "edges": self.edges.some(first, last)}
-        return replace(self, start=self.start[first:last], **entries)
+        sites, edges = self.sites.some(first, last), self.edges.some(first, last)
+        return replace(self, sites=sites, edges=edges, start=self.start[first:last])
 
     @property
     def hooked(self) -> tuple[str, ...]:

@@ -34,8 +34,8 @@ class Method:
 
     `key` is its name in files and on the command line, `title` in headings. `how`: it patches places, estimates what
     patching them would do, only reads, or judges circuits. `noun` is what a mean of its values is, `verb` what a share
-    of the whole does at a place. `caption` says what one cell of its figure is (`{source}` and `{place}` are filled in),
-    `definition` is a heading and the paragraph that defines its numbers. `unit` is given where it isn't the metric's.
+    of the whole does at a place. `caption` says what one cell of its figure is (`{source}` and `{place}` are filled
+    in), `definition` is a heading and the paragraph that defines its numbers. `unit` is given where it isn't the metric's.
 
     Example:
         >>> Method("patching", "activation patching").noun

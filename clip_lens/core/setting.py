@@ -17,7 +17,8 @@ from torch import Tensor
 from clip_lens.core.address import Addresses
 from clip_lens.core.effects import segments
 from clip_lens.core.metric import Metric, Readout, as_metric, logit
-from clip_lens.core.record import Method, MetricRecord, Record, Setting as Value, SourceRecord, versions
+from clip_lens.core.record import Method, MetricRecord, Record, SourceRecord, versions
+from clip_lens.core.record import Setting as Value
 from clip_lens.core.rows import Chunk, pairs_at_once, prepare, read_other
 from clip_lens.core.source import Fetch, Source, as_source, counterpart
 from clip_lens.data.batch import Batch
@@ -87,7 +88,7 @@ class Setting:
         """Refuses to run while hooks of the user's are on the tower."""
         if hooks := self.encoder.hooked:
             raise ValueError(
-                f"the tower has hooks of yours on, at {', '.join(hooks)}, and this can't be computed under them: {why}. "
+                f"the tower has hooks of yours on, at {', '.join(hooks)}, under which this can't be computed: {why}. "
                 "Take them off (leave `with tower.hooks(...)`, or tower.reset_hooks()), or give the intervention as a "
                 "source: via(place, source=...)"
             )
@@ -120,7 +121,9 @@ class Setting:
             raise ValueError("no places to patch; encoder.sites('resid') lists some")
         edges = any(isinstance(member, Edge) for place in (*places, self.everything) for member in members(place))
         if edges:
-            self.without_hooks("edges are sums that a hook would change, and so is the total of a source that is no run")
+            self.without_hooks(
+                "edges are sums that a hook would change, and the total of a source that is no run is one"
+            )
         return places
 
     def chunks(
@@ -172,7 +175,7 @@ class Setting:
             untemplated=batch.untemplated,
             unaligned=int(batch.unaligned.sum()),
             hooks=encoder.hooked,
-            notes=encoder.notes,
+            notes=getattr(encoder, "notes", ()),
             settings=settings,
             versions=dict(versions()),
         )

@@ -15,9 +15,9 @@ from torch.nn.functional import pad
 from clip_lens.core.address import address
 from clip_lens.core.effects import Effects
 from clip_lens.core.metric import Readout
-from clip_lens.core.sites import slot_positions
 from clip_lens.core.record import MetricRecord, Record
 from clip_lens.core.setting import Setting, logit_difference, over_pairs
+from clip_lens.core.sites import slot_positions
 from clip_lens.core.source import CHUNK
 from clip_lens.data.batch import Batch
 from clip_lens.methods.registry import ATTENTION, SELECTIVITY

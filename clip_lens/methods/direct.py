@@ -71,8 +71,8 @@ def direct_effects(
     `C(a) = <W_U^T (gamma * (a - mean(a)) / std), w> / norm` of what a place writes at the pooled position, `std` and
     `norm` each text's own (method, section 7; Elhage et al. 2021, Wang et al. 2023). With `contrast`
     `values = C(other) - C(run)` and `total = metric(other) - metric(run)`, so that `signed()` has the parts of d.
-    Without it `values = C(run)` and `total = metric(run)`; there is nothing to orient, and the tables' mean effect is the
-    mean of C. `baseline` is metric(run) in both.
+    Without it `values = C(run)` and `total = metric(run)`; there is nothing to orient, and the tables' mean effect is
+    the mean of C. `baseline` is metric(run) in both.
 
     `places=None` is everything by head, `components(encoder, batch)`; the values of a complete list sum to `total`.
     Places may be token, position, head, attn_bias, mlp, neuron, mlp_bias, constant; embed, attn, resid, mid (all that
@@ -246,9 +246,7 @@ def _where(slots: Sequence[Slot], text: _Text) -> Bool[Tensor, "slot pair pos"]:
 Read: TypeAlias = Callable[[_Text], tuple[Float[Tensor, "place pair"], Float[Tensor, "pair"]]]
 
 
-def _attributed(
-    setting: Setting, places: tuple[Place, ...], read: Read, contrast: bool, record: Record
-) -> Effects:
+def _attributed(setting: Setting, places: tuple[Place, ...], read: Read, contrast: bool, record: Record) -> Effects:
     """The result of reading both texts of every pair, as many pairs at a time as fit."""
     setting.without_hooks("what is read is taken apart by the tower's own weights")
     encoder, batch = setting.encoder, setting.batch
@@ -278,12 +276,14 @@ def _at_once(encoder: HookedTextEncoder, batch: Batch, places: int) -> int:
 
 
 def _said(record: Record, contrast: bool) -> Record:
-    """What the values are: of a contrast parts of what lies between the two texts, else of the run's metric, which has no
-    side to turn with."""
+    """What the values are: of a contrast parts of what lies between the two texts, else of the run's metric, which has
+    no side to turn with."""
     if contrast:
         of = "C(other) - C(run), of a total of metric(other) - metric(run)"
         return replace(record.saying(values=of), source=SourceRecord.of(counterpart))
-    return replace(record.saying(values="C(run), of a total of metric(run)"), metric=replace(record.metric, oriented=False))
+    return replace(
+        record.saying(values="C(run), of a total of metric(run)"), metric=replace(record.metric, oriented=False)
+    )
 
 
 def _difference(other: Float[Tensor, "place pair"], run: Float[Tensor, "place pair"]) -> Float[Tensor, "place pair"]:

@@ -26,8 +26,8 @@ from torch import Tensor
 from clip_lens.core.address import Addresses, Entries
 from clip_lens.core.effects import Effects
 from clip_lens.core.metric import Metric, Readout, logit
-from clip_lens.core.rows import Chunk, chunk_effects
 from clip_lens.core.record import Method
+from clip_lens.core.rows import Chunk, chunk_effects
 from clip_lens.core.setting import Setting
 from clip_lens.core.source import Function, Source, counterpart
 from clip_lens.core.sweep import sweep

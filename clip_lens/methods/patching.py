@@ -32,8 +32,8 @@ def patch_effects(
     activation instead of its own (method, section 4; Vig et al. 2020, Meng et al. 2022). A tuple of sites is patched
     together. NaN: the pair has no counterpart there, or not that slot; of a tuple what there is gets patched, and NaN
     means that there is nothing of it. Under hooks of yours on the tower every row runs whole, so that they act as in a
-    plain run, and `record.hooks` names them. `rows` bounds the sequences in one forward and with them the memory; it changes
-    nothing else.
+    plain run, and `record.hooks` names them. `rows` bounds the sequences in one forward and with them the memory; it
+    changes nothing else.
 
     Raises:
         ValueError: no places, a place that this encoder or batch does not have, a batch of another width than the

@@ -46,8 +46,9 @@ def path_effects(
 
     `through="direct"` patches only the edge between them (Goldowsky-Dill et al. 2023). `through="mlp"` patches the
     sender, holds every other head at its unpatched output, lets the MLPs recompute, and patches the receiver with what
-    arrives (Wang et al. 2023). A tuple of senders or of receivers is one joint set; a site without unit, such as `Site("k", 2)`, is all heads of its layer. Combinations in which no receiver
-    comes after a sender are no paths and left out; `effects.index` says what there is.
+    arrives (Wang et al. 2023). A tuple of senders or of receivers is one joint set; a
+    site without unit, such as `Site("k", 2)`, is all heads of its layer. Combinations in which no receiver comes after a
+    sender are no paths and left out; `effects.index` says what there is.
 
     Raises:
         ValueError: no path at all, a place that the encoder or the batch does not have, or, through MLPs, the output
@@ -75,8 +76,13 @@ def path_effects(
 def _through_mlps(setting: Setting, paths: Sequence[Path]) -> Effects:
     """Every sender of a pair is a row of one intervened run; what arrives is then patched into rows of their own."""
     places = setting.patchable([place for _, _, place in paths])
-    senders, receivers = ([*dict.fromkeys(path[end] for path in paths)] for end in (0, 1))
-    sites = [senders, [_arrival(receiver, setting.encoder) for receiver in receivers], [setting.everything]]
+    senders = [*dict.fromkeys(sender for sender, _, _ in paths)]
+    receivers = [*dict.fromkeys(receiver for _, receiver, _ in paths)]
+    sites: list[list[Place]] = [
+        [*senders],
+        [_arrival(receiver, setting.encoder) for receiver in receivers],
+        [setting.everything],
+    ]
     addresses = address([*places, *(site for some in sites for site in some)], setting.encoder, setting.batch)
     ends = [*accumulate(map(len, (places, *sites)))]
     edges, sending, arriving, whole = (addresses.some(*span) for span in pairwise([0, *ends]))
@@ -100,7 +106,7 @@ def _through_mlps(setting: Setting, paths: Sequence[Path]) -> Effects:
 def _moved(
     setting: Setting, chunk: Chunk, arriving: Addresses, readout: Readout, frozen: Sequence[str]
 ) -> Float[Tensor, "sender receiver pair"]:
-    """What each receiver moves in each pair when it reads what arrives of each sender; `chunk` is addressed at these."""
+    """What each receiver moves in each pair when it reads what arrives of each sender, at which `chunk` is addressed."""
     every, pairs = torch.arange(len(chunk.addresses)), torch.arange(len(chunk.batch), device=chunk.first.device)
     found = []
     for some in every.split(max(1, setting.rows // len(pairs))):

@@ -58,8 +58,9 @@ ATTENDED = (
 )
 CIRCUITS = (
     "Circuits",
-    "In a circuit's run every edge outside it carries the source's value. What it loses is the change of the metric that "
-    "this makes; its faithfulness is 1 minus what it loses over what is lost where every edge carries the source's value.",
+    "In a circuit's run every edge outside it carries the source's value. What it loses is the change of the metric "
+    "that this makes; its faithfulness is 1 minus what it loses over what is lost where every edge carries the "
+    "source's value.",
 )
 
 PATCHING = register(
@@ -85,11 +86,11 @@ STEERING = {
     how: register(
         Method(
             f"steering-{how}", f"steering: {how} a direction",
-            caption="Each cell " + ("adds a direction to" if how == "add" else "removes a direction from") + " {place}.",
+            caption=f"Each cell {does} {{place}}.",
             definition=EFFECTS,
         )
     )
-    for how in ("add", "remove")
+    for how, does in {"add": "adds a direction to", "remove": "removes a direction from"}.items()
 }  # fmt: skip
 
 
@@ -106,8 +107,8 @@ BOTH = _estimate("eap-and-attribution", "attribution patching and EAP")
 DIRECT = register(
     Method(
         "direct", "direct logit attribution", "reads", "mean contribution", "is written",
-        "Nothing is patched: each cell is what one part of the tower writes into the logit at the position that is pooled, "
-        "with the norms frozen, {texts}.", WRITTEN,
+        "Nothing is patched: each cell is what one part of the tower writes into the logit at the position that is "
+        "pooled, with the norms frozen, {texts}.", WRITTEN,
     )
 )  # fmt: skip
 LENS = register(
@@ -120,15 +121,15 @@ LENS = register(
 SELECTIVITY = register(
     Method(
         "selectivity", "attention selectivity", "reads", "mean difference", "is paid",
-        "Nothing is patched: each cell is the attention that a head pays to {slot}, at the later position where that is "
-        "largest, in the text with the negation minus in the text without.", ATTENDED, "attention weight",
+        "Nothing is patched: each cell is the attention that a head pays to {slot}, at the later position where that "
+        "is largest, in the text with the negation minus in the text without.", ATTENDED, "attention weight",
     )
 )  # fmt: skip
 ATTENTION = register(
     Method(
         "attention", "attention", "reads", "mean weight", "is paid",
-        "Nothing is patched: each cell is the attention that a head pays to {slot}, at the later position where that is "
-        "largest, in the text with the negation.", ATTENDED, "attention weight",
+        "Nothing is patched: each cell is the attention that a head pays to {slot}, at the later position where that "
+        "is largest, in the text with the negation.", ATTENDED, "attention weight",
     )
 )  # fmt: skip
 FAITHFULNESS = register(
