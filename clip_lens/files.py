@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,3 +33,23 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def in_folder(folder: Path, write: Callable[[], object]) -> None:
+    """Writes into a folder that is made for it, and again if another run, that is done with it, removes it meanwhile.
+
+    Example:
+        >>> folder = getfixture("tmp_path") / "parts"
+        >>> in_folder(folder, lambda: (folder / "a.txt").touch())
+        >>> [path.name for path in folder.iterdir()]
+        ['a.txt']
+    """
+    for _ in range(9):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            write()
+            return
+        except FileNotFoundError:
+            continue
+    folder.mkdir(parents=True, exist_ok=True)
+    write()

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from clip_lens.files import written_whole
+from clip_lens.files import in_folder, written_whole
 
 
 @pytest.fixture
@@ -59,3 +59,20 @@ def test_writers_at_one_time_leave_one_whole_file_and_the_umask(tmp_path, umask)
     text = (tmp_path / "a").read_text()
     assert len(text) == 50_000 and len(set(text)) == 1 and list(tmp_path.iterdir()) == [tmp_path / "a"]
     assert umask(0o022) == 0o022 and mode(tmp_path / "a") == 0o644
+
+
+def test_a_folder_that_another_run_removes_is_made_again(tmp_path):
+    removed = iter([True, True, False])
+
+    def write():
+        if next(removed):
+            (tmp_path / "parts").rmdir()
+        (tmp_path / "parts" / "a").write_text("x")
+
+    in_folder(tmp_path / "parts", write)
+    assert (tmp_path / "parts" / "a").read_text() == "x"
+
+
+def test_what_can_never_be_written_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none"):
+        in_folder(tmp_path / "parts", lambda: (tmp_path / "none" / "a").write_text("x"))

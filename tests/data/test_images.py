@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -263,6 +264,64 @@ def test_what_failed_is_tried_again(folder, model, tmp_path):
     picture(folder / "a.png", 0)
     repaired = embed(folder, tmp_path / "s", model)
     assert "a.png" in repaired and repaired.failed == ()
+
+
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """A function that has something else done, once, before a batch is computed."""
+    whole = embedding._ImageTower.__call__
+
+    def before_batch(number, do):
+        left = iter([*[None] * number, do])
+
+        def call(tower, images):
+            if other := next(left, None):
+                other()
+            return whole(tower, images)
+
+        monkeypatch.setattr(embedding._ImageTower, "__call__", call)
+
+    return before_batch
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3])
+@pytest.mark.parametrize("part", ["sub/06.png", "all"])
+def test_two_runs_into_one_store_end_well_and_lose_nothing(
+    folder, model, tmp_path, meanwhile, monkeypatch, batch, part
+):
+    """While one run is on its way, another begins and finishes."""
+    monkeypatch.setattr(embedding, "BATCHES_PER_CHUNK", 1)
+    whole = embed(folder, tmp_path / "whole", model, batch_size=3)
+    picture(tmp_path / "pictures2/more.png", 50)
+    chosen = [folder, tmp_path / "pictures2"] if part == "all" else [folder / part, tmp_path / "pictures2/more.png"]
+    meanwhile(batch, lambda: embed(chosen, tmp_path / "s", model, batch_size=3))
+    store = embed(folder, tmp_path / "s", model, batch_size=3)
+    more = {"more.png"} if part == "all" else {"pictures/sub/06.png", "pictures2/more.png"}
+    assert set(store.ids) == {*whole.ids, *more} and len(store) == len(set(store.ids))
+    assert (store[whole.ids] - whole[whole.ids]).abs().max() < 1e-5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures", "pictures2", "s", "whole"]
+
+
+def test_a_store_that_another_model_made_meanwhile_is_not_replaced(folder, model, other_model, tmp_path, meanwhile):
+    meanwhile(0, lambda: embed(folder / "sub", tmp_path / "s", other_model))
+    with pytest.raises(ValueError, match=r"s was made by .*; this run is"):
+        embed(folder, tmp_path / "s", model)
+    assert ImageStore.open(tmp_path / "s").model == other_model
+
+
+def test_a_part_that_another_run_removes_is_not_missed(folder, model, tmp_path, interrupted, monkeypatch):
+    interrupted(1)
+    with pytest.raises(KeyboardInterrupt):
+        embed(folder, tmp_path / "s", model, batch_size=3)
+    interrupted(9)
+    whole, opened = embed(folder, tmp_path / "whole", model, batch_size=3), ImageStore.open
+
+    def open_too_late(path):
+        shutil.rmtree(tmp_path / "s.partial", ignore_errors=True)
+        return opened(path)
+
+    monkeypatch.setattr(ImageStore, "open", open_too_late)
+    assert same(embed(folder, tmp_path / "s", model, batch_size=3), whole)
 
 
 def test_a_store_of_another_model_is_refused_with_both_names(folder, model, other_model, tmp_path):
