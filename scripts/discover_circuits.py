@@ -224,7 +224,7 @@ def _prepared(
 ) -> tuple[Batch, Batch]:
     """The two splits of a pair set, aligned for a model."""
     from clip_lens.data.batch import align
-    from clip_lens.data.pairs import read_pairs
+    from clip_lens.data.read import read_pairs
 
     chosen = read_pairs(_path(config, pairs.file))
     chosen = chosen.rephrased() if pairs.rephrased else chosen

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clip_lens.data.images import Failures, ImageStore, PathLike, label, some, unit, versions, where
+from clip_lens.data.images import Failures, ImageStore, PathLike, label, unit, versions, where
 from clip_lens.files import in_folder
 from clip_lens.progress import progress_bar
+from clip_lens.words import some
 
 EXTENSIONS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 BATCHES_PER_CHUNK = 8

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from clip_lens.data.image_file import ROWS_AT_ONCE, Failures, PathLike, Stored, checks_of, read, write
 from clip_lens.tiny.assets import ASSETS
+from clip_lens.words import some
 
 TINY = ASSETS / "images.safetensors"
 UNIT_WITHIN = 1e-3
@@ -306,7 +307,7 @@ def _positions(ids: Sequence[str]) -> dict[str, int]:
     """The row of each id."""
     foreign = [name for name in ids if not isinstance(name, str)]
     if foreign:
-        raise ValueError(f"ids must be texts, got {some([repr(name) for name in foreign])}; use str(id)")
+        raise ValueError(f"ids must be texts, got {some(foreign, quote=True)}; use str(id)")
     position = {name: row for row, name in enumerate(ids)}
     if len(position) < len(ids):
         repeated = [name for name, count in Counter(ids).items() if count > 1]
@@ -382,13 +383,3 @@ def versions(*packages: str) -> str:
         except PackageNotFoundError:
             found[package] = "not installed"
     return json.dumps(found)
-
-
-def some(names: Sequence[str], most: int = 5) -> str:
-    """The first few names, and how many more there are.
-
-    Example:
-        >>> some(["a", "b", "c"], 2)
-        'a, b and 1 more'
-    """
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
