@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from pandas import DataFrame
 from torch import Tensor
 
-from clip_lens.core.store import written_whole
+from clip_lens.files import written_whole
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Edge, Site, precedes, readers, writers
 

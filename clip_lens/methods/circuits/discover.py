@@ -16,9 +16,9 @@ from clip_lens.core.effects import Effects
 from clip_lens.core.keep import Keep, joined
 from clip_lens.core.metric import Metric, logit
 from clip_lens.core.source import Source, counterpart
-from clip_lens.core.store import written_whole
 from clip_lens.core.table import sides_of
 from clip_lens.data.batch import Batch
+from clip_lens.files import written_whole
 from clip_lens.methods.circuits import faithfulness as judging
 from clip_lens.methods.circuits.acdc import acdc
 from clip_lens.methods.circuits.circuit import Circuit, random_circuit

@@ -19,7 +19,7 @@ from pandas import DataFrame
 from plotly.offline import get_plotlyjs
 
 from clip_lens.core.effects import SEGMENTS, SIDES, Effects
-from clip_lens.core.store import written_whole
+from clip_lens.files import written_whole
 from clip_lens.show.figures.heatmap import SIDE_NAMES
 from clip_lens.show.figures.style import swaps
 from clip_lens.show.figures.thumbnails import Pictures
