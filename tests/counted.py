@@ -1,4 +1,4 @@
-"""`pytest --count-asserts -n 0 tests/...`: which tests, parameters and examples of hypothesis end without checking anything.
+"""`pytest --count-asserts -n 0 tests/...`: which tests, parameters and examples of hypothesis check nothing.
 
 A check is an `assert`, or a call whose name begins with assert, raises, warns or fail, in a file of the tests' folder.
 """

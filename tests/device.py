@@ -5,7 +5,7 @@
         ...
     fetched  # how often the CPU had to wait for a number from there, by operation
 
-What torch allows of a GPU is allowed: CPU scalars (0-dim) in pointwise operations, CPU indices into its tensors, copies.
+What torch allows of a GPU is allowed: copies, scalars of the CPU (0-dim) in pointwise operations, its indices.
 """
 
 from collections import Counter
@@ -71,16 +71,26 @@ class Operations(TorchDispatchMode):
 
 
 class Literals(TorchFunctionMode):
-    """Numbers of Python's are made into a tensor here and sent there: torch would leave them out on a device without data."""
+    """Numbers of Python's become a tensor here that is sent there: torch leaves them out on a device without data."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
-            device = kwargs.pop("device")
+        if func in (torch.tensor, torch.as_tensor):
+            device = kwargs.pop("device", None)
             return func(*args, **kwargs).to(device)
         if func is torch.Tensor.new_tensor:
-            return torch.tensor(args[1], **{"dtype": args[0].dtype, "device": args[0].device} | kwargs)
+            device = kwargs.pop("device", args[0].device)
+            return torch.tensor(args[1], **{"dtype": args[0].dtype} | kwargs).to(device)
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            args = (args[0], as_tensors(args[1], args[0].device), *args[2:])
         return func(*args, **kwargs)
+
+
+def as_tensors(index, device):
+    """An index whose lists are tensors."""
+    if isinstance(index, tuple):
+        return tuple(as_tensors(part, device) for part in index)
+    return torch.tensor(index).to(device) if isinstance(index, (list, range)) else index
 
 
 @contextmanager
@@ -95,15 +105,17 @@ def computed(func, args, kwargs):
     tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)]
     there = any(isinstance(tensor, There) for tensor in tensors)
     target = kwargs.get("device")
+    assert all(isinstance(tensor, There) or tensor.device != ELSEWHERE for tensor in tensors), f"{func}: lost numbers"
     refuse_mixing(func, args, tensors)
     to_there = there if target is None else torch.device(target) == ELSEWHERE
     if to_there and kwargs.get("generator") is not None:
         raise Mixed(f"{func}: a generator of the CPU draws for a tensor elsewhere")
     here = {**kwargs, "device": torch.device("cpu")} if target is not None else kwargs
     found = func(*tree_map(fetched, args), **tree_map(fetched, here))
-    own = {
-        id(tensor.here): tensor for tensor in tensors if isinstance(tensor, There)
-    }  # in place: the same tensor again
+    if there and torch.Tag.inplace_view in func.tags:
+        with torch._C._DisableTorchDispatch():  # the shape that the tensor elsewhere says it has
+            func(*args, **kwargs)
+    own = {id(tensor.here): tensor for tensor in tensors if isinstance(tensor, There)}  # given back by what is in place
     if not to_there or any(found is tensor for tensor in tensors):
         return found
     wrapped = lambda value: own[id(value)] if id(value) in own else There(value)
