@@ -29,11 +29,17 @@ _HOME = {
     "counterpart": "core.source",
     "zeros": "core.source",
     "mean": "core.source",
-    "mean_over": "core.source",
     "resample": "core.source",
     "noise": "core.source",
     "steered": "core.source",
     "via": "core.via",
+    "source": "core.source",
+    "Source": "core.source",
+    "metric": "core.metric",
+    "Metric": "core.metric",
+    "Record": "core.record",
+    "Method": "core.record",
+    "register": "methods.registry",
     "logit": "core.metric",
     "cosine": "core.metric",
     "kl": "core.metric",
@@ -100,7 +106,6 @@ if TYPE_CHECKING:
     from clip_lens.core.metric import logit as logit
     from clip_lens.core.source import counterpart as counterpart
     from clip_lens.core.source import mean as mean
-    from clip_lens.core.source import mean_over as mean_over
     from clip_lens.core.source import noise as noise
     from clip_lens.core.source import resample as resample
     from clip_lens.core.source import steered as steered

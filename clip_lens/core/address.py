@@ -37,6 +37,11 @@ class Entries:
         counts = torch.tensor([0, *map(len, lines)], device=device)
         return cls(columns, counts.cumsum(0))
 
+    def some(self, first: int, last: int) -> Entries:
+        """The entries of the places from `first` to before `last`."""
+        start, end = int(self.offset[first]), int(self.offset[last])
+        return Entries(self.columns[start:end], self.offset[first : last + 1] - start)
+
     def rows(self, place: Int[Tensor, "row"]) -> tuple[Int[Tensor, "entry"], Int[Tensor, "entry 3"]]:
         """The entries of some rows' places: which row each belongs to, and its columns."""
         count = self.offset[place + 1] - self.offset[place]
@@ -60,6 +65,16 @@ class Addresses:
 
     def __len__(self) -> int:
         return len(self.start)
+
+    def some(self, first: int, last: int) -> Addresses:
+        """The addresses of the places from `first` to before `last`, numbered as in all of them."""
+        sites, edges = self.sites.some(first, last), self.edges.some(first, last)
+        return replace(self, sites=sites, edges=edges, start=self.start[first:last])
+
+    @property
+    def hooked(self) -> tuple[str, ...]:
+        """The hooks that these places' sites name."""
+        return tuple(self.hooks[number] for number in self.sites.columns[:, 0].unique().tolist())
 
 
 class _Numbers(dict[object, int]):

@@ -1,6 +1,6 @@
 """The one result of every method: what each place moves, for each pair.
 
-`values[place, pair]` is a change of the metric, `index` says what the rows are, `pairs` what the columns are, `meta`
+`values[place, pair]` is a change of the metric, `index` says what the rows are, `pairs` what the columns are, `record`
 how they came about. Everything else here is a view of these: fractions, intervals, grids, files.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from html import escape
+from itertools import compress
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -21,6 +22,7 @@ from pandas import DataFrame
 from torch import Tensor
 
 from clip_lens.core.grid import SLOTS, one_side, pivot
+from clip_lens.core.record import Record, SourceRecord
 from clip_lens.core.slots import gather, instances, positions_of, rows_of
 from clip_lens.core.store import INDEX, plain, read, write
 from clip_lens.core.table import BOUNDS, POINTS, SIDES, Draws, Sample, sides_of, tabulate
@@ -48,7 +50,8 @@ class Slotted(Protocol):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Effects:
-    """What each place moves, for each pair, in units of the metric (logits at the model's scale unless `meta` differs).
+    """What each place moves, for each pair, in units of the metric (logits at the model's scale unless `record` says
+    otherwise).
 
     `values = metric(patched) - metric(run)`, NaN where the pair has no counterpart at that place;
     `total = metric(every edge patched) - metric(run)`, for a counterpart `metric(other) - metric(run)`;
@@ -75,14 +78,13 @@ class Effects:
     baseline: Float[Tensor, "pair"]
     places: tuple[Place, ...]
     pairs: DataFrame
-    meta: Mapping[str, str] = field(default_factory=dict)
+    record: Record = field(default_factory=Record)
 
     def __post_init__(self) -> None:
         for name in ("values", "total", "baseline"):
             object.__setattr__(self, name, getattr(self, name).detach().cpu())
         object.__setattr__(self, "places", tuple(self.places))
         object.__setattr__(self, "pairs", self.pairs.reset_index(drop=True))
-        object.__setattr__(self, "meta", {str(name): str(value) for name, value in self.meta.items()})
         _check_shapes(self)
         _check_pairs(self.pairs)
 
@@ -101,24 +103,39 @@ class Effects:
         types = {"layer": "Int64", "unit": "Int64", "slot": object}
         return DataFrame({name: pd.Series([row[name] for row in rows], dtype=types.get(name, "str")) for name in INDEX})
 
-    def signed(self) -> Float[Tensor, "place pair"]:
-        """`sigma * values`: the part of d that each patch moves, so that sides of opposite direction can be averaged.
+    @property
+    def meta(self) -> dict[str, str]:
+        """What was run on what, in words: `record.as_text()`."""
+        return self.record.as_text()
 
-        `sigma * total = d` for a counterpart (method section 1, "Sign").
+    def signed(self) -> Float[Tensor, "place pair"]:
+        """`sigma * values` of an oriented metric, the part of d that each patch moves, so that sides of opposite
+        direction can be averaged; the values themselves of a metric that is not oriented, such as `cosine`.
+
+        `sigma * total = d` for a counterpart and the logit (method section 1, "Sign").
 
         Example:
             >>> toy_effects().signed()[0]
             tensor([2., 4., 1.])
         """
-        return self.values * self._sigma
+        return self.values * self.orientation
 
     @property
-    def _sigma(self) -> Float[Tensor, "pair"]:
-        return torch.tensor(self.pairs["sigma"].to_numpy(dtype=np.float64), dtype=self.values.dtype)
+    def orientation(self) -> Float[Tensor, "pair"]:
+        """The sign with which each pair counts: sigma where the metric is oriented, else 1."""
+        sigma = torch.tensor(self.pairs["sigma"].to_numpy(dtype=np.float64), dtype=self.values.dtype)
+        return sigma if self.record.metric.oriented else torch.ones_like(sigma)
 
     @property
     def _sample(self) -> Sample:
-        return Sample(self.index, self.values, self.total, self.pairs)
+        return Sample(self.index, self.values, self.total, self.pairs, self.orientation)
+
+    def _with(self, **changes: Any) -> Effects:
+        """The result with some fields changed; what is known of its places is kept where they stay."""
+        changed = replace(self, **changes)
+        if changed.places == self.places and "index" in self.__dict__:
+            changed.__dict__["index"] = self.index
+        return changed
 
     def fraction(self, of: Of = "means", floor: float = 0.0, pooled: bool = False) -> DataFrame:
         """The recovered fraction of every place: 0 = nothing moved, 1 = all of it. One row per place and side.
@@ -154,21 +171,29 @@ class Effects:
 
         Percentile bootstrap over pairs. A resample draws whole pairs, so that columns with the same `key` move
         together. A side's draws depend on `seed`, on the side and on its number of pairs alone: the same place has
-        the same interval whatever other places and sides the result holds.
+        the same interval whatever other places and sides the result holds. Below five pairs there is none: NaN.
 
         Raises:
             ValueError: an interval outside of (0, 1), or fewer than one resample.
 
         Example:
-            >>> toy_effects().table(resamples=50)[["place", "side", "fraction", "lower", "upper"]].tail(1)
-                         place  side  fraction  lower  upper
-            7  resid 1 @eot  foil       0.7    0.5   0.75
+            >>> toy_effects().table(resamples=50)[["place", "side", "fraction", "lower", "n"]].tail(1)
+                         place  side  fraction  lower  n
+            7  resid 1 @eot  foil       0.7    NaN  2
         """
         if not 0 < interval < 1:
             raise ValueError(f"interval must lie between 0 and 1, as .95 does. Got {interval}")
         if resamples < 1:
             raise ValueError(f"resamples must be at least 1. Got {resamples}")
-        return tabulate(self._sample, of, floor, pooled, draws=Draws(interval, resamples, seed))
+        how = (interval, of, floor, pooled, resamples, seed)
+        if how not in self._tables:
+            self._tables[how] = tabulate(self._sample, of, floor, pooled, draws=Draws(interval, resamples, seed))
+        return self._tables[how].copy()
+
+    @cached_property
+    def _tables(self) -> dict[tuple[Any, ...], DataFrame]:
+        """The tables that were asked for: the bootstrap is run once for each."""
+        return {}
 
     def by_slot(self, batch: Slotted) -> Effects:
         """Positions regrouped as named slots, a column per (pair, token): the k-th token of that slot in that pair.
@@ -299,7 +324,7 @@ class Effects:
         """The places and pairs that match: each filter names a column of `index` or of `pairs`.
 
         A filter is a value, a collection of values, or a function from the column to a truth value per row. A name
-        that both have means the index. `meta["selected"]` records the filters that took pairs away.
+        that both have means the index. `record.selected` says which filters took pairs away.
 
         Raises:
             ValueError: no column has that name, none of the values asked for is in it, or a function gives something
@@ -319,15 +344,17 @@ class Effects:
                 names = ", ".join([*INDEX, *map(str, self.pairs.columns)])
                 raise ValueError(f"no column {name!r} to filter by; there are {names}")
         kept = torch.from_numpy(columns)
-        return replace(
+        found = replace(
             self,
             values=self.values[torch.from_numpy(rows)][:, kept],
             total=self.total[kept],
             baseline=self.baseline[kept],
-            places=tuple(place for place, keep in zip(self.places, rows, strict=True) if keep),
+            places=tuple(compress(self.places, rows)),
             pairs=self.pairs[columns],
-            meta=self.meta if columns.all() else _selected(self, filters, int(columns.sum())),
+            record=self.record if columns.all() else _selected(self, filters, int(columns.sum())),
         )
+        found.__dict__["index"] = self.index[rows].reset_index(drop=True)
+        return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one Parquet file: a row per place, a float column per pair, the rest as JSON in the schema's metadata.
@@ -361,16 +388,13 @@ class Effects:
     def __repr__(self) -> str:
         keys = self.pairs.groupby("side")["key"].nunique()
         sides = ", ".join(f"{keys[side]} {side}" for side in SIDES if side in keys)
-        kind = " ".join(filter(None, (self.meta.get("method"), self.meta.get("model"))))
+        kind = " ".join(filter(None, (self.record.method.title, self.record.model)))
         parts = [f"{len(self.places)} places x {self.pairs['key'].nunique()} pairs", sides, kind]
         return f"Effects({'; '.join(filter(None, parts))})"
 
     def _repr_html_(self) -> str:
-        said = "".join(
-            f"<dt>{escape(name)}</dt><dd>{escape(self.meta[name])}</dd>"
-            for name in ("method", "run", "source", "metric", "model", "data", "pairs dropped")
-            if name in self.meta
-        )
+        shown, lines = ("method", "run", "source", "metric", "model", "data", "pairs dropped"), self.meta
+        said = "".join(f"<dt>{escape(n)}</dt><dd>{escape(lines[n])}</dd>" for n in shown if n in lines)
         top = self.top(5, resamples=200) if self.places and len(self.pairs) else self.fraction()
         table = top.reindex(columns=["place", "side", *SHOWN]).to_html(
             index=False, float_format="{:.3f}".format, na_rep="", border=0
@@ -425,7 +449,7 @@ def toy_effects() -> Effects:
         baseline=torch.tensor([20.0, 21.0, 22.0]),
         places=tuple(Site("resid", layer, slot=slot) for layer in (0, 1) for slot in ("negator", "eot")),
         pairs=pairs,
-        meta={"model": "toy"},
+        record=Record(model="toy", source=SourceRecord(swaps=True)),
     )
 
 
@@ -474,16 +498,19 @@ def _matches(column: pd.Series, wanted: Any) -> np.ndarray:
         return found.astype(bool)
     several = isinstance(wanted, Collection | pd.Series | np.ndarray | Tensor) and not isinstance(wanted, str | bytes)
     choices = [value.item() if isinstance(value, Tensor) else value for value in wanted] if several else [wanted]
-    return np.array([entry in choices for entry in plain(column)], dtype=bool)
+    try:
+        known = set(choices)
+    except TypeError:  # a choice that can't be hashed, such as a list
+        return np.array([entry in choices for entry in plain(column)], dtype=bool)
+    return np.array([entry in known for entry in plain(column)], dtype=bool)
 
 
-def _selected(effects: Effects, filters: Mapping[str, Any], kept: int) -> dict[str, str]:
-    """The meta with a line more on which pairs were taken, so that a report of a part says that it is one."""
+def _selected(effects: Effects, filters: Mapping[str, Any], kept: int) -> Record:
+    """The record with a line more on which pairs were taken, so that a report of a part says that it is one."""
     words = []
     for name in filters.keys() - set(INDEX):
         wanted = filters[name]
         several = isinstance(wanted, Collection) and not isinstance(wanted, str) and len(wanted) > 3
         words.append(f"{name} filtered" if callable(wanted) or several else f"{name} = {wanted}")
     line = f"{', '.join(sorted(words))}: {kept} of {len(effects.pairs)}"
-    before = effects.meta.get("selected")
-    return {**effects.meta, "selected": f"{before}; {line}" if before else line}
+    return replace(effects.record, selected=(*effects.record.selected, line))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from pandas import DataFrame
 
 from clip_lens.core.effects import Effects
+from clip_lens.core.record import Record, as_json, of_json
 from clip_lens.core.store import written_whole
 from clip_lens.model.site import Place
 
@@ -29,69 +30,74 @@ def _silent(line: str) -> None:
 
 @dataclass(frozen=True)
 class Keep:
-    """A folder of finished results, each reused when it is of the same places and says the same of how it came about.
+    """A folder of finished results, each reused when it is of the same places and its record stands for what is asked.
 
-    `say` hears a line for every result that is reused.
+    A result that is there and is another one is never replaced unsaid: that is an error, unless `overwrite`. `say`
+    hears a line for every result that is reused.
 
     Example:
+        >>> from dataclasses import replace
         >>> from clip_lens.core.effects import toy_effects
-        >>> keep, toy = Keep(getfixture("tmp_path")), toy_effects()
-        >>> runs = []
+        >>> from clip_lens.core.record import MetricRecord, Record
+        >>> record = Record(metric=MetricRecord(identity="of the logit"))
+        >>> keep, toy, runs = Keep(getfixture("tmp_path")), replace(toy_effects(), record=record), []
         >>> compute = lambda places: runs.append(places) or toy
         >>> for _ in range(2):
-        ...     _ = keep.effects("toy", {"model": "toy"}, toy.places, compute)
+        ...     _ = keep.effects("toy", record, toy.places, compute)
         >>> len(runs)
         1
     """
 
     folder: Path
     say: Callable[[str], object] = _silent
+    overwrite: bool = False
 
     def effects(
         self,
         name: str,
-        meta: Mapping[str, str],
+        wanted: Record,
         places: Sequence[Place],
         compute: Callable[[Sequence[Place]], Effects],
         *,
         whole: bool = False,
     ) -> Effects:
-        """The result `name` of these places whose meta has what `meta` has: read, or computed and saved.
+        """The result `name` of these places whose record stands for `wanted`: read, or computed and saved.
 
         A long sweep is computed and saved in parts, so that after an interruption it goes on with the next one; where
         places can't be computed apart from the others, `whole=True` computes them at once.
 
         Raises:
-            ValueError: the file is there and damaged.
+            ValueError: the file is there and damaged, or is another result.
         """
         path, places = self._path(name), tuple(places)
-        done = _fitting(path, meta, places)
-        if done is not None:
+        if path.exists() and not self.overwrite:
+            done = _checked(path, wanted, places)
             self.say(f"{path} is there already and fits: reused")
             return done
-        effects = compute(places) if whole else _in_parts(path.with_suffix(".parts"), meta, places, compute)
+        effects = compute(places) if whole else _in_parts(path.with_suffix(".parts"), wanted, places, compute)
         effects.save(path)
         log.info("%s: %r", path, effects)
         shutil.rmtree(path.with_suffix(".parts"), ignore_errors=True)
         return effects
 
-    def frame(self, name: str, meta: Mapping[str, str], compute: Callable[[], DataFrame]) -> DataFrame:
-        """The table `name`, read if it was made with the same `meta`, else computed and saved as Parquet.
+    def frame(self, name: str, wanted: Record, compute: Callable[[], DataFrame]) -> DataFrame:
+        """The table `name`, read if it was made with a record that stands for `wanted`, else computed and saved.
 
         Raises:
-            ValueError: the file is there and damaged.
+            ValueError: the file is there and damaged, or is another table.
         """
-        path, wanted = self._path(name), json.dumps(dict(sorted(meta.items())))
-        if path.exists():
+        path = self._path(name)
+        if path.exists() and not self.overwrite:
             try:
                 found = pd.read_parquet(path)
             except (OSError, ValueError) as error:
                 raise ValueError(f"{path} is no whole Parquet file, it may be truncated; remove it: {error}") from error
-            if found.attrs.get("clip_lens") == wanted:
-                self.say(f"{path} is there already and fits: reused")
-                return found
+            said = found.attrs.get("clip_lens")
+            _refuse_another(path, of_json(json.loads(said)) if said else Record(), wanted)
+            self.say(f"{path} is there already and fits: reused")
+            return found
         made = compute()
-        made.attrs["clip_lens"] = wanted
+        made.attrs["clip_lens"] = json.dumps(as_json(wanted))
         return self.save(name, made)
 
     def save(self, name: str, made: DataFrame) -> DataFrame:
@@ -106,35 +112,63 @@ class Keep:
         return self.folder / f"{name}.parquet"
 
 
-def _fitting(path: Path, meta: Mapping[str, str], places: Sequence[Place]) -> Effects | None:
-    """The saved result, if it is of these places and was made as `meta` says."""
-    if not path.exists():
-        return None
+def _checked(path: Path, wanted: Record, places: Sequence[Place]) -> Effects:
+    """The saved result, refused if it is another one than is asked for."""
     done = Effects.load(path)
-    return done if meta.items() <= dict(done.meta).items() and done.places == tuple(places) else None
+    _refuse_another(path, done.record, wanted)
+    if done.places != tuple(places):
+        raise ValueError(f"{path} is there, of {len(done.places)} other places than the {len(places)} now. {REMEDY}")
+    return done
+
+
+REMEDY = "Give another folder, or overwrite it (--overwrite, Keep(..., overwrite=True))"
+
+
+def _refuse_another(path: Path, there: Record, wanted: Record) -> None:
+    if not there.stands_for(wanted):
+        raise ValueError(f"{path} is there, and is another result: {'; '.join(there.differences(wanted))}. {REMEDY}")
+
+
+def _part(path: Path, wanted: Record, places: Sequence[Place]) -> Effects | None:
+    """A part of this very sweep that an interrupted run left, None where there is none."""
+    try:
+        done = Effects.load(path)
+    except (FileNotFoundError, ValueError):  # not there, or half of it: computed again
+        return None
+    return done if done.record.stands_for(wanted) and done.places == tuple(places) else None
 
 
 def _in_parts(
-    folder: Path, meta: Mapping[str, str], places: tuple[Place, ...], compute: Callable[[Sequence[Place]], Effects]
+    folder: Path, wanted: Record, places: tuple[Place, ...], compute: Callable[[Sequence[Place]], Effects]
 ) -> Effects:
-    at_once = max(1, PART // max(1, int(meta.get("pairs", "1"))))
+    at_once = max(1, PART // max(1, wanted.pairs or 1))
     if len(places) <= at_once:
         return compute(places)
-    folder.mkdir(exist_ok=True)
     parts = []
     for start in range(0, len(places), at_once):
         chosen, path = places[start : start + at_once], folder / f"{start}.parquet"
-        part = _fitting(path, meta, chosen)
+        part = _part(path, wanted, chosen)
         if part is None:
             part = compute(chosen)
-            part.save(path)
+            _save_part(part, path)
             log.info("%s: places %d to %d of %d", path, start, start + len(chosen) - 1, len(places))
         parts.append(part)
     return joined(parts)
 
 
+def _save_part(part: Effects, path: Path) -> None:
+    """Another run into the same folder removes the parts when it is done: then this one's are made anew."""
+    for _ in range(5):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return part.save(path)
+        except FileNotFoundError:
+            continue
+    part.save(path)
+
+
 def joined(parts: Sequence[Effects]) -> Effects:
-    """One result of several on the same pairs, one's places after the other's; its meta is the first one's.
+    """One result of several on the same pairs, one's places after the other's; its record is the first one's.
 
     Raises:
         ValueError: no parts, or parts on different pairs.

@@ -1,14 +1,20 @@
-"""Metrics: a text embedding -> one number per row. A metric is a function; anything with this signature serves."""
+"""Metrics: a text embedding -> one number per row, and what a reader of that number must know.
+
+A metric says itself whether its sign turns with the side (*oriented*), in which unit it is, and which one it is: a
+digest of what it holds. `metric` makes one of a function.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias, overload
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from clip_lens.core.identity import adopt, identity_of
 
 
 @dataclass(frozen=True)
@@ -25,25 +31,98 @@ class Readout:
         return Readout(self.direction[pairs], self.run[pairs], self.other[pairs])
 
 
-Metric: TypeAlias = Callable[[Float[Tensor, "row d_embed"], Readout], Float[Tensor, "row"]]
+Function: TypeAlias = Callable[[Float[Tensor, "row d_embed"], Readout], Float[Tensor, "row"]]
 
 
-UNSIGNED = ("cosine", "kl")
+@dataclass(frozen=True, eq=False, repr=False)
+class Metric:
+    """A function from embeddings to one number per row, with what it says of itself.
+
+    `oriented`: its sign turns with the side. What it says of a run that is the caption counts against d, and averages
+    over pairs of both sides take `sigma * value` (method, section 1), as for the logit. Not oriented is what grows on
+    both sides the more a patch moves, such as the cosine with the other text. `identity` is a digest of what it holds,
+    None where that can't be told: then no kept result is taken for it.
+    """
+
+    function: Function
+    oriented: bool
+    unit: str = "metric units"
+    name: str = ""
+    identity: str | None = None
+
+    def __post_init__(self) -> None:
+        own = getattr(self.function, "__name__", type(self.function).__name__)
+        object.__setattr__(self, "name", self.name or own)
+        adopt(self, self.function)
+
+    def __call__(self, u: Float[Tensor, "row d_embed"], readout: Readout) -> Float[Tensor, "row"]:
+        return self.function(u, readout)
+
+    def __repr__(self) -> str:
+        return f"Metric({self.name}, {'' if self.oriented else 'not '}oriented, in {self.unit})"
 
 
-def unsigned(name: str) -> bool:
-    """Whether a metric, by its name, has the same sign on both sides: the more a patch moves, the larger it is.
+@overload
+def metric(function: Function, *, oriented: bool, unit: str = ..., name: str = ..., holds: Any = ...) -> Metric: ...
+@overload
+def metric(
+    function: None = None, *, oriented: bool, unit: str = ..., name: str = ..., holds: Any = ...
+) -> Callable[[Function], Metric]: ...
+def metric(
+    function: Function | None = None,
+    *,
+    oriented: bool,
+    unit: str = "metric units",
+    name: str = "",
+    holds: Any = None,
+) -> Metric | Callable[[Function], Metric]:
+    """A metric of a function `(u, readout) -> one number per row`, by call or as a decorator.
 
-    Others are signed: what they say of a run that is the caption counts against d, and averages over pairs take
-    `sigma * value` (method, section 1).
+    `oriented=True` where its sign turns with the side, as the logit's; False where it grows on both sides the more
+    is moved, as the cosine with the other text does (method, section 8). `unit` and `name` stand in tables and pages.
+    `holds` is what a closure or a partial holds, such as its tensors: with it kept results are told apart, without it
+    none is taken for such a function.
 
     Example:
-        >>> unsigned("cosine"), unsigned("kl over 8 texts"), unsigned("logit")
-        (True, True, False)
+        >>> import torch
+        >>> @metric(oriented=False, unit="cosine")
+        ... def to_the_run(u, readout):
+        ...     return (u * readout.run).sum(-1)
+        >>> to_the_run
+        Metric(to_the_run, not oriented, in cosine)
     """
-    return name.split(" ")[0] in UNSIGNED
+    if function is None:
+        return lambda given: metric(given, oriented=oriented, unit=unit, name=name, holds=holds)
+    if not callable(function):
+        raise TypeError(f"a metric is a function (u, readout) -> one number per row. Got {function!r}")
+    own = getattr(function, "__qualname__", type(function).__qualname__)
+    identity = identity_of(function) if holds is None else identity_of(own, holds)
+    return Metric(function, oriented, unit, name, identity)
 
 
+def as_metric(given: object) -> Metric:
+    """The metric itself, or an error that asks a plain function for its orientation.
+
+    Raises:
+        TypeError: no metric.
+
+    Example:
+        >>> as_metric(logit) is logit
+        True
+    """
+    if isinstance(given, Metric):
+        return given
+    if not callable(given):
+        raise TypeError(f"metric={given!r} is no metric; give clip_lens.logit, clip_lens.cosine or one of your own")
+    name = getattr(given, "__name__", repr(given))
+    raise TypeError(
+        f"the metric {name} does not say whether its sign turns with the side, which decides how pairs are averaged; "
+        "say it once: clip_lens.metric(function, oriented=True) for one like the logit, oriented=False for one "
+        "that grows on both sides the more is moved, like the cosine with the other text"
+    )
+
+
+@metric(oriented=True, unit="logits")
 def logit(u: Float[Tensor, "row d_embed"], readout: Readout) -> Float[Tensor, "row"]:
     """`<u, w>` in CLIP logits, with `w = scale * v_image` unless the batch was turned along another direction
     (method, section 1).
@@ -57,8 +136,9 @@ def logit(u: Float[Tensor, "row d_embed"], readout: Readout) -> Float[Tensor, "r
     return (u * readout.direction).sum(-1)
 
 
+@metric(oriented=False, unit="cosine")
 def cosine(u: Float[Tensor, "row d_embed"], readout: Readout) -> Float[Tensor, "row"]:
-    """The cosine with the counterpart's embedding: 1 where the patch turned the run into the other text.
+    """The cosine with the counterpart's embedding: 1 where the patch turned the run into the other text. Not oriented.
 
     Example:
         >>> import torch
@@ -71,7 +151,8 @@ def cosine(u: Float[Tensor, "row d_embed"], readout: Readout) -> Float[Tensor, "
 
 def kl(bank: Float[Tensor, "text d_embed"]) -> Metric:
     """A metric: `KL(P_run || P_patched)` in nats, with P the softmax of the logits along the direction over this text
-    and a bank of candidate texts (their unit embeddings), image fixed (method, section 1). 0 for the unpatched run.
+    and a bank of candidate texts (their unit embeddings), image fixed (method, section 1). 0 for the unpatched run, and
+    not oriented.
 
     Raises:
         ValueError: the bank is empty, or its embeddings are not unit vectors.
@@ -84,13 +165,13 @@ def kl(bank: Float[Tensor, "text d_embed"]) -> Metric:
     """
     if bank.ndim != 2 or len(bank) == 0 or not torch.allclose(bank.norm(dim=-1), bank.new_ones(len(bank)), atol=1e-3):
         raise ValueError(f"a bank has the unit embeddings of texts as rows; got a tensor of shape {tuple(bank.shape)}")
+    bank = bank.detach().clone()
 
-    def metric(u: Float[Tensor, "row d_embed"], readout: Readout) -> Float[Tensor, "row"]:
+    def divergence(u: Float[Tensor, "row d_embed"], readout: Readout) -> Float[Tensor, "row"]:
         others = readout.direction @ bank.to(readout.direction).T
         run, patched = (
             torch.cat([logit(text, readout).unsqueeze(1), others], 1).log_softmax(-1) for text in (readout.run, u)
         )
         return (run.exp() * (run - patched)).sum(-1)
 
-    metric.__name__ = f"kl over {len(bank)} texts"
-    return metric
+    return metric(divergence, oriented=False, unit="nats", name=f"kl over {len(bank)} texts", holds=("kl", bank))

@@ -8,22 +8,22 @@ to change nothing (the two texts agree up to there, or nothing reads it any more
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from clip_lens.core.address import Addresses, address
+from clip_lens.core.address import Addresses
 from clip_lens.core.edges import EdgePatch, differences, sender_hook
 from clip_lens.core.metric import Metric, Readout
 from clip_lens.core.sites import patch_hooks, present, slot_positions
-from clip_lens.core.source import QUERY_BY_KEY, Fetch, Source
+from clip_lens.core.source import QUERY_BY_KEY, Fetch
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import Cache, Hook, HookedTextEncoder
-from clip_lens.model.site import Kind, Place, Site, hook_name
+from clip_lens.model.site import Kind, Site, hook_name
 
 READ_ONLY_AT_POOL: tuple[Kind, ...] = ("mid", "attn", "mlp", "head", "q", "pattern", "neuron")
 """Kinds that in the last block matter at the pooled position only: nothing else reads them."""
@@ -49,10 +49,26 @@ class Chunk:
     sends: Bool[Tensor, "sender pair pos"]
     positions: Bool[Tensor, "slot pair pos"]
     first: Int[Tensor, "pair"]
+    whole: bool = False
+    """Whether rows run whole, from the tokens on: hooks of the user's may address any position and layer."""
 
     @property
     def pooled(self) -> Int[Tensor, "pair"]:
         return self.encoder.pool(self.batch.tokens)
+
+    def rows(self, pair: Int[Tensor, "row"]) -> Chunk:
+        """The chunk with a line per row, each one of its pairs; a pair may have many rows."""
+        return replace(
+            self,
+            batch=self.batch[pair],
+            run={name: value[pair] for name, value in self.run.items()},
+            embedding=self.embedding[pair],
+            source={name: value[pair] for name, value in self.source.items()},
+            change=self.change[:, pair],
+            sends=self.sends[:, pair],
+            positions=self.positions[:, pair],
+            first=self.first[pair],
+        )
 
     def resid(self, layer: int) -> Float[Tensor, "pair pos d_model"]:
         return self.run[hook_name(Site("resid", layer), self.encoder.n_layers)]
@@ -71,18 +87,21 @@ def prepare(
     fetch: Fetch,
     index: Int[Tensor, "pair"],
     also: Iterable[str] = (),
+    own: Iterable[str] = (),
 ) -> Chunk:
-    """The pairs `index` of a batch, run once unpatched and once as the source; cached is what the places name, and of
-    the source the hooks in `also`."""
+    """The pairs `index` of a batch, run once unpatched and once as the source; cached is what the places name, of the
+    source the hooks in `also` too, of the unpatched run those in `own`."""
     part = batch[index]
     tokens = encoder.cut(part.tokens)
     width = tokens.shape[1]
     starts = addresses.start.unique().tolist()
     sent = {sender_hook(sender) for sender in addresses.senders}
-    names = sent | {hook_name(Site("resid", layer), encoder.n_layers) for layer in starts}
+    names = sent.union(own) | {hook_name(Site("resid", layer), encoder.n_layers) for layer in starts}
     if encoder.causal:
         layers = range(min(starts), encoder.n_layers)
         names |= {f"blocks.{layer}.attn.hook_{part}" for layer in layers for part in "kv"}
+    if getattr(fetch, "is_other", False):
+        also = (*also, hook_name(Site("resid", encoder.n_layers), encoder.n_layers))
     y, cached = encoder.tower.run_with_cache(tokens, names_filter=names, return_cache_object=False)
     run = cast(Cache, cached)
     wanted = sent.union(addresses.hooks, also)
@@ -93,7 +112,18 @@ def prepare(
     change, sends = differences(encoder, addresses.senders, source, run, differs)
     positions = slot_positions(addresses.slots, part)[..., :width]
     embedding = encoder.read(y, encoder.pool(tokens))
-    return Chunk(encoder, addresses, part, run, embedding, source, change, sends, positions, first)
+    whole = bool(encoder.hooked)
+    return Chunk(encoder, addresses, part, run, embedding, source, change, sends, positions, first, whole)
+
+
+def read_other(chunk: Chunk, fetch: Fetch) -> Float[Tensor, "pair d_embed"]:
+    """The other texts' unit embeddings: read from the source where that is their run, so that it runs once."""
+    encoder = chunk.encoder
+    if chunk.whole or not getattr(fetch, "is_other", False):
+        return encoder(chunk.batch.other)
+    stream = chunk.source[hook_name(Site("resid", encoder.n_layers), encoder.n_layers)]
+    pooled = stream[torch.arange(len(stream), device=stream.device), chunk.pooled]
+    return encoder.read(encoder.tower.unembed(encoder.tower.ln_final(pooled)).unsqueeze(1), 0)
 
 
 def _cut(name: str, value: Tensor, width: int) -> Tensor:
@@ -121,18 +151,6 @@ def needed(chunk: Chunk) -> tuple[Bool[Tensor, "place pair"], Int[Tensor, "place
 
 
 Reader = Callable[[Int[Tensor, "entry 3"]], Bool[Tensor, "entry"]]
-
-
-def patchable(
-    encoder: HookedTextEncoder, batch: Batch, places: Sequence[Place], source: Source, rows: int = 256
-) -> Bool[Tensor, "place pair"]:
-    """Whether a source has anything to patch with at each place in each pair; where not, an effect is NaN."""
-    addresses, fetch = address(places, encoder, batch), source(encoder, batch)
-    found = torch.zeros(len(places), len(batch), dtype=torch.bool)
-    with torch.inference_mode():
-        for index in batch.length.argsort(stable=True).split(pairs_at_once(addresses, encoder, batch, rows)):
-            found[:, index.cpu()] = needed(prepare(encoder, batch, addresses, fetch, index))[0].cpu()
-    return found
 
 
 def _site_readers(chunk: Chunk) -> tuple[Bool[Tensor, "hook pair pos"], Reader]:
@@ -183,6 +201,8 @@ def run_rows(
 ) -> Float[Tensor, "row d_embed"]:
     """The unit embeddings of rows that start at one layer, each patched at its place from position `first` on."""
     encoder, n_layers = chunk.encoder, chunk.encoder.n_layers
+    if chunk.whole:
+        return _run_whole(chunk, place, pair)
     layer = int(chunk.addresses.start[place[0]])
     pooled = chunk.pooled[pair]
     at = _window(first, pooled, chunk.positions.shape[-1], encoder.causal)
@@ -203,6 +223,19 @@ def run_rows(
         x, fwd_hooks=list(hooks), start_at_layer=layer, at=at if encoder.causal else None, rest=rest, read=pooled
     )
     return encoder.read(y, 0)
+
+
+def _run_whole(chunk: Chunk, place: Int[Tensor, "row"], pair: Int[Tensor, "row"]) -> Float[Tensor, "row d_embed"]:
+    """The unit embeddings of rows that run from their tokens on, at every position."""
+    tokens = chunk.encoder.cut(chunk.batch.tokens)[pair]
+    y = chunk.encoder.tower.run_with_hooks(tokens, fwd_hooks=list(whole_hooks(chunk, place, pair)))
+    return chunk.encoder.read(y, chunk.pooled[pair])
+
+
+def whole_hooks(chunk: Chunk, place: Int[Tensor, "row"], pair: Int[Tensor, "row"]) -> list[Hook]:
+    """The hooks that patch each row at its place, in a run of whole texts from their tokens on."""
+    everywhere = torch.arange(chunk.positions.shape[-1], device=pair.device).expand(len(pair), -1)
+    return place_hooks(chunk, place, pair, 0, lambda name: everywhere)
 
 
 def place_hooks(
@@ -236,7 +269,7 @@ def schedule(
 ) -> Iterator[tuple[Int[Tensor, "row"], Int[Tensor, "row"]]]:
     """The rows that must run, up to `rows` at a time, those of one starting layer and of like length together."""
     place, pair = runs.nonzero(as_tuple=True)
-    start = chunk.addresses.start.to(place.device)[place]
+    start = torch.zeros_like(place) if chunk.whole else chunk.addresses.start.to(place.device)[place]
     causal, width = chunk.encoder.causal, chunk.positions.shape[-1]
     length = chunk.pooled[pair] - first[place, pair] + 1 if causal else torch.full_like(pair, width)
     order = (start * (width + 1) + length).argsort(stable=True)
@@ -267,13 +300,13 @@ def chunk_effects(
     readout: Readout,
     rows: int,
     advance: Callable[[int], object],
-    places: slice = slice(None),
+    places: slice | Bool[Tensor, "place pair"] = slice(None),
 ) -> Float[Tensor, "place pair"]:
     """`metric(patched) - metric(run)` of every place and pair of a chunk, NaN where the source has nothing. Only
     `places` run: of the others it says no more than where the source has something, which is 0."""
     exists, first = needed(chunk)
     runs = torch.zeros_like(exists)
-    runs[places] = (exists & (first < chunk.positions.shape[-1]))[places]
+    runs[places] = (exists & (chunk.whole | (first < chunk.positions.shape[-1])))[places]
     baseline = metric(chunk.embedding, readout)
     values = torch.where(exists, 0.0, float("nan")).to(baseline.dtype)
     advance(values.numel() - int(runs.sum()))

@@ -1,9 +1,10 @@
-"""Sources: with what a place is patched. A source is a function; anything with this signature serves.
+"""Sources: with what a place is patched, and which source that is.
 
 A source is called once with the encoder and the whole batch and gives a `Fetch`: pairs and hook names in, their
 activations out, in the run's positions, NaN = nothing here. A fetch may have an attribute `first`: for each pair the
 number of leading positions at which it is known to give what the run has, so that patching there changes nothing; and
 `is_run`: what it gives are the activations of a run on other tokens, with its own biases and residual streams.
+A plain function serves as a source; `source` makes a value of it that says what it holds.
 """
 
 from __future__ import annotations
@@ -11,24 +12,92 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args, overload
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from clip_lens.core.identity import adopt, identity_of
+from clip_lens.core.precision import precise
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import Cache, HookedTextEncoder
 from clip_lens.model.site import Kind, Site, hook_name
 
 Fetch: TypeAlias = Callable[[Int[Tensor, "pair"], Iterable[str]], Cache]
-Source: TypeAlias = Callable[[HookedTextEncoder, Batch], Fetch]
+Function: TypeAlias = Callable[[HookedTextEncoder, Batch], Fetch]
 
 How = Literal["add", "remove"]
 
 QUERY_BY_KEY = ("hook_pattern", "hook_attn_scores")
 STEERABLE: tuple[Kind, ...] = ("embed", "resid", "mid", "attn", "mlp")
 CHUNK = 256
+"""Texts that are run at a time where nothing but one activation of each is kept."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Source:
+    """A function from an encoder and a batch to a `Fetch`, with what it says of itself.
+
+    `identity` is a digest of what it holds, None where that can't be told: then no kept result is taken for it.
+    `swaps`: it gives the other text's own activations, so that the run becomes the other text where everything is
+    patched, and effects are shares of what lies between the two.
+    """
+
+    function: Function
+    name: str = ""
+    identity: str | None = None
+    swaps: bool = False
+
+    def __post_init__(self) -> None:
+        own = getattr(self.function, "__name__", type(self.function).__name__)
+        object.__setattr__(self, "name", self.name or own)
+        adopt(self, self.function)
+
+    def __call__(self, encoder: HookedTextEncoder, batch: Batch) -> Fetch:
+        return self.function(encoder, batch)
+
+    def __repr__(self) -> str:
+        return f"Source({self.name})"
+
+
+def source(function: Function, *, name: str = "", holds: Any = None, swaps: bool = False) -> Source:
+    """A source of a function `(encoder, batch) -> fetch`.
+
+    `name` stands in tables and pages. `holds` is what a closure or a partial holds, such as its tensors: with it kept
+    results are told apart, without it none is taken for such a function. `swaps`: it gives the other text's own
+    activations.
+
+    Example:
+        >>> half = source(lambda encoder, batch: zeros(encoder, batch), name="half", holds=0.5)
+        >>> half, half.identity == source(lambda encoder, batch: None, holds=0.25).identity
+        (Source(half), False)
+    """
+    if not callable(function):
+        raise TypeError(f"a source is a function (encoder, batch) -> fetch. Got {function!r}")
+    identity = identity_of(function) if holds is None else identity_of("source", holds)
+    return Source(function, name, identity, swaps)
+
+
+def as_source(given: object) -> Source:
+    """The source itself, or one made of a plain function.
+
+    Raises:
+        TypeError: no function, or one that makes sources and was not called.
+
+    Example:
+        >>> as_source(counterpart) is counterpart, as_source(zeros).name
+        (True, 'zeros')
+    """
+    if isinstance(given, Source):
+        return given
+    if given is resample or given is noise or given is steered:
+        raise TypeError(f"{given.__name__} makes a source: call it, as in resample(0) and noise(1.0)")  # type: ignore[union-attr]
+    if not callable(given):
+        raise TypeError(
+            f"source={given!r} is no function; give counterpart, zeros, mean, resample(seed), noise(std) ..."
+        )
+    return source(given)
 
 
 @dataclass(frozen=True)
@@ -38,6 +107,8 @@ class Counterpart:
     encoder: HookedTextEncoder
     batch: Batch
     is_run = True
+    is_other = True
+    """What it gives is the run of the other text itself."""
 
     @property
     def first(self) -> Int[Tensor, "pair"]:
@@ -49,8 +120,8 @@ class Counterpart:
         return {name: _realigned(name, value, origin) for name, value in cache.items()}
 
 
-def counterpart(encoder: HookedTextEncoder, batch: Batch) -> Fetch:
-    """The activations of each pair's other text, moved to the run's positions (method, section 3).
+def _counterpart(encoder: HookedTextEncoder, batch: Batch) -> Fetch:
+    """A source: the activations of each pair's other text, moved to the run's positions (method, section 3).
 
     Example:
         >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
@@ -60,6 +131,9 @@ def counterpart(encoder: HookedTextEncoder, batch: Batch) -> Fetch:
         torch.Size([3, 128])
     """
     return Counterpart(encoder, batch)
+
+
+counterpart = Source(_counterpart, "counterpart", identity_of("counterpart"), swaps=True)
 
 
 def _realigned(name: str, value: Tensor, origin: Int[Tensor, "pair pos"]) -> Tensor:
@@ -85,8 +159,8 @@ def _realigned_pattern(
 
 
 def zeros(encoder: HookedTextEncoder, batch: Batch) -> Fetch:
-    """Zero in place of an activation: zero ablation. A head at zero keeps the attention's output bias, an MLP at zero
-    loses its own (method, section 9).
+    """A source: zero in place of an activation, zero ablation. A head at zero keeps the attention's output bias, an MLP
+    at zero loses its own (method, section 9).
 
     Example:
         >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
@@ -101,13 +175,40 @@ def zeros(encoder: HookedTextEncoder, batch: Batch) -> Fetch:
     return fetch
 
 
-def mean(encoder: HookedTextEncoder, batch: Batch) -> Fetch:
-    """The mean of an activation over the run texts of the whole batch, per slot, tokens pooled, the pair itself too:
-    mean ablation (method, section 9). Tokens of no slot have a mean of their own, all together.
+@overload
+def mean(encoder: HookedTextEncoder, batch: Batch) -> Fetch: ...
+@overload
+def mean(*, over: Batch) -> Source: ...
+def mean(
+    encoder: HookedTextEncoder | None = None, batch: Batch | None = None, *, over: Batch | None = None
+) -> Fetch | Source:
+    """A source: the mean of an activation over the run texts of the whole batch, per slot, tokens pooled, the pair
+    itself too: mean ablation (method, section 9). Tokens of no slot have a mean of their own, all together.
+
+    `mean(over=batch)` is the source that takes its means over the run texts of that batch, whichever batch is patched:
+    a pair or a split reads the means of the whole. Slots that no text of it has are nothing here: NaN.
 
     Raises:
         ValueError: (from the fetch) patterns have no mean: texts differ in length.
+
+    Example:
+        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+        >>> batch = clip_lens.align(clip_lens.read_pairs()[:64], store, encoder)
+        >>> places = encoder.sites("mlp")
+        >>> whole = clip_lens.patch_effects(encoder, batch, places, source=mean).values[:, :1]
+        >>> one = clip_lens.patch_effects(encoder, batch[:1], places, source=mean(over=batch)).values
+        >>> torch.allclose(one, whole, atol=1e-4)
+        True
     """
+    if over is not None:
+        whole = over
+        return source(
+            lambda encoder, patched: MeanOver(Mean(encoder, whole), patched),
+            name=f"mean over {len(whole)} texts of {whole.pairs.name}",
+            holds=("mean", whole.run, whole.tokens, whole.slot, whole.slots),
+        )
+    if encoder is None or batch is None:
+        raise TypeError("give mean as it is, source=mean, or with the batch to average over: mean(over=batch)")
     return Mean(encoder, batch)
 
 
@@ -134,7 +235,7 @@ class Mean:
     def _means(self, names: set[str]) -> dict[str, Shaped[Tensor, "slot ..."]]:
         """Means by slot; the last line is that of no slot, which the index -1 finds."""
         sums: dict[str, Tensor] = {}
-        counts = torch.zeros(len(self.batch.slots) + 1, dtype=self.encoder.dtype, device=self.encoder.device)
+        counts = precise(torch.zeros(len(self.batch.slots) + 1, device=self.encoder.device))
         for index in torch.arange(len(self.batch), device=self.encoder.device).split(CHUNK):
             own = _own(self.encoder, self.batch, index, names)
             width = next(iter(own.values())).shape[1]
@@ -142,37 +243,15 @@ class Mean:
             slot = self.batch.slot[index][:, :width][inside] % len(counts)
             counts.index_add_(0, slot, torch.ones_like(slot, dtype=counts.dtype))
             for name, value in own.items():
-                empty = value.new_zeros(len(counts), *value.shape[2:])
-                sums[name] = sums.get(name, empty).index_add(0, slot, value[inside])
-        return {name: total / counts.reshape(-1, *[1] * (total.ndim - 1)) for name, total in sums.items()}
-
-
-def mean_over(batch: Batch) -> Source:
-    """A source: `mean`, with the means taken over the run texts of this batch, whichever batch is patched: a pair or a
-    split reads the means of the whole. Slots that no text of the batch has are nothing here: NaN.
-
-    Raises:
-        ValueError: (from the fetch) patterns have no mean: texts differ in length.
-
-    Example:
-        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
-        >>> batch = clip_lens.align(clip_lens.read_pairs()[:64], store, encoder)
-        >>> places = encoder.sites("mlp")
-        >>> whole = clip_lens.patch_effects(encoder, batch, places, source=clip_lens.mean).values[:, :1]
-        >>> one = clip_lens.patch_effects(encoder, batch[:1], places, source=mean_over(batch)).values
-        >>> torch.allclose(one, whole, atol=1e-4)
-        True
-    """
-
-    def source(encoder: HookedTextEncoder, patched: Batch) -> Fetch:
-        return MeanOver(Mean(encoder, batch), patched)
-
-    return named(source, f"mean_over({batch!r})")
+                empty = counts.new_zeros(len(counts), *value.shape[2:])
+                sums[name] = sums.get(name, empty).index_add(0, slot, value[inside].to(counts.dtype))
+        means = {name: total / counts.reshape(-1, *[1] * (total.ndim - 1)) for name, total in sums.items()}
+        return {name: value.to(self.encoder.dtype) for name, value in means.items()}
 
 
 @dataclass(frozen=True)
 class MeanOver:
-    """The fetch of `mean_over`: the means of `whole`, at the slots of another batch."""
+    """The fetch of `mean(over=)`: the means of `whole`, at the slots of another batch."""
 
     whole: Mean
     batch: Batch
@@ -190,11 +269,11 @@ def resample(seed: int = 0) -> Source:
     Example:
         >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
         >>> batch = clip_lens.align(clip_lens.read_pairs()[:64], store, encoder)
-        >>> clip_lens.patch_effects(encoder, batch, encoder.sites("attn"), source=resample(1)).meta["source"]
+        >>> clip_lens.patch_effects(encoder, batch, encoder.sites("attn"), source=resample(1)).record.source.name
         'resample(1)'
     """
 
-    def source(encoder: HookedTextEncoder, batch: Batch) -> Fetch:
+    def resampled(encoder: HookedTextEncoder, batch: Batch) -> Fetch:
         partner = _partners(batch, seed)
 
         def fetch(pairs: Int[Tensor, "pair"], names: Iterable[str]) -> Cache:
@@ -211,7 +290,7 @@ def resample(seed: int = 0) -> Source:
 
         return fetch
 
-    return named(source, f"resample({seed})")
+    return source(resampled, name=f"resample({seed})", holds=("resample", seed))
 
 
 def _partners(batch: Batch, seed: int) -> Int[Tensor, "pair"]:
@@ -238,14 +317,14 @@ def noise(std: float, seed: int = 0) -> Source:
     if not 0 <= std < float("inf"):
         raise ValueError(f"std={std}: noise has a finite standard deviation of 0 or more")
 
-    def source(encoder: HookedTextEncoder, batch: Batch) -> Fetch:
+    def noisy(encoder: HookedTextEncoder, batch: Batch) -> Fetch:
         def fetch(pairs: Int[Tensor, "pair"], names: Iterable[str]) -> Cache:
             own = _own(encoder, batch, pairs, names)
             return {name: _noisy(name, value, batch, pairs, std, seed) for name, value in own.items()}
 
         return fetch
 
-    return named(source, f"noise({std:g}, seed={seed})")
+    return source(noisy, name=f"noise({std:g}, seed={seed})", holds=("noise", float(std), seed))
 
 
 def _noisy(name: str, value: Tensor, batch: Batch, pairs: Int[Tensor, "pair"], std: float, seed: int) -> Tensor:
@@ -291,12 +370,13 @@ def steered(
     if origin and how == "add":
         raise ValueError("an origin says what a direction is removed from; leave it out where one is added")
 
-    def source(encoder: HookedTextEncoder, batch: Batch) -> Fetch:
+    def changed(encoder: HookedTextEncoder, batch: Batch) -> Fetch:
         return Steered(
             encoder, batch, _by_hook(directions, encoder, batch), how, _by_hook(origin or {}, encoder, batch)
         )
 
-    return named(source, f"steered({how} {', '.join(map(str, directions))})")
+    name = f"steered({how} {', '.join(map(str, directions))})"
+    return source(changed, name=name, holds=("steered", how, dict(directions), dict(origin or {})))
 
 
 @dataclass(frozen=True)
@@ -343,12 +423,6 @@ def _by_hook(
             raise ValueError(f"two directions for the activation of {site}: steer its slots one after the other")
         found[name] = vector.to(encoder.device, encoder.dtype).expand(shape)
     return found
-
-
-def named(source: Source, name: str) -> Source:
-    """The source with the name that results record."""
-    source.__name__ = name
-    return source
 
 
 def _own(encoder: HookedTextEncoder, batch: Batch, pairs: Int[Tensor, "pair"], names: Iterable[str]) -> Cache:

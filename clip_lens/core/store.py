@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -20,8 +21,10 @@ from jaxtyping import Float
 from pandas import DataFrame
 from torch import Tensor
 
+from clip_lens.core.record import as_json, of_json
 from clip_lens.model.site import Edge, Outside, Place, Site
 
+FORMAT = 2
 INDEX = ("place", "kind", "layer", "unit", "slot", "sender", "receiver")
 
 
@@ -32,39 +35,72 @@ def write(path: str | os.PathLike[str], index: DataFrame, fields: Mapping[str, A
         TypeError: a pair's information that JSON does not have.
     """
     values = fields["values"]
-    numbers = values if values.dtype == torch.float64 else values.float()
-    columns = DataFrame(numbers.numpy(), columns=_column_names(fields["pairs"]["key"]))
-    index = index.assign(slot=_column_of_slots(index["slot"]))
-    table = pa.Table.from_pandas(pd.concat([index, columns], axis=1), preserve_index=False)
+    numbers = (values if values.dtype == torch.float64 else values.float()).numpy()
+    head = pa.Table.from_pandas(index.assign(slot=_column_of_slots(index["slot"])), preserve_index=False)
+    names = _column_names(fields["pairs"]["key"])
+    columns = [pa.array(np.ascontiguousarray(column), from_pandas=False) for column in numbers.T]
     note = json.dumps(_note(fields), default=_as_json).encode()
+    metadata = {b"clip_lens": note, b"clip_lens_digest": _digest(note, numbers)}
+    table = pa.table([*head.columns, *columns], names=[*head.column_names, *names]).replace_schema_metadata(metadata)
     with written_whole(path) as temporary:
-        pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"clip_lens": note}), temporary)
+        pq.write_table(table, temporary)
+
+
+def _digest(note: bytes, numbers: np.ndarray) -> bytes:
+    """What a file's content comes down to: a bit that flipped since it was written is noticed."""
+    hasher = hashlib.sha256(note)
+    hasher.update(np.ascontiguousarray(numbers).view(np.uint8).data)
+    return hasher.hexdigest().encode()
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The fields of a saved result: values, total, baseline, places, pairs, meta.
+    """The fields of a saved result: values, total, baseline, places, pairs, record.
 
     Raises:
-        ValueError: the file is truncated, not Parquet, or not written by `write`.
+        ValueError: the file is truncated, damaged, not Parquet, not written by `write`, or written by a version that
+            did not record what a result must know of itself.
     """
-    try:
-        table = pq.read_table(Path(path))
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is no whole Parquet file, it may be truncated: {error}") from error
-    note = json.loads((table.schema.metadata or {}).get(b"clip_lens", b"null"))
-    if note is None or note.get("format") != 1:
-        raise ValueError(f"{path} is a Parquet file, but not one that this version's Effects.save wrote")
-    dtype, pairs = getattr(torch, note["dtype"]), _frame(note["pairs"])
+    note, table = _content(Path(path))
+    pairs = _frame(note["pairs"])
+    dtype = getattr(torch, note["dtype"])
+    columns = [column.to_numpy() for column in table.columns[len(INDEX) :]]
     stored = np.float64 if dtype == torch.float64 else np.float32
-    values = table.drop_columns(list(INDEX)).to_pandas().to_numpy(dtype=stored)
+    numbers = np.array(columns, dtype=stored).T if columns else np.zeros((table.num_rows, 0), stored)
+    metadata = table.schema.metadata
+    if _digest(metadata[b"clip_lens"], numbers) != metadata.get(b"clip_lens_digest"):
+        raise ValueError(f"{path} is damaged: its content is not what was written; compute it again")
     return {
-        "values": torch.tensor(values).reshape(len(note["places"]), len(pairs)).to(dtype),
+        "values": torch.from_numpy(np.ascontiguousarray(numbers)).to(dtype),
         "total": _tensor(note["total"], dtype),
         "baseline": _tensor(note["baseline"], dtype),
         "places": tuple(_place(entry) for entry in note["places"]),
         "pairs": pairs,
-        "meta": note["meta"],
+        "record": of_json(note["record"]),
     }
+
+
+def _content(path: Path) -> tuple[dict[str, Any], pa.Table]:
+    """The note and the table of a file that this version can read."""
+    try:
+        # A reader of one file: of a very wide one a dataset's scanner, as in read_table, takes twenty times the memory.
+        with pq.ParquetFile(path) as file:
+            table = file.read()
+    except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{path} is no whole Parquet file, it may be truncated: {error}") from error
+    try:
+        note = json.loads((table.schema.metadata or {}).get(b"clip_lens", b"null"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}; compute it again") from error
+    if isinstance(note, dict) and note.get("format") == 1:
+        raise ValueError(
+            f"{path} was written by clip_lens 0.1, which did not record whether a metric turns with the side nor what "
+            "its source held; compute it again (pandas.read_parquet reads its numbers)"
+        )
+    if not isinstance(note, dict) or note.get("format") != FORMAT:
+        raise ValueError(f"{path} is a Parquet file, but not one that this version's Effects.save wrote")
+    return note, table
 
 
 @contextmanager
@@ -127,7 +163,7 @@ def _note(fields: Mapping[str, Any]) -> dict[str, Any]:
     """All but index and values, as JSON: a site is [kind, layer, unit, slot], an edge {"sender": .., "receiver": ..}, a
     tuple a list of those, a circuit's outside its fields."""
     return {
-        "format": 1,
+        "format": FORMAT,
         "dtype": str(fields["values"].dtype).removeprefix("torch."),
         "places": [_entry(place) for place in fields["places"]],
         "total": _numbers(fields["total"]),
@@ -136,7 +172,7 @@ def _note(fields: Mapping[str, Any]) -> dict[str, Any]:
             {"name": str(name), "dtype": _dtype_name(column), "values": plain(column)}
             for name, column in fields["pairs"].items()
         ],
-        "meta": dict(fields["meta"]),
+        "record": as_json(fields["record"]),
     }
 
 

@@ -13,16 +13,20 @@ from torch import Tensor
 
 SIDES = ("caption", "foil", "none", "pooled")  # "pooled" is never in `pairs`, only in tables
 POINTS = ("fraction", "effect", "n", "dropped")
+FEWEST = 5
+"""Pairs without which there is no interval."""
 BOUNDS = ("lower", "upper", "effect_lower", "effect_upper")
 
 
 class Sample(NamedTuple):
-    """What a table is made of: effects and totals as they are, the pairs' key, side and sigma, the places' index."""
+    """What a table is made of: effects and totals as they are, the pairs' key and side, the places' index, and the sign
+    with which each pair counts."""
 
     index: DataFrame
     values: Float[Tensor, "place pair"]
     total: Float[Tensor, "pair"]
     pairs: DataFrame
+    orientation: Float[Tensor, "pair"]
 
 
 class Draws(NamedTuple):
@@ -66,9 +70,9 @@ def tabulate(sample: Sample, of: str, floor: float, pooled: bool, draws: Draws |
         ValueError: `of` is neither "means" nor "ratios".
 
     Example:
-        >>> pairs = DataFrame({"key": ["a", "b"], "side": "foil", "sigma": -1})
+        >>> pairs, sigma = DataFrame({"key": ["a", "b"], "side": "foil"}), -torch.ones(2)
         >>> values, total = torch.tensor([[-1.0, -1.0]]), torch.tensor([-1.0, -3.0])
-        >>> tabulate(Sample(DataFrame({"place": ["mlp 0"]}), values, total, pairs), "means", 0.0, False, None)
+        >>> tabulate(Sample(DataFrame({"place": ["mlp 0"]}), values, total, pairs, sigma), "means", 0.0, False, None)
            place  side  fraction  effect  n  dropped
         0  mlp 0  foil       0.5     1.0  2        0
     """
@@ -86,12 +90,12 @@ def _columns(sample: Sample, side: str, of: str, floor: float, draws: Draws | No
     chosen = sample.pairs if side == "pooled" else sample.pairs[sample.pairs["side"] == side]
     columns = torch.tensor(chosen.index.to_numpy(), dtype=torch.long)
     codes, keys = pd.factorize(chosen["key"])
-    sigma = torch.tensor(chosen["sigma"].to_numpy(dtype=np.float64))
+    sign = sample.orientation[columns].double()
     counts = draws.counts(side, len(keys)) if draws and len(keys) else None
     size = max(1, 2**21 // max(len(columns), draws.resamples if draws else 1))  # bounds memory to tens of MB
     parts = []
     for values in sample.values.split(size):
-        signed, total = values[:, columns].double() * sigma, sample.total[columns].double() * sigma
+        signed, total = values[:, columns].double() * sign, sample.total[columns].double() * sign
         sums = _sums(signed, total, torch.from_numpy(codes), len(keys), of, floor)
         parts.append({**_points(sums, len(keys)), **(_bounds(sums, counts, draws) if draws else {})})
     names = POINTS + BOUNDS if draws else POINTS
@@ -125,11 +129,14 @@ def _points(sums: _Sums, n_keys: int) -> dict[str, Tensor]:
 
 
 def _bounds(sums: _Sums, counts: Tensor | None, draws: Draws) -> dict[str, Tensor]:
+    """The intervals' bounds; NaN where fewer than `FEWEST` pairs entered, of which a resample says next to nothing."""
     if counts is None:
         return dict.fromkeys(BOUNDS, torch.full((len(sums.effect),), torch.nan, dtype=torch.float64))
+    few = (sums.entered > 0).sum(1) < FEWEST
     tail = (1 - draws.interval) / 2
     levels = torch.tensor([tail, 1 - tail], dtype=torch.float64)
-    bounds = [bound for drawn in _estimates(sums, counts) for bound in drawn.nanquantile(levels, dim=1)]
+    found = (bound for drawn in _estimates(sums, counts) for bound in drawn.nanquantile(levels, dim=1))
+    bounds = [bound.masked_fill(few, torch.nan) for bound in found]
     return dict(zip(BOUNDS, bounds, strict=True))
 
 

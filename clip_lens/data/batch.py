@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from html import escape
 from typing import Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from clip_lens.data.groups import SplitBy, first_part
 from clip_lens.data.images import ImageStore
 from clip_lens.data.pairs import Pairs
+from clip_lens.originals.original import digest
 
 SLOTS = ("sot", "prefix", "there", "be", "negator", "subject", "subject_rest", "suffix", "stop", "eot")
 DETERMINERS = "no|some|an?|any"
+_TENSORS = ("tokens", "other", "origin", "slot", "other_slot", "length", "other_length", "direction", "sigma")
 
 Run = Literal["affirmative", "negated", "caption", "foil"]
 Spans: TypeAlias = Sequence[tuple[int, str | None]]
@@ -59,7 +63,8 @@ class Batch:
     matches position p of the run, -1 = no counterpart. `slot[n, p]` indexes `slots`, -1 = no slot. `length` counts the
     positions that the tower reads: up to the text's end in a causal one, all in a bidirectional one. `direction` is
     `scale * v_image`: `<u, direction>` is CLIP's logit. `sigma` is +1 where the run is the foil, -1 where it is the
-    caption. `dropped` lists the pairs that did not make it, with the reason.
+    caption. `dropped` lists the pairs that did not make it, with the reason. `held_out` says of a part that `split`
+    made by what the two were kept apart: "by image" or "by text".
     """
 
     tokens: Int[Tensor, "pair pos"]
@@ -76,6 +81,7 @@ class Batch:
     dropped: pd.DataFrame
     run: str
     images: str = ""
+    held_out: str = ""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -95,7 +101,7 @@ class Batch:
             self,
             tokens=self.other,
             other=self.tokens,
-            origin=_inverse(self.origin, self.other.shape[1]),
+            origin=self.inverse,
             slot=self.other_slot,
             other_slot=self.slot,
             length=self.other_length,
@@ -119,28 +125,124 @@ class Batch:
             raise ValueError("the direction has components that are not finite")
         return replace(self, direction=w.expand_as(self.direction).clone())
 
-    def __getitem__(self, index: Tensor | slice | Sequence[int]) -> Batch:
-        """Some of the pairs."""
-        rows = torch.arange(len(self), device=self.tokens.device)[index]
-        parts = ("tokens", "other", "origin", "slot", "other_slot", "length", "other_length", "direction", "sigma")
-        return replace(self, pairs=self.pairs[rows.tolist()], **{name: getattr(self, name)[rows] for name in parts})
+    def __getitem__(self, index: Tensor | slice | Sequence[int] | int) -> Batch:
+        """Some of the pairs; always a `Batch`, also for one."""
+        rows = torch.arange(len(self), device=self.tokens.device)[index].reshape(-1)
+        return replace(self, pairs=self.pairs[rows.tolist()], **{name: getattr(self, name)[rows] for name in _TENSORS})
 
-    def split(self, fraction: float = 0.5, seed: int = 0) -> tuple[Batch, Batch]:
-        """Two parts as of `Pairs.split`: the first with about `fraction` of the pairs, those of one image together.
+    def split(self, fraction: float = 0.5, seed: int = 0, by: SplitBy = "image") -> tuple[Batch, Batch]:
+        """Two parts, the first with about `fraction` of the pairs, drawn at random by `seed`; the order stays.
+
+        `by="image"` keeps the pairs of one image together. `by="text"` keeps those together that share a text, as the
+        encoder reads it, or an image, directly or over other pairs: no text of one part stands in the other. The
+        parts come as close to `fraction` as such groups allow. `held_out` says which of the two it was.
 
         Raises:
-            ValueError: `fraction` isn't between 0 and 1, or all pairs are of one image.
+            ValueError: `fraction` isn't between 0 and 1, an unknown `by`, or all pairs are of one group.
 
         Example:
             >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
             >>> batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder)
-            >>> found, judged = batch.split(0.5, seed=1)
-            >>> set(found.pairs.image) & set(judged.pairs.image), len(found) + len(judged)
-            (set(), 8)
+            >>> found, judged = batch.split(0.5, seed=1, by="text")
+            >>> set(found.pairs.caption) & set(judged.pairs.caption), found.held_out
+            (set(), 'by text')
         """
-        first = set(self.pairs.split(fraction, seed)[0].key)
-        inside = torch.tensor([key in first for key in self.pairs.key], device=self.tokens.device)
-        return self[inside], self[~inside]
+        texts = zip(_texts(self.tokens, self.length), _texts(self.other, self.other_length), strict=True)
+        first = torch.from_numpy(first_part(self.pairs.image, texts, fraction, seed, by)).to(self.tokens.device)
+        marked = replace(self, held_out=f"by {by}")
+        return marked[first], marked[~first]
+
+    def chunks(self, n: int) -> Iterator[Int[Tensor, "pair"]]:
+        """The numbers of all pairs in parts of at most `n`, the shortest runs first, so that parts can be cut short.
+
+        Raises:
+            ValueError: `n` is less than 1.
+
+        Example:
+            >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+            >>> batch = clip_lens.align(clip_lens.read_pairs()[:5], store, encoder)
+            >>> [len(index) for index in batch.chunks(2)]
+            [2, 2, 1]
+        """
+        if n < 1:
+            raise ValueError(f"a chunk has at least 1 pair, got n={n}")
+        return iter(self.length.argsort(stable=True).split(n) if len(self) else ())
+
+    def where(self, slot: str | int | None) -> Bool[Tensor, "pair pos"]:
+        """The positions of the run's text that a slot has: a name, a raw position, None = all.
+
+        Raises:
+            ValueError: the batch has no slot of that name.
+
+        Example:
+            >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+            >>> batch = clip_lens.align(clip_lens.read_pairs()[:2], store, encoder)
+            >>> torch.equal(batch.where("sot"), batch.where(0))
+            True
+        """
+        if slot is None:
+            return self.inside
+        if not isinstance(slot, str):
+            return self.inside & (torch.arange(self.tokens.shape[1], device=self.tokens.device) == slot)
+        if slot not in self.slots:
+            raise ValueError(f"no slot {slot!r}; the batch has {', '.join(self.slots)}")
+        return self.inside & (self.slot == self.slots.index(slot))
+
+    @property
+    def occurring(self) -> tuple[str, ...]:
+        """The names of the slots that any run has."""
+        found = set(self.slot[self.inside].tolist())
+        return tuple(name for number, name in enumerate(self.slots) if number in found)
+
+    @cached_property
+    def inverse(self) -> Int[Tensor, "pair pos_other"]:
+        """The run's position of each of the other's, -1 = none."""
+        inverse = torch.full_like(self.other, -1)
+        rows, positions = (self.origin >= 0).nonzero(as_tuple=True)
+        inverse[rows, self.origin[rows, positions]] = positions
+        return inverse
+
+    def moved(
+        self, value: Shaped[Tensor, "*many pair from"], *, inverse: bool = False
+    ) -> Shaped[Tensor, "*many pair to"]:
+        """The other's values at the run's positions, 0 or False where a position has no counterpart.
+
+        `inverse=True` moves the run's values to the other's positions.
+
+        Raises:
+            ValueError: the values are not one per pair and position of the text that they come from.
+
+        Example:
+            >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+            >>> batch = clip_lens.align(clip_lens.read_pairs()[:2], store, encoder)
+            >>> torch.equal(batch.moved(batch.other)[:, :3], batch.tokens[:, :3])
+            True
+        """
+        origin, there = (self.inverse, self.tokens) if inverse else (self.origin, self.other)
+        if value.shape[-2:] != there.shape:
+            text = "run" if inverse else "other"
+            raise ValueError(
+                f"values of the {text} have the shape [..., {len(there)}, {there.shape[1]}], got {tuple(value.shape)}"
+            )
+        index = origin.clamp(min=0).expand(*value.shape[:-1], -1)
+        return value.gather(-1, index).masked_fill(origin < 0, 0)
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits of a sha256 over what the batch holds: its texts, how they match, and what judges them.
+
+        The same content gives the same digest, on any device.
+
+        Example:
+            >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+            >>> batch = clip_lens.align(clip_lens.read_pairs()[:2], store, encoder)
+            >>> batch.digest == batch[[0, 1]].digest != batch.flip().digest
+            True
+        """
+        held = {name: getattr(self, name) for name in _TENSORS}
+        # `digest` rounds to float32; of a direction in float64 what that drops counts too.
+        rest = self.direction.double() - self.direction.float().double()
+        return digest(held | {"rest of direction": rest, f"slots {self.slots}": torch.empty(0)})
 
     @property
     def unaligned(self) -> Int[Tensor, "pair"]:
@@ -177,11 +279,8 @@ class Batch:
         return f"<code>{escape(repr(self))}</code><ul>{listed}</ul>"
 
 
-def _inverse(origin: Int[Tensor, "pair pos"], width: int) -> Int[Tensor, "pair pos_other"]:
-    inverse = origin.new_full((len(origin), width), -1)
-    rows, positions = (origin >= 0).nonzero(as_tuple=True)
-    inverse[rows, origin[rows, positions]] = positions
-    return inverse
+def _texts(tokens: Int[Tensor, "pair pos"], length: Int[Tensor, "pair"]) -> list[tuple[int, ...]]:
+    return [tuple(ids[:end]) for ids, end in zip(tokens.tolist(), length.tolist(), strict=True)]
 
 
 def template_slots(text: str, subject: str | None = None) -> Spans | None:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from clip_lens.data.groups import SplitBy, first_part
 from clip_lens.tiny.assets import ASSETS
 
 NEGATORS = ("no", "not", "without", "n't", "never", "none", "nobody", "nothing")
@@ -179,28 +180,23 @@ class Pairs:
             raise ValueError(f"no pair of {self.name} has {asked}: {there}")
         return self[mask]
 
-    def split(self, fraction: float = 0.5, seed: int = 0) -> tuple[Pairs, Pairs]:
-        """Two parts, the first with about `fraction` of the pairs; pairs of one image stay together.
+    def split(self, fraction: float = 0.5, seed: int = 0, by: SplitBy = "image") -> tuple[Pairs, Pairs]:
+        """Two parts, the first with about `fraction` of the pairs, drawn at random by `seed`; the order stays.
 
-        Images are drawn at random by `seed`; within a part the order stays.
+        `by="image"` keeps the pairs of one image together. `by="text"` keeps those together that share a text, as
+        caption or as foil, or an image, directly or over other pairs: no text of one part stands in the other. The
+        parts come as close to `fraction` as such groups allow.
 
         Raises:
-            ValueError: `fraction` isn't between 0 and 1, or all pairs are of one image.
+            ValueError: `fraction` isn't between 0 and 1, an unknown `by`, or all pairs are of one group.
 
         Example:
-            >>> first, second = read_pairs("tiny").split(0.3, seed=1)
-            >>> set(first.image) & set(second.image)
+            >>> first, second = read_pairs("tiny").split(0.3, seed=1, by="text")
+            >>> set(first.caption + first.foil) & set(second.caption + second.foil)
             set()
         """
-        if not 0 < fraction < 1:
-            raise ValueError(f"fraction must lie between 0 and 1, got {fraction}")
-        images, codes = np.unique(np.array(self.image, dtype=object), return_inverse=True)
-        if len(images) < 2:
-            raise ValueError(f"a split needs pairs of at least 2 images, got {len(self)} pairs of {len(images)}")
-        order = np.random.default_rng(seed).permutation(len(images))
-        reached = np.cumsum(np.bincount(codes)[order])
-        cut = int(np.clip(np.abs(reached - fraction * len(self)).argmin() + 1, 1, len(images) - 1))
-        first = np.isin(codes, order[:cut])
+        texts = zip(self.caption, self.foil, strict=True)
+        first = first_part(self.image, texts, fraction, seed, by)
         return self[first], self[~first]
 
     def rephrased(self) -> Pairs:

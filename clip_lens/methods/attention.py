@@ -4,6 +4,7 @@ without."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -13,11 +14,13 @@ from torch.nn.functional import pad
 
 from clip_lens.core.address import address
 from clip_lens.core.effects import Effects
-from clip_lens.core.metric import Readout, logit
+from clip_lens.core.metric import Readout
+from clip_lens.core.record import MetricRecord, Record
+from clip_lens.core.setting import Setting, logit_difference, over_pairs
 from clip_lens.core.sites import slot_positions
-from clip_lens.core.source import CHUNK, counterpart
+from clip_lens.core.source import CHUNK
 from clip_lens.data.batch import Batch
-from clip_lens.methods.patching import describe, pairs_frame
+from clip_lens.methods.registry import ATTENTION, SELECTIVITY
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Site, hook_name
 
@@ -46,7 +49,7 @@ def attention_effects(
     Texts that differ in length are compared at matched positions, of slot and queries: both texts have the slot there,
     or one has and the other fits no template. Tokens without counterpart are left out; `meta` counts them. NaN: nothing
     is left to compare.
-    Values are oriented already, so sigma is 1 for every pair. `total` is 1, the most that a weight can change, so that
+    Values are oriented already, whichever text is run. `total` is 1, the most that a weight can change, so that
     `fraction()` and its effect are the mean selectivity, per side; `baseline` is 0. `d` is the pairs' own.
 
     Raises:
@@ -62,21 +65,15 @@ def attention_effects(
         3  pattern 0.3      0.99
         1  pattern 0.1      0.98
     """
-    if batch.direction.shape[1] != encoder.d_embed:
-        raise ValueError(
-            f"the batch's direction has {batch.direction.shape[1]} components, {encoder.name} {encoder.d_embed}"
-        )
+    setting = Setting.reading(encoder, batch)
     asked: tuple[Slot | None, ...] = (None,) if queries is None else tuple(queries)
     places = tuple(encoder.sites("pattern", slots=asked))
     _check(encoder, batch, slot, asked)
-    values, d = torch.zeros(len(places), len(batch), dtype=encoder.dtype), torch.zeros(len(batch), dtype=encoder.dtype)
     with torch.inference_mode():
-        for index in batch.length.argsort(stable=True).split(CHUNK):
-            found, d[index.cpu()] = _chunk(encoder, batch[index], slot, asked, contrast)
-            values[:, index.cpu()] = found.cpu()
-    one = torch.ones(len(batch), dtype=encoder.dtype)
-    meta = _meta(encoder, batch, slot, contrast, values)
-    return Effects(values, one, torch.zeros_like(one), places, pairs_frame(batch, d).assign(sigma=1), meta)
+        found = over_pairs(batch, CHUNK, lambda index: _chunk(encoder, batch[index], slot, asked, contrast))
+    one = torch.ones(len(batch), dtype=found["values"].dtype)
+    record = _record(setting, slot, contrast, found["values"])
+    return Effects(found["values"], one, torch.zeros_like(one), places, setting.pairs(found["d"]), record)
 
 
 def negation_is_run(batch: Batch) -> Bool[Tensor, "pair"]:
@@ -102,7 +99,7 @@ class _Slots(NamedTuple):
 
 def _chunk(
     encoder: HookedTextEncoder, batch: Batch, slot: Slot, queries: Sequence[Slot | None], contrast: bool
-) -> tuple[Float[Tensor, "place pair"], Float[Tensor, "pair"]]:
+) -> dict[str, Tensor]:
     """Values and d of some pairs."""
     flipped = batch.flip()
     run, other = _slots((slot, *queries), batch, flipped)
@@ -121,8 +118,7 @@ def _chunk(
         later_other = _later(theirs, encoder.pool(batch.other))
         values = torch.where(negated, _largest(paid, later), _largest(paid_other, later_other))
     readout = Readout(batch.direction, u, v)
-    d = batch.sigma * (logit(v, readout) - logit(u, readout))
-    return values.flatten(0, 2), d.cpu()
+    return {"values": values.flatten(0, 2).to(encoder.precision), "d": logit_difference(batch.sigma, readout)}
 
 
 def _slots(slots: Sequence[Slot | None], batch: Batch, flipped: Batch) -> tuple[_Slots, _Slots]:
@@ -183,19 +179,20 @@ def _check(encoder: HookedTextEncoder, batch: Batch, slot: Slot, queries: Sequen
     address([Site("pattern", slot=each) for each in (slot, *queries)], encoder, batch)  # says which slots there are
 
 
-def _meta(encoder: HookedTextEncoder, batch: Batch, slot: Slot, contrast: bool, values: Tensor) -> dict[str, str]:
+def _record(setting: Setting, slot: Slot, contrast: bool, values: Tensor) -> Record:
     what = f"weights to {slot!r} (its tokens' sum) from the later position with the largest, up to the pooled one"
     compared = "the text with the negation minus the text without, at matched positions"
     absolute = "the text with the negation"
-    if "none" in batch.pairs.side:
+    if "none" in setting.batch.pairs.side:
         compared, absolute = f"{compared}; without a side, other minus run", f"{absolute}; without a side, the other"
-    return {
-        **describe(encoder, batch, method="attention selectivity", source=counterpart, metric=logit),
-        **({} if contrast else {"method": "attention"}),
-        "run": "both texts are run, nothing is patched",
-        "source": "none",
-        "metric": "attention weight",
-        "slot": str(slot),
-        "convention": f"{what}: {compared if contrast else absolute}",
-        "pairs without a value": str(int(values.isnan().all(0).sum())),
-    }
+    record = setting.record(
+        SELECTIVITY if contrast else ATTENTION,
+        slot=slot,
+        convention=f"{what}: {compared if contrast else absolute}",
+        texts="both texts are run, nothing is patched",
+    )
+    return replace(record, metric=WEIGHT, unsourced=int(values.isnan().all(0).sum()))
+
+
+WEIGHT = MetricRecord("attention weight", oriented=False, unit="attention weight", identity="attention weight")
+"""Already turned: A_neg minus A_aff, whichever text is run."""

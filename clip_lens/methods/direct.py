@@ -12,7 +12,7 @@ too, and the components add up to the metric.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from typing import Any, Literal, TypeAlias, get_args
@@ -22,10 +22,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from clip_lens.core.effects import Effects
-from clip_lens.core.metric import logit
+from clip_lens.core.precision import precise
+from clip_lens.core.record import Record, SourceRecord
+from clip_lens.core.setting import Setting, over_pairs
 from clip_lens.core.source import counterpart
 from clip_lens.data.batch import Batch
-from clip_lens.methods.patching import RUNS, check_metric, describe, pairs_frame
+from clip_lens.methods.registry import DIRECT, LENS
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import NO_LAYER, Edge, Kind, Place, Site, hook_name, members
 from clip_lens.progress import progress_bar
@@ -69,8 +71,8 @@ def direct_effects(
     `C(a) = <W_U^T (gamma * (a - mean(a)) / std), w> / norm` of what a place writes at the pooled position, `std` and
     `norm` each text's own (method, section 7; Elhage et al. 2021, Wang et al. 2023). With `contrast`
     `values = C(other) - C(run)` and `total = metric(other) - metric(run)`, so that `signed()` has the parts of d.
-    Without it `values = C(run)` and `total = metric(run)`; there is nothing to orient, so `pairs.sigma` is 1 and the
-    tables' mean signed effect is the mean of C. `baseline` is metric(run) in both.
+    Without it `values = C(run)` and `total = metric(run)`; there is nothing to orient, and the tables' mean effect is
+    the mean of C. `baseline` is metric(run) in both.
 
     `places=None` is everything by head, `components(encoder, batch)`; the values of a complete list sum to `total`.
     Places may be token, position, head, attn_bias, mlp, neuron, mlp_bias, constant; embed, attn, resid, mid (all that
@@ -95,14 +97,13 @@ def direct_effects(
     """
     places = tuple(components(encoder, batch) if places is None else places)
     sums = _sums(places, encoder, batch)
-    meta = {"method": "direct logit attribution", "norms": FROZEN}
+    settings: dict[str, str | int] = {"norms": FROZEN}
     if sums.slots:
-        meta["source tokens in no named slot"] = str(
-            sum(int((text.slot < 0)[text.inside].sum()) for text in _both(batch))
-        )
-    return _attributed(
-        encoder, batch, places, lambda text: _contributions(encoder, text, sums), contrast, meta, progress
-    )
+        unnamed = sum(int((text.slot < 0)[text.inside].sum()) for text in _both(batch))
+        settings["source tokens in no named slot"] = unnamed
+    read = lambda text: _contributions(encoder, text, sums)
+    setting = Setting.reading(encoder, batch, progress=progress)
+    return _attributed(setting, places, read, contrast, setting.record(DIRECT, **settings))
 
 
 def logit_lens(
@@ -114,7 +115,7 @@ def logit_lens(
     constant term included. `norms="frozen"` keeps the run's final std and norm, so that the steps from layer to layer
     are what the layers write, `direct_effects` by layer; "recomputed" reads each layer as if it were the last.
     At L both are the metric. With `contrast` the values are lens(other) - lens(run), with `total` metric(other) -
-    metric(run); without it they are lens(run), with `total` metric(run) and `pairs.sigma` 1.
+    metric(run); without it they are lens(run), with `total` metric(run), not oriented.
 
     Raises:
         ValueError: other norms, or a batch of another width than the encoder's embedding.
@@ -129,8 +130,9 @@ def logit_lens(
     if norms not in get_args(Norms):
         raise ValueError(f"norms={norms!r}; give one of {', '.join(get_args(Norms))}")
     places = tuple(encoder.sites("resid"))
-    meta = {"method": "logit lens", "norms": NORMS[norms]}
-    return _attributed(encoder, batch, places, lambda text: _lens(encoder, text, norms), contrast, meta, progress)
+    setting = Setting.reading(encoder, batch, progress=progress)
+    record = setting.record(LENS, norms=NORMS[norms])
+    return _attributed(setting, places, lambda text: _lens(encoder, text, norms), contrast, record)
 
 
 def components(
@@ -244,38 +246,26 @@ def _where(slots: Sequence[Slot], text: _Text) -> Bool[Tensor, "slot pair pos"]:
 Read: TypeAlias = Callable[[_Text], tuple[Float[Tensor, "place pair"], Float[Tensor, "pair"]]]
 
 
-def _attributed(
-    encoder: HookedTextEncoder,
-    batch: Batch,
-    places: tuple[Place, ...],
-    read: Read,
-    contrast: bool,
-    meta: Mapping[str, str],
-    progress: bool,
-) -> Effects:
+def _attributed(setting: Setting, places: tuple[Place, ...], read: Read, contrast: bool, record: Record) -> Effects:
     """The result of reading both texts of every pair, as many pairs at a time as fit."""
-    if batch.direction.shape[1] != encoder.d_embed:
-        raise ValueError(
-            f"the batch's direction has {batch.direction.shape[1]} components, {encoder.name} {encoder.d_embed}"
-        )
-    values = torch.zeros(len(places), len(batch), dtype=encoder.dtype)
-    metrics = torch.zeros(2, len(batch), dtype=torch.float64)
-    bar = progress_bar(len(batch), "pair", "attributing", show=progress)
+    setting.without_hooks("what is read is taken apart by the tower's own weights")
+    encoder, batch = setting.encoder, setting.batch
+    bar = progress_bar(len(batch), "pair", "attributing", show=setting.progress)
+
+    def compute(index: Int[Tensor, "pair"]) -> dict[str, Tensor]:
+        (own, run), (its, other) = (read(text) for text in _both(batch[index]))
+        setting.check_metric(run, index)
+        setting.check_metric(other, index)
+        bar.update(len(index))
+        values = (_difference(its, own) if contrast else own).to(encoder.precision)
+        return {"values": values, "metrics": torch.stack([run, other])}
+
     with torch.inference_mode(), bar:
-        for index in batch.length.argsort(stable=True).split(_at_once(encoder, batch, len(places))):
-            (own, run), (its, other) = (read(text) for text in _both(batch[index]))
-            check_metric(run, index)
-            check_metric(other, index)
-            values[:, index.cpu()] = (_difference(its, own) if contrast else own).to(values)
-            metrics[:, index.cpu()] = torch.stack([run, other]).to(metrics)
-            bar.update(len(index))
-    baseline, difference = metrics[0], metrics[1] - metrics[0]
-    pairs = pairs_frame(batch, batch.sigma.cpu() * difference)
-    if not contrast:
-        pairs["sigma"] = 1
-    said = describe(encoder, batch, method="", source=counterpart, metric=logit) | _said(batch, contrast) | dict(meta)
-    total = difference if contrast else baseline
-    return Effects(values, total.to(values), baseline.to(values), places, pairs, said)
+        found = over_pairs(batch, _at_once(encoder, batch, len(places)), compute)
+    values, (baseline, other) = found["values"], found["metrics"]
+    pairs = setting.pairs(batch.sigma.cpu() * (other - baseline))
+    total = other - baseline if contrast else baseline
+    return Effects(values, total.to(values), baseline.to(values), places, pairs, _said(record, contrast))
 
 
 def _at_once(encoder: HookedTextEncoder, batch: Batch, places: int) -> int:
@@ -285,12 +275,15 @@ def _at_once(encoder: HookedTextEncoder, batch: Batch, places: int) -> int:
     return max(1, min(PAIRS_AT_ONCE, HELD // held))
 
 
-def _said(batch: Batch, contrast: bool) -> dict[str, str]:
-    """What `meta` says of the values' meaning."""
-    run = RUNS.get(batch.run, batch.run)
+def _said(record: Record, contrast: bool) -> Record:
+    """What the values are: of a contrast parts of what lies between the two texts, else of the run's metric, which has
+    no side to turn with."""
     if contrast:
-        return {"run": f"{run} is the run", "values": "C(other) - C(run), of a total of metric(other) - metric(run)"}
-    return {"run": f"{run} is read", "values": "C(run), of a total of metric(run)", "source": "none"}
+        of = "C(other) - C(run), of a total of metric(other) - metric(run)"
+        return replace(record.saying(values=of), source=SourceRecord.of(counterpart))
+    return replace(
+        record.saying(values="C(run), of a total of metric(run)"), metric=replace(record.metric, oriented=False)
+    )
 
 
 def _difference(other: Float[Tensor, "place pair"], run: Float[Tensor, "place pair"]) -> Float[Tensor, "place pair"]:
@@ -327,16 +320,6 @@ def observe(
 
     encoder.tower.run_with_hooks(tokens, return_type=None, fwd_hooks=[(name, keep) for name in every])
     return seen
-
-
-def precise(x: Tensor) -> Tensor:
-    """A tensor in float64 where the device has it: thousands of parts sum to a whole that may be close to 0.
-
-    Example:
-        >>> precise(torch.ones(1)).dtype
-        torch.float64
-    """
-    return x if x.device.type == "mps" else x.double()
 
 
 def read_out(

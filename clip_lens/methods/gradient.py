@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
 from typing import NamedTuple, TypeAlias, TypeVar, cast
@@ -26,10 +26,13 @@ from torch import Tensor
 from clip_lens.core.address import Addresses, Entries
 from clip_lens.core.effects import Effects
 from clip_lens.core.metric import Metric, Readout, logit
+from clip_lens.core.record import Method
 from clip_lens.core.rows import Chunk, chunk_effects
-from clip_lens.core.source import Source, counterpart
+from clip_lens.core.setting import Setting
+from clip_lens.core.source import Function, Source, counterpart
+from clip_lens.core.sweep import sweep
 from clip_lens.data.batch import Batch
-from clip_lens.methods.patching import sweep
+from clip_lens.methods.registry import ATTRIBUTION, BOTH, EAP, EAP_IG
 from clip_lens.model.encoder import Cache, Hook, HookedTextEncoder
 from clip_lens.model.site import LAYOUTS, Edge, Place, Site, hook_name, members
 from clip_lens.model.tower import Block
@@ -43,7 +46,7 @@ def gradient_effects(
     batch: Batch,
     places: Sequence[Place],
     *,
-    source: Source = counterpart,
+    source: Source | Function = counterpart,
     metric: Metric = logit,
     steps: int = 1,
     rows: int = 64,
@@ -71,8 +74,8 @@ def gradient_effects(
         >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
         >>> batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder)
         >>> effects = gradient_effects(encoder, batch, encoder.edges(), steps=5)
-        >>> effects.values.shape, effects.meta["method"]
-        (torch.Size([1108, 8]), 'EAP-IG, 5 steps')
+        >>> effects.values.shape, effects.record.method.title, effects.record.settings["steps"]
+        (torch.Size([1108, 8]), 'EAP-IG', 5)
     """
     if not isinstance(steps, Integral) or steps < 1:
         raise ValueError(f"steps={steps!r}: the gradient is averaged over a whole number of steps, 1 or more")
@@ -80,32 +83,27 @@ def gradient_effects(
         raise ValueError(
             f"{encoder.name} was loaded in torch.inference_mode, which keeps no gradients; load it outside"
         )
-    score = partial(chunk_attributions, steps=steps)
-    also = [EMBEDDING] if steps > 1 else []
+    setting = Setting.of(encoder, batch, source=source, metric=metric, rows=rows, progress=progress)
+    setting.without_hooks("gradients are taken through parts of runs")
+    score, also = partial(chunk_attributions, steps=steps), [EMBEDDING] if steps > 1 else []
+    record = setting.record(method_of(places, steps), **conventions(steps))
     with torch.inference_mode(False):
-        effects = sweep(
-            encoder,
-            batch,
-            places,
-            score,
-            source=source,
-            metric=metric,
-            rows=rows,
-            progress=progress,
-            also=also,
-            gradients=True,
-        )
-    return replace(effects, meta={**effects.meta, **conventions(effects.places, steps)})
+        return sweep(setting, places, score, record, also=also, gradients=True)
 
 
-def conventions(places: Iterable[Place], steps: int) -> dict[str, str]:
-    """The lines of `meta` that say which attribution it is, and where its gradient is taken."""
+def method_of(places: Iterable[Place], steps: int) -> Method:
+    """Which attribution it is: that of sites, of edges, with or without steps."""
     of_edges = {isinstance(member, Edge) for place in places for member in members(place)}
-    names = {True: "EAP-IG" if steps > 1 else "EAP", False: "attribution patching"}
-    method = " and ".join(names[kind] for kind in sorted(of_edges))
+    if of_edges == {True, False}:
+        return BOTH
+    return ATTRIBUTION if of_edges == {False} else EAP_IG if steps > 1 else EAP
+
+
+def conventions(steps: int) -> dict[str, str | int]:
+    """The settings that say where the gradient is taken."""
     line = f"mean over the input embeddings other + k/{steps} (run - other), k = 1..{steps}"
     return {
-        "method": f"{method}, {steps} steps" if steps > 1 else method,
+        "steps": steps,
         "gradient": line if steps > 1 else "at the run",
         "difference": "source minus run, both unpatched",
     }

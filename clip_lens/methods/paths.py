@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from itertools import accumulate, pairwise
+from typing import Literal, TypeAlias, get_args
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from clip_lens.core.address import Addresses, address
 from clip_lens.core.effects import Effects
-from clip_lens.core.metric import Metric, logit
-from clip_lens.core.rows import patchable
-from clip_lens.core.source import Source, counterpart
-from clip_lens.core.via import via
+from clip_lens.core.metric import Metric, Readout, logit
+from clip_lens.core.rows import Chunk, chunk_effects, needed
+from clip_lens.core.setting import Setting
+from clip_lens.core.source import Function, Source, counterpart
+from clip_lens.core.sweep import Part, sweep, swept, unpatched
+from clip_lens.core.via import intervened
 from clip_lens.data.batch import Batch
-from clip_lens.methods.patching import patch_effects
+from clip_lens.methods.registry import PATHS, PATHS_THROUGH_MLPS
 from clip_lens.model.encoder import HookedTextEncoder
-from clip_lens.model.site import Edge, Place, Site, precedes
+from clip_lens.model.site import Edge, Place, Site, hook_name, precedes
 
 Through = Literal["direct", "mlp"]
-METHODS = {"direct": "path patching, direct", "mlp": "path patching through MLPs, attention frozen"}
-Ends = Site | tuple[Site, ...]
+METHODS = {"direct": PATHS, "mlp": PATHS_THROUGH_MLPS}
+Ends: TypeAlias = Site | tuple[Site, ...]
+Path: TypeAlias = tuple[Ends, Ends, Place]
 
 
 def path_effects(
@@ -30,7 +37,7 @@ def path_effects(
     receivers: Sequence[Ends],
     *,
     through: Through = "direct",
-    source: Source = counterpart,
+    source: Source | Function = counterpart,
     metric: Metric = logit,
     rows: int = 256,
     progress: bool = True,
@@ -39,9 +46,9 @@ def path_effects(
 
     `through="direct"` patches only the edge between them (Goldowsky-Dill et al. 2023). `through="mlp"` patches the
     sender, holds every other head at its unpatched output, lets the MLPs recompute, and patches the receiver with what
-    arrives (Wang et al. 2023). A tuple of senders or of receivers is one joint
-    set; a site without unit, such as `Site("k", 2)`, is all heads of its layer. Combinations in which no receiver
-    comes after a sender are no paths and left out; `effects.index` says what there is.
+    arrives (Wang et al. 2023). A tuple of senders or of receivers is one joint set; a
+    site without unit, such as `Site("k", 2)`, is all heads of its layer. Combinations in which no receiver comes after a
+    sender are no paths and left out; `effects.index` says what there is.
 
     Raises:
         ValueError: no path at all, a place that the encoder or the batch does not have, or, through MLPs, the output
@@ -60,26 +67,59 @@ def path_effects(
     paths = existing_paths(senders, receivers)
     if through == "mlp" and any(len(_ends(r)) > 1 and Site("out") in _ends(r) for r in receivers):
         raise ValueError("out is a receiver of its own through MLPs: it can't be joined with others")
-    places = [place for _, _, place in paths]
+    setting = Setting.of(encoder, batch, source=source, metric=metric, rows=rows, progress=progress)
     if through == "direct":
-        effects = patch_effects(encoder, batch, places, source=source, metric=metric, rows=rows, progress=progress)
-        return replace(effects, meta={**effects.meta, "method": METHODS[through]})
-    parts = {
-        sender: patch_effects(
-            encoder, batch, [_arrival(r, encoder) for s, r, _ in paths if s == sender],
-            source=via(sender, source=source, freeze=("head",)), metric=metric, rows=rows, progress=progress,
-        )
-        for sender in dict.fromkeys(s for s, _, _ in paths)
-    }  # fmt: skip
-    lines = {sender: iter(part.values) for sender, part in parts.items()}
-    values = torch.stack([next(lines[sender]) for sender, _, _ in paths])
-    whole = patch_effects(encoder, batch, [Site("resid", encoder.n_layers)], source=source, metric=metric, rows=rows)
-    meta = {**whole.meta, "method": METHODS[through]}
-    values = values.masked_fill(~patchable(encoder, batch, places, source, rows), float("nan"))
-    return Effects(values, whole.total, whole.baseline, tuple(places), whole.pairs, meta)
+        return sweep(setting, [place for _, _, place in paths], chunk_effects, setting.record(METHODS[through]))
+    return _through_mlps(setting, paths)
 
 
-def existing_paths(senders: Sequence[Ends], receivers: Sequence[Ends]) -> list[tuple[Ends, Ends, Place]]:
+def _through_mlps(setting: Setting, paths: Sequence[Path]) -> Effects:
+    """Every sender of a pair is a row of one intervened run; what arrives is then patched into rows of their own."""
+    places = setting.patchable([place for _, _, place in paths])
+    senders = [*dict.fromkeys(sender for sender, _, _ in paths)]
+    receivers = [*dict.fromkeys(receiver for _, receiver, _ in paths)]
+    sites: list[list[Place]] = [
+        [*senders],
+        [_arrival(receiver, setting.encoder) for receiver in receivers],
+        [setting.everything],
+    ]
+    addresses = address([*places, *(site for some in sites for site in some)], setting.encoder, setting.batch)
+    ends = [*accumulate(map(len, (places, *sites)))]
+    edges, sending, arriving, whole = (addresses.some(*span) for span in pairwise([0, *ends]))
+    frozen = [*dict.fromkeys(hook_name(site, setting.encoder.n_layers) for site in setting.encoder.sites("head"))]
+    lines = torch.tensor([(senders.index(s), receivers.index(r)) for s, r, _ in paths]).T
+
+    def parts(advance: Callable[[int], object]) -> Iterator[Part]:
+        for index, chunk, readout in setting.chunks(addresses, own=frozen):
+            moved = _moved(setting, replace(chunk, addresses=sending), arriving, readout, frozen)
+            exists = needed(replace(chunk, addresses=edges))[0]
+            total = chunk_effects(
+                replace(chunk, addresses=whole), setting.metric, readout, setting.rows, lambda done: None
+            )
+            advance(exists.numel())
+            values = moved[lines[0], lines[1]].masked_fill(~exists, float("nan"))
+            yield index, {"values": values, "total": total[0], **unpatched(setting, chunk, readout)}
+
+    return swept(setting, places, parts, setting.record(METHODS["mlp"]), len(places) * len(setting.batch))
+
+
+def _moved(
+    setting: Setting, chunk: Chunk, arriving: Addresses, readout: Readout, frozen: Sequence[str]
+) -> Float[Tensor, "sender receiver pair"]:
+    """What each receiver moves in each pair when it reads what arrives of each sender, at which `chunk` is addressed."""
+    every, pairs = torch.arange(len(chunk.addresses)), torch.arange(len(chunk.batch), device=chunk.first.device)
+    found = []
+    for some in every.split(max(1, setting.rows // len(pairs))):
+        place, pair = some.to(pairs).repeat_interleave(len(pairs)), pairs.repeat(len(some))
+        arrived = intervened(chunk, place, pair, frozen, arriving.hooked)
+        rows = chunk.rows(pair)
+        rows = replace(rows, addresses=arriving, source={**rows.source, **arrived}, first=torch.zeros_like(pair))
+        values = chunk_effects(rows, setting.metric, readout.rows(pair), setting.rows, lambda done: None)
+        found.append(values.unflatten(1, (len(some), len(pairs))).movedim(1, 0))
+    return torch.cat(found)
+
+
+def existing_paths(senders: Sequence[Ends], receivers: Sequence[Ends]) -> list[Path]:
     """Sender, receiver and place of every path there is: an edge, or the edges of a joint set.
 
     Raises:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pandas import DataFrame
 from torch import Tensor
 
 from clip_lens.core.metric import Readout, logit
+from clip_lens.core.setting import Setting, over_pairs, pairs_frame
 from clip_lens.core.source import CHUNK
 from clip_lens.core.table import sides_of
 from clip_lens.data.batch import Batch
-from clip_lens.methods.patching import check_metric, pairs_frame
 from clip_lens.methods.statistics import proportion
 from clip_lens.model.encoder import HookedTextEncoder
 
@@ -43,20 +43,18 @@ def pair_scores(encoder: HookedTextEncoder, batch: Batch) -> PairScores:
         >>> pair_scores(encoder, batch).d.shape
         torch.Size([3])
     """
-    if batch.direction.shape[1] != encoder.d_embed:
-        raise ValueError(
-            f"the batch's direction has {batch.direction.shape[1]} components, {encoder.name} {encoder.d_embed}"
-        )
-    parts = []
+    Setting.reading(encoder, batch)
+
+    def compute(index: Int[Tensor, "pair"]) -> dict[str, Tensor]:
+        run, other = encoder(batch.tokens[index]), encoder(batch.other[index])
+        readout = Readout(batch.direction[index], run, other)
+        scores = torch.stack([logit(run, readout), logit(other, readout)])
+        Setting.check_metric(scores.sum(0), index)
+        caption, foil = torch.where(batch.sigma[index] > 0, scores.flip(0), scores)
+        return {"caption": caption, "foil": foil, "d": caption - foil, "cosine": (run * other).sum(-1)}
+
     with torch.inference_mode():
-        for index in torch.arange(len(batch), device=encoder.device).split(CHUNK):
-            run, other = encoder(batch.tokens[index]), encoder(batch.other[index])
-            readout = Readout(batch.direction[index], run, other)
-            scores = torch.stack([logit(run, readout), logit(other, readout)])
-            check_metric(scores.sum(0), index)
-            caption, foil = torch.where(batch.sigma[index] > 0, scores.flip(0), scores)
-            parts.append(torch.stack([caption, foil, caption - foil, (run * other).sum(-1)]).cpu())
-    return PairScores(*torch.cat(parts, 1))
+        return PairScores(**over_pairs(batch, CHUNK, compute))
 
 
 def scores(encoder: HookedTextEncoder, batch: Batch, *, interval: float = 0.95) -> DataFrame:

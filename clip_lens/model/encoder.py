@@ -17,6 +17,7 @@ from torch import Tensor
 from clip_lens.model.convert import Pool
 from clip_lens.model.site import LAYOUTS, Edge, Kind, Site, order, precedes, readers, writers
 from clip_lens.model.tower import HookedTextTower
+from clip_lens.originals.original import digest
 
 Hook: TypeAlias = tuple[str, Callable[..., Tensor | None]]
 Cache: TypeAlias = Mapping[str, Shaped[Tensor, "pair ..."]]
@@ -27,8 +28,9 @@ class HookedTextEncoder:
 
         texts -> tokenizer -> tokens -> tower (TransformerLens hooks) -> pooled position -> / norm -> pair d_embed
 
-    `scale` is exp(logit_scale): `scale * <text, image>` is CLIP's logit. `digest` names the text tower's weights,
-    `image_digest` those of the image tower that was dropped at loading.
+    `scale` is exp(logit_scale): `scale * <text, image>` is CLIP's logit. `digest` names the text tower's weights as
+    they are now, `image_digest` those of the image tower that was dropped at loading. The tower runs in `dtype`; what
+    it says is given, and counted, in `precision`.
 
     Example:
         >>> encoder = clip_lens.load()
@@ -44,29 +46,46 @@ class HookedTextEncoder:
         scale: float,
         name: str,
         pretrained: str | None = None,
-        digest: str = "",
         image_digest: str | None = None,
         vocabulary: frozenset[int] | None = None,
     ):
         self.tower, self.pool, self.scale = tower, pool, scale
-        self.name, self.pretrained, self.digest, self.image_digest = name, pretrained, digest, image_digest
+        self.name, self.pretrained, self.image_digest = name, pretrained, image_digest
         self.vocabulary = vocabulary
         self._pad = int(self._raw_tokens([""])[0, -1]) if tower.tokenizer is not None else 0
 
     device = property(lambda self: self.tower.W_U.device)
     dtype = property(lambda self: self.tower.W_U.dtype)
+    precision = property(
+        lambda self: torch.promote_types(self.dtype, torch.float32),
+        doc="The dtype of embeddings, metrics and sums: float32, or float64 where the tower runs in it.",
+    )
+    hooked = property(lambda self: self.tower.hooked, doc="The tower's modules that bear hooks right now, by name.")
     causal = property(lambda self: self.tower.causal)
     n_layers = property(lambda self: self.tower.cfg.n_layers)
     n_heads = property(lambda self: self.tower.cfg.n_heads)
     d_embed = property(lambda self: self.tower.W_U.shape[1])
     n_ctx = property(lambda self: self.tower.cfg.n_ctx)
 
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits for the text tower's weights as they are now: an edit in place gives others.
+
+        Example:
+            >>> encoder = clip_lens.load()
+            >>> before = encoder.digest
+            >>> encoder.tower.blocks[2].attn.W_O[1].zero_(), encoder.digest == before
+            (tensor(...), False)
+        """
+        return digest(dict(self.tower.named_parameters()))
+
     def _raw_tokens(self, texts: Sequence[str], longer: int = 0) -> Int[Tensor, "pair pos"]:
         if self.tower.tokenizer is None:
             raise ValueError(f"{self.name} was loaded without a tokenizer; give tokens, or load(module, tokenizer=...)")
         number = {text: index for index, text in enumerate(dict.fromkeys(texts))}
         wider = {"context_length": self.n_ctx + longer} if longer else {}
-        return self.tower.tokenizer(list(number), **wider)[[number[text] for text in texts]]
+        with self.tower.turn:  # a tokenizer of transformers' keeps the length to pad to
+            return self.tower.tokenizer(list(number), **wider)[[number[text] for text in texts]]
 
     def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "pair pos"]:
         """The token ids of texts, padded to the context.
@@ -123,8 +142,9 @@ class HookedTextEncoder:
 
     def cut(self, tokens: Int[Tensor, "pair pos"]) -> Int[Tensor, "pair cut"]:
         """The tokens up to the longest text's end. Exact in causal towers, in which nothing reads what lies behind it;
-        a tower that reads its padding gets every position."""
-        if not self.causal or self.pool.type == "last" or len(tokens) == 0:
+        a tower that reads its padding gets every position, and so does one that is `hooked`, so that a hook finds the
+        positions that it addresses, whichever texts are run together."""
+        if not self.causal or self.pool.type == "last" or len(tokens) == 0 or self.hooked:
             return tokens
         return tokens[:, : int(self.length(tokens).max())]
 
@@ -137,8 +157,8 @@ class HookedTextEncoder:
     def read(
         self, y: Float[Tensor, "pair pos d_embed"], at: Int[Tensor, "pair"] | int
     ) -> Float[Tensor, "pair d_embed"]:
-        """The unit embedding at one position of each row."""
-        return F.normalize(y[torch.arange(len(y), device=y.device), at], dim=-1)
+        """The unit embedding at one position of each row, in `precision`."""
+        return F.normalize(y[torch.arange(len(y), device=y.device), at].to(self.precision), dim=-1)
 
     def __call__(
         self, texts: str | Sequence[str] | Int[Tensor, "pair pos"], hooks: Sequence[Hook] = ()
@@ -182,9 +202,10 @@ class HookedTextEncoder:
         """
         chosen = None if names is None else {names} if isinstance(names, str) else set(names)
         self._known([*(chosen or ()), *(name for name, _ in hooks)])
+        tokens = self.tokens(texts)
         with self.tower.hooks(fwd_hooks=list(hooks)):
             _, cache = self.tower.run_with_cache(
-                self.tokens(texts), names_filter=chosen, return_cache_object=False, return_type="logits"
+                tokens, names_filter=chosen, return_cache_object=False, return_type="logits"
             )
         return cast(Cache, cache)
 

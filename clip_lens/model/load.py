@@ -28,7 +28,7 @@ def load(
     tokenizer: Callable[..., Any] | None = None,
     scale: float | None = None,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> HookedTextEncoder:
     """The hooked text encoder of a CLIP model; its image tower is dropped.
 
@@ -37,6 +37,10 @@ def load(
     `save_pretrained` wrote (CLIPModel, CLIPTextModelWithProjection, SiglipModel, SiglipTextModel; nothing is
     downloaded), or a module of either library in memory, which is copied and left as it is. The copy is compared with
     the original on a few texts before it is handed out.
+
+    `dtype` is what the tower runs in; None leaves the weights as they are read: float32, also where a file or a module
+    holds half precision, and float64 of a module in memory that is in float64. In bfloat16 and float16 it is the tower
+    alone that is imprecise: embeddings, metrics and sums are float32.
 
     `tokenizer` takes the place of the model's own, and a module in memory has none without it; it is called as
     open_clip's are, or is one of transformers'. `scale`, exp(logit_scale), is for a text tower that came alone and so
@@ -85,7 +89,6 @@ def _encoder(original: Original, scale: float | None) -> HookedTextEncoder:
         scale=_scale(module, scale, original.name),
         name=original.name,
         pretrained=original.pretrained,
-        digest=digest(dict(tower.named_parameters())),
         image_digest=None if visual is None else digest(visual.state_dict()),
         vocabulary=original.vocabulary,
     )
@@ -107,11 +110,12 @@ def _scale(module: Any, given: float | None, name: str) -> float:
 
 
 def _full_precision(module: nn.Module) -> nn.Module:
-    """The module itself, or a float32 copy of its text tower if it has half precision weights, which float32 holds
-    exactly: compared at half precision, nothing could be told from rounding."""
-    if all(parameter.dtype in (torch.float32, torch.float64) for parameter in module.parameters()):
-        return module
+    """The module itself, or a copy of its text tower with half precision weights in float32, which holds them exactly:
+    compared at half precision, nothing could be told from rounding."""
     visual = getattr(module, "visual", None)
+    image = set() if visual is None else set(visual.parameters())
+    if all(parameter.dtype in (torch.float32, torch.float64) for parameter in set(module.parameters()) - image):
+        return module
     dropped = [] if visual is None else [visual, *visual.children()]
     memo: dict[int, nn.Module] = {id(part): nn.Identity() for part in dropped}
     return copy.deepcopy(module, memo).float()

@@ -18,9 +18,12 @@ Split inputs, `hook_mlp_in` and `hook_result` need no flag: they are computed wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
 from math import sqrt
-from typing import Any, Literal
+from threading import RLock
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +36,39 @@ from transformer_lens.HookedRootModule import HookedRootModule
 
 ON_DEMAND = ("hook_q_input", "hook_k_input", "hook_v_input", "hook_mlp_in", "hook_result")
 """Hooks that cost, or that would change which path is computed: cached only when they are asked for by name."""
+
+
+PYTORCH_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module keeps what was registered on it: PyTorch has no public way to ask."""
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+class Turn:
+    """A lock that one thread at a time holds, as often as it likes; a copy of it is a lock of its own."""
+
+    def __init__(self) -> None:
+        self._lock = RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
+        return Turn, ()
+
+
+def _in_turn(method: Callable[P, R]) -> Callable[P, R]:
+    """The method of a tower, run while no other thread runs the tower or has hooks on it."""
+
+    @wraps(method)
+    def waiting(*args: P.args, **kwargs: P.kwargs) -> R:
+        with args[0].turn:
+            return method(*args, **kwargs)
+
+    return waiting
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
@@ -65,9 +101,10 @@ class LayerNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         if not (self.hook_scale.has_hooks() or self.hook_normalized.has_hooks()):
             return F.layer_norm(x, self.w.shape, self.w, self.b, self.eps)
-        centred = x - x.mean(-1, keepdim=True)
-        scale = self.hook_scale((centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
-        return self.hook_normalized(centred / scale) * self.w + self.b
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # squares of float16 overflow above 256
+        centred = wide - wide.mean(-1, keepdim=True)
+        scale = self.hook_scale((centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt().to(x.dtype))
+        return self.hook_normalized((centred / scale).to(x.dtype)) * self.w + self.b
 
 
 class Attention(nn.Module):
@@ -213,6 +250,10 @@ class HookedTextTower(HookedRootModule):
     `run_with_hooks` and `hooks()` take the same arguments. What differs: the output is an embedding, so `W_U` is the
     text projection (d_model x d_embed), a "logit" is a direction in the joint space, and `return_type="loss"` does not
     exist. Weights are frozen: for gradients, make the embedding (`hook_embed`) a leaf.
+
+    Threads take turns: a forward pass, and a `with tower.hooks(...)` from its beginning to its end, have the tower for
+    themselves, since hooks on a module act on every thread's runs. Waiting inside such a block for another thread that
+    runs the same tower waits for ever; a copy of the tower (`copy.deepcopy`) has a turn of its own.
     """
 
     def __init__(
@@ -227,7 +268,7 @@ class HookedTextTower(HookedRootModule):
         tokenizer: Callable[..., Tensor] | None = None,
     ):
         super().__init__()
-        self.cfg, self.tokenizer = cfg, tokenizer
+        self.cfg, self.tokenizer, self.turn = cfg, tokenizer, Turn()
         self.W_E, self.W_pos, self.W_U, self.b_U = _frozen(W_E), _frozen(W_pos), _frozen(W_U), _frozen(b_U)
         self.blocks, self.ln_final = nn.ModuleList(blocks), ln_final
         self.hook_embed, self.hook_pos_embed = HookPoint(), HookPoint()
@@ -238,6 +279,36 @@ class HookedTextTower(HookedRootModule):
     def causal(self) -> bool:
         return self.cfg.attention_dir == "causal"
 
+    @property
+    @_in_turn
+    def hooked(self) -> tuple[str, ...]:
+        """The names of the modules on which something intervenes right now: hooks of either direction, of
+        TransformerLens' or PyTorch's, and a `forward` that was put in the place of the class's own. The tower is "".
+
+        Example:
+            >>> tower = clip_lens.load().tower
+            >>> with tower.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", lambda value, hook: 0 * value)]):
+            ...     tower.hooked
+            ('blocks.0.hook_mlp_out',)
+            >>> tower.hooked
+            ()
+        """
+        return tuple(
+            name
+            for name, module in self.named_modules()
+            if "forward" in vars(module) or any(getattr(module, kind) for kind in PYTORCH_HOOKS)
+        )
+
+    @contextmanager
+    def hooks(self, *args: Any, **kwargs: Any) -> Iterator[HookedTextTower]:
+        """TransformerLens' hooks on this tower inside a `with`, which other threads wait for."""
+        with self.turn, super().hooks(*args, **kwargs):
+            yield self
+
+    add_hook = _in_turn(HookedRootModule.add_hook)
+    reset_hooks = _in_turn(HookedRootModule.reset_hooks)
+
+    @_in_turn
     def embed(self, tokens: Int[Tensor, "pair pos"]) -> Float[Tensor, "pair pos d_model"]:
         """The residual stream that enters block 0: token plus position embedding."""
         positions = self.W_pos[: tokens.shape[1]].repeat(len(tokens), 1, 1)  # a copy: hooks may edit in place
@@ -247,6 +318,7 @@ class HookedTextTower(HookedRootModule):
         """The text projection of a normalised residual stream."""
         return x @ self.W_U + self.b_U
 
+    @_in_turn
     def forward(
         self,
         input: str | list[str] | Tensor,
@@ -326,8 +398,9 @@ class HookedTextTower(HookedRootModule):
             return output, cache
         return output, ActivationCache(cache, self, has_batch_dim=not kwargs.get("remove_batch_dim", False))
 
-    def to(self, *args: Any, **kwargs: Any) -> HookedTextTower:
-        super().to(*args, **kwargs)
+    def _apply(self, *args: Any, **kwargs: Any) -> HookedTextTower:
+        """What `to`, `half`, `double`, `cuda` ... all do."""
+        super()._apply(*args, **kwargs)
         self.cfg.device, self.cfg.dtype = str(self.W_E.device), self.W_E.dtype
         return self
 
@@ -362,14 +435,26 @@ class HookedTextTower(HookedRootModule):
     def tokens_to_residual_directions(
         self, direction: Float[Tensor, "*batch d_embed"]
     ) -> Float[Tensor, "*batch d_model"]:
-        """What a direction of the joint space reads in the final, normalised residual stream: `W_U @ direction`.
+        """What a direction of the joint space reads in the final residual stream, centred and divided by `ln_final`'s
+        scale: `ln_final.w * (W_U @ direction)`.
+
+        That is what TransformerLens' `cache.apply_ln_to_stack` gives, and so what `cache.logit_attrs` takes. What it
+        gives of everything that is written sums to `y @ direction` less the constant
+        `(ln_final.b @ W_U + b_U) @ direction`. (`cache.accumulated_resid(apply_ln=True)` has applied all of `ln_final`:
+        its rows are read by `tower.unembed`.)
 
         Raises:
             TypeError: tokens were given: CLIP has no vocabulary to unembed to.
+
+        Example:
+            >>> tower = clip_lens.load().tower
+            >>> y, cache = tower.run_with_cache("There are no circles.")
+            >>> cache.logit_attrs(cache.decompose_resid(), y[0, 6]).shape  # of each part written, at each position
+            torch.Size([14, 1, 77])
         """
         if not isinstance(direction, Tensor) or not direction.is_floating_point():
             raise TypeError(f"CLIP's output is an embedding: give a direction with {self.cfg.d_vocab_out} components")
-        return direction @ self.W_U.T
+        return (direction @ self.W_U.T) * self.ln_final.w
 
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True

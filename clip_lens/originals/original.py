@@ -33,7 +33,9 @@ class Original:
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """A sha256 over names, shapes and float32 bytes of tensors: the same weights give the same 16 hexadecimal digits.
+    """A sha256 over names, shapes and numbers of tensors: the same weights give the same 16 hexadecimal digits.
+
+    Numbers are hashed as float32, tensors that it does not hold exactly as float64.
 
     Example:
         >>> digest({"w": torch.ones(2)}) == digest({"w": torch.ones(2, dtype=torch.float64)})
@@ -41,10 +43,17 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     """
     hasher = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().to("cpu", torch.float32).contiguous()
+        tensor = _exact(tensors[name].detach().cpu()).contiguous()
         hasher.update(f"{name}{tuple(tensor.shape)}".encode())
         hasher.update(memoryview(tensor.numpy()).cast("B") if tensor.numel() else b"")  # type: ignore[arg-type]
     return hasher.hexdigest()[:16]
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    single = tensor.float()
+    if tensor.dtype not in (torch.float64, torch.int32, torch.int64) or torch.equal(single.double(), tensor.double()):
+        return single
+    return tensor.double()
 
 
 def in_one_line(error: Exception) -> str:

@@ -1,6 +1,9 @@
 """Batch: alignment against brute force, slots word by word, what is dropped and what is refused."""
 
 import re
+from dataclasses import replace
+from itertools import combinations
+from random import Random
 
 import open_clip
 import pandas as pd
@@ -224,6 +227,12 @@ def test_shared_counts_leading_tokens_and_an_index_takes_pairs(causal):
         assert all(torch.equal(getattr(part, name), getattr(batch, name)[1:]) for name in TENSORS)
 
 
+def test_one_number_takes_a_batch_of_one_pair(causal):
+    batch = aligned(causal, REPHRASED, INSERTED, LONGER)
+    assert len(batch[-1]) == 1 and batch[-1].pairs.key == batch[2:].pairs.key
+    assert all(torch.equal(getattr(batch[-1], name), getattr(batch, name)[2:]) for name in TENSORS)
+
+
 def test_direction_is_scale_times_image_and_along_replaces_it(causal):
     pairs = make(REPHRASED, INSERTED)
     store = random_store(pairs, 8)
@@ -236,6 +245,158 @@ def test_direction_is_scale_times_image_and_along_replaces_it(causal):
         batch.along(torch.ones(7))
     with pytest.raises(ValueError, match="not finite"):
         batch.along(torch.tensor([float("nan")] + [1.0] * 7))
+
+
+# What a batch knows of its chunks, slots and counterparts
+
+
+@pytest.fixture(scope="module")
+def mixed(causal):
+    """Texts of several lengths, one of them without a template, one with an inserted and one with a swapped word."""
+    texts = (LONGER, INSERTED, SWAPPED, ("Dogs run.", "No dogs run."), REPHRASED, ("a b c d e", "e d c b a f"))
+    return aligned(causal, *texts, run="caption")
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 6, 100])
+def test_chunks_have_every_pair_once_the_shortest_first(mixed, n):
+    chunks = [index.tolist() for index in mixed.chunks(n)]
+    every = [row for chunk in chunks for row in chunk]
+    assert every == sorted(range(6), key=lambda row: (int(mixed.length[row]), row))
+    assert [len(chunk) for chunk in chunks] == [n] * (6 // n) + [6 % n] * (6 % n > 0)
+
+
+def test_chunks_of_nothing_and_of_no_size(mixed):
+    assert list(mixed[[]].chunks(3)) == []
+    for n in (0, -1):
+        with pytest.raises(ValueError, match=f"at least 1 pair, got n={n}"):
+            mixed.chunks(n)
+
+
+def test_where_is_every_position_of_a_slot_within_the_text(mixed):
+    rows = range(len(mixed))
+    names = [[name if at < mixed.length[row] else "" for at, name in enumerate(slots_of(mixed, row))] for row in rows]
+    for slot in mixed.slots:
+        assert mixed.where(slot).tolist() == [[name == slot for name in line] for line in names], slot
+    width = mixed.tokens.shape[1]
+    for position in range(width):
+        expected = [[at == position < mixed.length[row] for at in range(width)] for row in rows]
+        assert mixed.where(position).tolist() == expected
+    assert mixed.where(None).sum(1).tolist() == mixed.length.tolist()
+    assert not mixed.where(width).any()
+
+
+def test_where_stays_inside_whatever_the_slots_say(mixed):
+    beyond = replace(mixed, slot=torch.zeros_like(mixed.slot), length=torch.full_like(mixed.length, 2))
+    assert beyond.where("sot").sum(1).tolist() == [2] * 6 and beyond.where("sot")[:, :2].all()
+    assert not beyond.where(2).any() and beyond.where(1).sum() == 6
+
+
+def test_where_says_which_slots_there_are(mixed):
+    with pytest.raises(ValueError, match=r"no slot 'verb'; the batch has sot, prefix, there, be, .*eot"):
+        mixed.where("verb")
+
+
+def test_occurring_slots_are_those_that_some_run_has(mixed):
+    assert mixed.occurring == tuple(slot for slot in mixed.slots if mixed.where(slot).any())
+    assert mixed.occurring == ("sot", "there", "be", "negator", "subject", "subject_rest", "stop", "eot")
+    assert mixed[3].occurring == ("sot", "eot") and mixed[[]].occurring == ()
+
+
+@pytest.mark.parametrize("tower", ["causal", "bidirectional", "pooled_last"])
+def test_inverse_and_origin_name_each_other(tower, request):
+    batch = aligned(request.getfixturevalue(tower), LONGER, INSERTED, SWAPPED, REPHRASED, run="caption")
+    forth = {(row, p, int(q)) for row, line in enumerate(batch.origin) for p, q in enumerate(line) if q >= 0}
+    back = {(row, int(p), q) for row, line in enumerate(batch.inverse) for q, p in enumerate(line) if p >= 0}
+    assert forth == back and batch.inverse.shape == batch.other.shape
+    assert batch.inverse is batch.inverse and torch.equal(batch.flip().inverse, batch.origin)
+
+
+def test_an_index_has_its_own_inverse(mixed):
+    assert torch.equal(mixed.inverse[2:4], mixed[2:4].inverse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool])
+def test_moved_values_stand_at_their_counterparts(mixed, dtype):
+    value = torch.randn(3, 2, *mixed.other.shape, generator=torch.Generator().manual_seed(0)).mul(9).to(dtype)
+    moved = mixed.moved(value)
+    assert moved.dtype == dtype and moved.shape == (3, 2, *mixed.tokens.shape)
+    for row, line in enumerate(mixed.origin.tolist()):
+        for at, origin in enumerate(line):
+            expected = value[..., row, origin] if origin >= 0 else torch.zeros(3, 2, dtype=dtype)
+            assert torch.equal(moved[..., row, at], expected)
+    back = mixed.moved(mixed.tokens, inverse=True)
+    assert torch.equal(back, mixed.flip().moved(mixed.tokens))
+    assert torch.equal(mixed.moved(back), mixed.tokens.where(mixed.origin >= 0, 0))
+
+
+def test_what_has_no_counterpart_is_zero_even_where_nothing_is_finite(mixed):
+    moved = mixed.moved(torch.full(mixed.other.shape, torch.nan))
+    assert torch.equal(moved.isnan(), mixed.origin >= 0) and (moved[mixed.origin < 0] == 0).all()
+
+
+def test_values_of_the_wrong_text_are_not_moved(mixed):
+    assert mixed.tokens.shape != mixed.other.shape
+    with pytest.raises(ValueError, match=r"values of the other have the shape \[\.\.\., 6, \d+\], got \(2, 6, \d+\)"):
+        mixed.moved(torch.ones(2, *mixed.tokens.shape))
+    with pytest.raises(ValueError, match="values of the run have"):
+        mixed.moved(mixed.other, inverse=True)
+
+
+def test_digest_is_that_of_what_the_batch_holds(mixed):
+    for name in TENSORS:
+        changed = getattr(mixed, name).clone()
+        changed[0, ...] += 1
+        assert replace(mixed, **{name: changed}).digest != mixed.digest, name
+    assert replace(mixed, slots=mixed.slots[::-1]).digest != mixed.digest
+    copied = replace(mixed, **{name: getattr(mixed, name).clone() for name in TENSORS}, dropped=mixed.dropped[:0])
+    assert copied.digest == mixed.digest == mixed.flip().flip().digest
+    assert len(mixed.digest) == 16 and mixed[:3].digest != mixed.digest
+
+
+def test_digest_is_computed_at_use_and_exact_in_double_precision(mixed):
+    batch = replace(mixed, direction=mixed.direction.double())
+    assert batch.digest == mixed.digest
+    before = batch.digest
+    batch.direction[0, 0] *= 1 + 1e-12
+    assert batch.digest != before
+
+
+def linked(pairs):
+    """For each pair its group by text, by joining whatever shares a text or an image until nothing changes."""
+    groups = list(range(len(pairs)))
+    things = [{*texts, ("image", image)} for *texts, image in zip(pairs.caption, pairs.foil, pairs.image, strict=True)]
+    for _ in pairs.key:
+        for one, two in combinations(range(len(pairs)), 2):
+            if things[one] & things[two]:
+                groups[one] = groups[two] = min(groups[one], groups[two])
+    return groups
+
+
+def test_a_split_by_text_shares_neither_texts_nor_images(causal):
+    words = [f"{colour} {thing}" for colour in ("red", "blue", "green") for thing in ("dog", "cat", "cow", "hen")]
+    draw = Random(0)
+    rows = [(f"a {words[(row + draw.choice((0, 1))) % 12]}", f"no {words[row % 12]}") for row in range(24)]
+    pairs = Pairs([*map(str, range(24))], *zip(*rows, strict=True), [f"{row % 20}.png" for row in range(24)])
+    batch = align(pairs, random_store(pairs, 8), causal, run="caption")
+    groups = linked(pairs)
+    assert 2 < len(set(groups)) < 20
+    for seed in range(20):
+        first, second = batch.split(0.4, seed, by="text")
+        assert len(first) + len(second) == 24 and len(first) and len(second)
+        assert not {*first.pairs.caption, *first.pairs.foil} & {*second.pairs.caption, *second.pairs.foil}
+        assert not {*first.pairs.image} & {*second.pairs.image}
+        assert first.pairs.key == pairs.split(0.4, seed, by="text")[0].key
+        assert first.held_out == second.held_out == first.flip().held_out == first[:1].held_out == "by text"
+    assert [part.held_out for part in batch.split(0.4)] == ["by image"] * 2 and batch.held_out == ""
+    by_image = batch.split(0.5, 0)
+    assert {*by_image[0].pairs.foil} & {*by_image[1].pairs.foil}
+
+
+def test_texts_that_are_the_same_to_the_tokenizer_stay_together(causal):
+    batch = aligned(causal, ("Red dogs.", "No dogs."), ("RED  dogs.", "No cats."), REPHRASED, run="caption")
+    for seed in range(8):
+        parts = batch.split(0.5, seed, by="text")
+        assert {part.pairs.key for part in parts} == {("pair 0", "pair 1"), ("pair 2",)}
 
 
 # Slots

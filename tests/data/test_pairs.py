@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import networkx
 import numpy as np
 import pandas as pd
 import pytest
@@ -249,6 +250,93 @@ def test_split_keeps_images_together_and_loses_nothing(images, fraction, seed):
     assert sorted([*first.key, *second.key]) == sorted(keys)
     assert first == pairs.split(fraction, seed)[0]
     assert abs(len(first) - fraction * len(pairs)) <= max(map(images.count, images))
+
+
+def possible_sizes(groups):
+    """Every number of pairs that some of the groups have together, but for none and all of them."""
+    reached = {0}
+    for size in groups:
+        reached |= {size + other for other in reached}
+    return reached - {0, sum(groups)}
+
+
+@given(
+    texts=st.lists(st.tuples(st.integers(0, 9), st.integers(10, 19)), min_size=2, max_size=30),
+    fraction=st.floats(0.01, 0.99),
+    seed=st.integers(0, 5),
+)
+def test_split_by_text_keeps_chains_of_texts_together(texts, fraction, seed):
+    keys = [str(row) for row in range(len(texts))]
+    captions, foils = ([str(text) for text in column] for column in zip(*texts, strict=True))
+    pairs = Pairs(keys, captions, foils, keys)
+    graph = networkx.Graph([(key, text) for key, both in zip(keys, texts, strict=True) for text in both])
+    sizes = [sum(isinstance(node, str) for node in part) for part in networkx.connected_components(graph)]
+    if len(sizes) == 1:
+        with pytest.raises(ValueError, match=f"by text needs pairs of at least 2 groups .* got {len(keys)} pairs of 1"):
+            pairs.split(fraction, seed, by="text")
+        return
+    first, second = pairs.split(fraction, seed, by="text")
+    assert not {*first.caption, *first.foil} & {*second.caption, *second.foil}
+    assert sorted([*first.key, *second.key], key=int) == keys and len(first) and len(second)
+    assert first == pairs.split(fraction, seed, by="text")[0]
+    best = min(abs(size - fraction * len(pairs)) for size in possible_sizes(sizes))
+    assert abs(len(first) - fraction * len(pairs)) <= best + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_parts_come_as_close_as_a_large_group_allows(seed):
+    rows = range(40)
+    pairs = Pairs(
+        [f"k{row}" for row in rows],
+        ["the same" if row < 25 else f"a {row}" for row in rows],
+        [f"no {row}" for row in rows],
+        [f"{row}.png" for row in rows],
+    )
+    for fraction, size in ((0.3, 12), (0.5, 15), (0.6, 25), (0.7, 28), (0.99, 39), (0.01, 1)):
+        first, second = pairs.split(fraction, seed, by="text")
+        assert (len(first), len(second)) == (size, 40 - size)
+        assert ("the same" in first.caption) == (size >= 25)
+
+
+def test_both_parts_have_their_share_of_large_groups():
+    rows = range(60)
+    captions = [f"a {row // 10}" if row < 40 else f"a {row}" for row in rows]
+    pairs = Pairs([*map(str, rows)], captions, [f"no {row}" for row in rows], [*map(str, rows)])
+    drawn = [pairs.split(0.5, seed, by="text") for seed in range(10)]
+    assert all(sum(int(key) < 40 for key in part.key) == 20 for parts in drawn for part in parts)
+    assert len({first.key for first, _ in drawn}) > 5
+
+
+def test_split_by_text_joins_pairs_of_one_image():
+    pairs = Pairs("abcd", ["a 1", "a 2", "a 3", "a 4"], ["no 1", "no 2", "no 3", "no 4"], "xxyz")
+    for seed in range(10):
+        assert any(set("ab") <= set(part.key) for part in pairs.split(0.5, seed, by="text"))
+
+
+def test_a_text_may_be_named_like_an_image():
+    pairs = Pairs("ab", ["x", "p"], ["q", "r"], ["p", "x"])
+    assert [len(part) for part in pairs.split(0.5, by="text")] == [1, 1]
+
+
+def test_split_by_image_draws_what_it_always_drew(many):
+    assert many.split(0.5, 0)[0].key == ("k0", "k1", "k2", "k6", "k7", "k8")
+    numbers = [27, 108, 472, 623, 660, 687, 789, 993, 1154, 1171, 1201, 1276]
+    assert read_pairs("tiny").split(0.01, 3)[0].key == tuple(f"scene-{500000 + number}" for number in numbers)
+
+
+def test_split_refuses_an_unknown_by(many):
+    with pytest.raises(ValueError, match="by='caption'; a split is by one of image, text"):
+        many.split(by="caption")
+
+
+@pytest.mark.parametrize("source", ["tiny", "valse"])
+def test_real_pairs_split_by_text_in_half(source, request):
+    pairs = read_pairs()
+    if source == "valse":
+        pairs = read_pairs(request.getfixturevalue("shared") / "data" / "valse" / "existence.json").rephrased()
+    first, second = pairs.split(0.5, 0, by="text")
+    assert not {*first.caption, *first.foil, *first.image} & {*second.caption, *second.foil, *second.image}
+    assert len(first) == len(second) == len(pairs) // 2
 
 
 def test_split_depends_on_the_seed(many):

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import open_clip
@@ -10,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from towers import random_clip, random_encoder
+from towers import random_clip, random_encoder, random_store
 
 import clip_lens
 from clip_lens.model.encoder import HookedTextEncoder, unseen_words
@@ -234,3 +239,141 @@ def test_reading_takes_one_position_per_row(encoder: HookedTextEncoder) -> None:
     at = torch.tensor([0, 4, 2])
     expected = torch.stack([F.normalize(y[row, position], dim=0) for row, position in enumerate(at.tolist())])
     assert torch.equal(encoder.read(y, at), expected)
+
+
+def test_the_digest_is_that_of_the_weights_as_they_are_now() -> None:
+    encoder, module = random_encoder(layers=2), random_clip(layers=2)
+    first = encoder.digest
+    assert load(module).digest == first  # whoever asks, and with which tokenizer
+    head = encoder.tower.blocks[1].attn.W_O[2]
+    kept, seen = head.clone(), {first}
+    with torch.no_grad():
+        head.zero_()
+    seen.add(encoder.digest)
+    head.data.copy_(kept)
+    assert encoder.digest == first
+    a, b = torch.ones(256, 1), torch.full((1, 64), 1e-3)
+    encoder.tower.blocks[0].mlp.in_weight.data += a @ b  # a low-rank adapter, merged
+    seen.add(encoder.digest)
+    assert len(seen) == 3
+
+
+def test_the_digest_sees_an_edit_that_only_float64_holds() -> None:
+    encoder = random_encoder(layers=2, dtype=torch.float64)
+    before = encoder.digest
+    assert before == random_encoder(layers=2).digest
+    with torch.no_grad():
+        encoder.tower.ln_final.w[3] += 1e-12
+    assert encoder.digest != before
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "allowed"),
+    [
+        (torch.float64, torch.float64, 1e-12),
+        (torch.float32, torch.float32, 1e-6),
+        (torch.float16, torch.float32, 5e-3),
+        (torch.bfloat16, torch.float32, 5e-2),
+    ],
+)
+def test_embeddings_are_precise_whatever_the_tower_runs_in(
+    dtype: torch.dtype, precision: torch.dtype, allowed: float
+) -> None:
+    encoder, exact = random_encoder(layers=2, dtype=dtype), random_encoder(layers=2, dtype=torch.float64)
+    u = encoder(TEXTS)
+    assert (encoder.dtype, encoder.precision, u.dtype) == (dtype, precision, precision)
+    assert encoder.cache(TEXTS, names="blocks.0.hook_mlp_out")["blocks.0.hook_mlp_out"].dtype == dtype
+    assert (u.double() - exact(TEXTS)).abs().max() <= allowed
+    assert (u.double().norm(dim=-1) - 1).abs().max() <= 4 * torch.finfo(precision).eps
+
+
+@pytest.mark.parametrize("given", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_module_in_memory_keeps_its_precision_unless_told(given: torch.dtype) -> None:
+    module = random_clip(layers=2).to(given)
+    assert load(module).dtype == (torch.float64 if given == torch.float64 else torch.float32)
+    assert load(module, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_text_tower_in_float64_beside_half_precision_images_keeps_its_precision() -> None:
+    module = random_clip(layers=2).double()
+    module.visual.half()
+    encoder = load(module, tokenizer=open_clip.SimpleTokenizer())
+    assert encoder.dtype == torch.float64
+    tokens = encoder.tokenize(TEXTS)
+    with torch.no_grad():
+        assert (encoder(TEXTS) - module.encode_text(tokens, normalize=True)).abs().max() <= 1e-13
+
+
+def test_nothing_is_cut_under_a_users_hooks() -> None:
+    """A hook that addresses a position from the end acts on the same one, alone and among longer texts."""
+    encoder = random_encoder(layers=2)
+    tokens = encoder.tokenize(TEXTS)
+
+    def edit(value: Tensor, hook: object) -> Tensor:
+        value[:, -71, 3] += 5.0  # the seventh of 77: the end of the first text
+        return value
+
+    with encoder.tower.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", edit)]):
+        assert encoder.hooked == ("blocks.0.hook_resid_pre",)
+        assert encoder.cut(tokens).shape == (3, 77)
+        alone, together = encoder(tokens[:1]), encoder(tokens)
+        assert encoder.cache(tokens[:1])["blocks.0.hook_resid_pre"].shape[1] == 77
+    assert encoder.cut(tokens).shape == (3, 16) and encoder.hooked == ()
+    assert (alone - together[:1]).abs().max() <= 1e-6
+    assert (alone - encoder(tokens[:1])).abs().max() > 1e-3
+
+
+def test_hooks_of_the_call_itself_do_not_keep_it_from_cutting(encoder: HookedTextEncoder) -> None:
+    name, seen = "blocks.0.hook_resid_pre", []
+    look = (name, lambda value, hook: seen.append((value.shape[1], encoder.hooked)))
+    encoder(TEXTS[0], hooks=[look])
+    assert encoder.cache(TEXTS[0], hooks=[look], names=name)[name].shape[1] == 7
+    assert seen == [(7, (name,)), (7, (name,))]
+
+
+def test_threads_get_what_one_thread_gets() -> None:
+    """Three threads, eighteen calls of three verbs on one encoder."""
+    encoder = random_encoder(layers=2)
+    pairs = clip_lens.read_pairs()[:6]
+    batch = clip_lens.align(pairs, random_store(pairs, encoder.d_embed), encoder)
+    places = encoder.sites("resid", slots=("negator", "eot")) + encoder.sites("head")
+
+    def patched(n: int) -> Tensor:
+        return clip_lens.patch_effects(encoder, batch, places[n:], progress=False).values
+
+    def cached(n: int) -> Tensor:
+        return encoder.cache(TEXTS[n % 3 :], names="blocks.1.attn.hook_z")["blocks.1.attn.hook_z"]
+
+    def attended(n: int) -> Tensor:
+        return clip_lens.attention_effects(encoder, batch[n:]).values
+
+    calls = [partial(verb, n) for n in range(6) for verb in (patched, cached, attended)][:18]
+    serial = [call() for call in calls]
+    with ThreadPoolExecutor(3) as pool:
+        threaded = list(pool.map(lambda call: call(), calls))
+    for one, other in zip(serial, threaded, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    assert encoder.hooked == ()
+
+
+def test_an_encoder_is_pickled_and_copied() -> None:
+    encoder = random_encoder(layers=2)
+    for again in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+        assert again.digest == encoder.digest and torch.equal(again(TEXTS), encoder(TEXTS))
+
+
+def test_a_tokenizer_is_called_by_one_thread_at_a_time() -> None:
+    """transformers' keep the length to pad to while they run: two lengths at once would mix."""
+    inside, most = [], []
+
+    def tokenizer(texts: list[str], context_length: int = 77) -> Tensor:
+        inside.append(context_length)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.pop()
+        return open_clip.SimpleTokenizer()(texts, context_length)
+
+    encoder = load(random_clip(layers=1), tokenizer=tokenizer)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(encoder.tokenize, [[text] for text in TEXTS]))
+    assert max(most) == 1 and len(most) > 6

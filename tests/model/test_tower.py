@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +19,7 @@ from transformer_lens import ActivationCache, FactoredMatrix, patching
 from transformer_lens.model_protocol import TransformerLensModel, TransformerLensModelWithWeights
 
 from clip_lens.model.convert import convert
-from clip_lens.model.tower import ON_DEMAND, HookedTextTower
+from clip_lens.model.tower import ON_DEMAND, HookedTextTower, LayerNorm
 
 LAYERS, HEADS, WIDTH, D_HEAD, D_MLP, D_EMBED = 3, 4, 64, 16, 256, 32
 EXACT = 1e-12
@@ -241,6 +245,20 @@ def test_accumulated_bias(layer: int, tower: HookedTextTower, module: nn.Module)
     close(tower.accumulated_bias(layer, mlp_input=True), attention + mlps + this)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_norm_of_half_precision_is_the_same_with_hooks(dtype: torch.dtype) -> None:
+    """PyTorch's own norm as the oracle; 300 squared is more than float16 holds."""
+    generator = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(shape, generator=generator) for shape in ((5, 64), (64,), (64,)))
+    x[:, 7] = 300.0
+    norm, seen = LayerNorm(w.to(dtype), b.to(dtype), 1e-5), []
+    plain = torch.nn.functional.layer_norm(x.to(dtype), (64,), w.to(dtype), b.to(dtype), 1e-5)
+    norm.hook_scale.add_hook(lambda value, hook: seen.append(value))
+    found = norm(x.to(dtype))
+    assert found.dtype == seen[0].dtype == dtype and found.isfinite().all()
+    assert (found - plain).float().abs().max() <= 4 * torch.finfo(dtype).eps * plain.float().abs().max()
+
+
 # --- weights --------------------------------------------------------------------------------------------------------
 
 
@@ -289,10 +307,34 @@ def test_runtime_protocols(tower: HookedTextTower) -> None:
 def test_a_direction_reads_the_normalised_residual_stream(tower: HookedTextTower, tokens: Tensor) -> None:
     output, cache = tower.run_with_cache(tokens)
     direction = torch.randn(D_EMBED, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    x = cache["ln_final.hook_normalized"] * tower.ln_final.w + tower.ln_final.b
-    close(x @ tower.tokens_to_residual_directions(direction), output @ direction)
+    constant = (tower.ln_final.b @ tower.W_U + tower.b_U) @ direction
+    read = tower.tokens_to_residual_directions(direction)
+    close(cache["ln_final.hook_normalized"] @ read, output @ direction - constant)
     with pytest.raises(TypeError, match="32 components"):
         tower.tokens_to_residual_directions(tokens)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("stack", ["decompose_resid", "stack_head_results"])
+def test_attributions_sum_to_the_score_less_the_constant(causal: bool, stack: str, tokens: Tensor) -> None:
+    """TransformerLens' own attribution over all that is written, against open_clip's own text embedding."""
+    module = module_of(causal)
+    tower, pool = convert(module, name="it")
+    text = getattr(module, "text", module)
+    assert (text.ln_final.weight - 1).abs().max() > 0.3  # without which this would say nothing
+    bias = getattr(text.text_projection, "bias", None)
+    projection = text.text_projection.weight.T if bias is not None else text.text_projection
+    tokens = torch.nn.functional.pad(tokens, (0, tower.cfg.n_ctx - tokens.shape[1]))
+    directions = torch.randn(len(tokens), D_EMBED, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        score = (module.encode_text(tokens) * directions).sum(-1)
+        constant = (directions * (text.ln_final.bias @ projection + (0 if bias is None else bias))).sum(-1)
+        _, cache = tower.run_with_cache(tokens)
+        cache.compute_head_results()
+        parts = cache.decompose_resid() if stack == "decompose_resid" else cache.stack_head_results(incl_remainder=True)
+        found = cache.logit_attrs(parts, directions).sum(0)[torch.arange(len(tokens)), pool(tokens)]
+    assert (found - (score - constant)).abs().max() <= 1e-10
+    assert constant.abs().max() > 0.01
 
 
 # --- hooks ----------------------------------------------------------------------------------------------------------
@@ -650,3 +692,75 @@ def test_transformer_lens_patching_agrees_with_a_loop(
     assert found.shape == expected.shape
     close(found, expected, 2e-6)  # TransformerLens keeps its results in float32
     assert float((expected - metric(tower(tokens))).abs().max()) > 1e-3
+
+
+# --- who intervenes, and whose turn it is ---------------------------------------------------------------------------
+
+
+def double(value: Tensor, hook: object) -> Tensor:
+    return 2 * value
+
+
+def test_hooks_of_every_kind_are_named_while_they_are_on() -> None:
+    tower, _ = convert(random_clip(layers=2), name="it")
+    assert tower.hooked == ()
+    name = "blocks.1.attn.hook_z"
+    with tower.hooks(fwd_hooks=[(name, double)]):
+        assert tower.hooked == (name,)
+    with tower.hooks(bwd_hooks=[(name, double)]):
+        assert tower.hooked == (name,)
+    assert tower.hooked == ()
+    tower.add_perma_hook(name, double)
+    tower.reset_hooks()
+    assert tower.hooked == (name,)
+    tower.reset_hooks(including_permanent=True)
+    registered = {
+        "blocks.0.mlp": "register_forward_hook",
+        "blocks.1": "register_forward_pre_hook",
+        "ln_final": "register_full_backward_hook",
+        "": "register_full_backward_pre_hook",
+    }
+    handles = [getattr(tower.get_submodule(module), kind)(lambda *of_any: None) for module, kind in registered.items()]
+    assert set(tower.hooked) == set(registered)
+    for handle in handles:
+        handle.remove()
+    tower.blocks[0].mlp.forward = lambda x: 0 * x  # type: ignore[method-assign]
+    assert tower.hooked == ("blocks.0.mlp",)
+
+
+def test_a_tower_and_its_copies_have_turns_of_their_own(tower: HookedTextTower, tokens: Tensor) -> None:
+    expected = tower(tokens)
+    for again in (copy.deepcopy(tower), pickle.loads(pickle.dumps(tower))):
+        assert again.turn is not tower.turn
+        with tower.hooks(fwd_hooks=[("hook_embed", double)]), ThreadPoolExecutor(1) as pool:
+            found = pool.submit(again, tokens).result(timeout=60)
+        assert torch.equal(found, expected)
+
+
+def test_a_run_in_another_thread_waits_for_hooks_to_go(tower: HookedTextTower, tokens: Tensor) -> None:
+    """Whatever runs the tower or looks at its hooks finds it as its own thread left it."""
+    expected, embedded = tower(tokens), tower.embed(tokens)
+    waiting = [
+        partial(tower, tokens),
+        partial(tower.forward, tokens),
+        partial(tower.run_with_hooks, tokens),
+        partial(tower.embed, tokens),
+        lambda: tower.hooked,
+        lambda: tower.run_with_cache(tokens, names_filter="hook_embed")[0],
+        tower.reset_hooks,
+    ]
+    with ThreadPoolExecutor(len(waiting)) as pool:
+        with tower.hooks(fwd_hooks=[("hook_embed", double)]):
+            futures = [pool.submit(call) for call in waiting]
+            done, _ = wait(futures, timeout=0.2)
+            assert not done and tower.hooked == ("hook_embed",)
+            assert not torch.equal(tower(tokens), expected)
+        plain, forward, hooked, embed, names, cached, _ = (future.result(timeout=60) for future in futures)
+    assert all(torch.equal(found, expected) for found in (plain, forward, hooked, cached))
+    assert torch.equal(embed, embedded) and names == ()
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+def test_the_config_knows_however_the_tower_was_cast(cast: str) -> None:
+    tower, _ = convert(random_clip(layers=1), name="it")
+    assert getattr(tower, cast)().cfg.dtype == tower.W_E.dtype != torch.float32

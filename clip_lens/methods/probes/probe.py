@@ -25,10 +25,10 @@ from clip_lens.core.metric import Metric, logit
 from clip_lens.core.source import How, steered
 from clip_lens.data.batch import Batch
 from clip_lens.methods.patching import patch_effects
+from clip_lens.methods.registry import STEERING
 from clip_lens.methods.statistics import proportion
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Site, hook_name
-from clip_lens.originals.open_clip import digest
 
 C = 1.0
 """The inverse strength of the probe's L2 penalty, on standardised coordinates."""
@@ -74,19 +74,14 @@ def steer(
         >>> batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder)
         >>> site = Site("resid", 4, slot="eot")
         >>> effects = steer(encoder, batch, {site: torch.randn(128)}, how="remove")
-        >>> effects.values.shape, effects.meta["method"]
+        >>> effects.values.shape, effects.record.method.title
         (torch.Size([1, 8]), 'steering: remove a direction')
     """
     source = steered(directions, how, origin=origin)
     effects = patch_effects(encoder, batch, tuple(directions), source=source, metric=metric, rows=rows)
     total = patch_effects(encoder, batch, [Site("resid", encoder.n_layers)], metric=metric, rows=rows).total
-    meta = {
-        "method": f"steering: {how} a direction",
-        "directions": digest({str(site): vector for site, vector in directions.items()}),
-        "origin": digest({str(site): vector for site, vector in origin.items()}) if origin else "0",
-        "total": "metric(other) - metric(run)",
-    }
-    return replace(effects, total=total, meta={**effects.meta, **meta})
+    record = replace(effects.record, method=STEERING[how]).saying(total="metric(other) - metric(run)")
+    return replace(effects, total=total, record=record)
 
 
 def probe(
@@ -178,12 +173,12 @@ def probe_effects(
         >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
         >>> batch = clip_lens.align(clip_lens.read_pairs()[:60], store, encoder)
         >>> effects = probe_effects(encoder, batch, how="remove", layers=[3, 6])
-        >>> effects.meta["run"], len(effects.places)
-        ('the text with negation is run and patched', 2)
+        >>> effects.record.run, len(effects.places)
+        ('negated', 2)
     """
     split = _split(encoder, batch, layers, seed, test_share)
     effects = steer(encoder, _runs(split, how), metric=metric, **_steering(split, how, split.directions))
-    return replace(effects, meta={**effects.meta, **_meta(split, seed, test_share)})
+    return replace(effects, record=effects.record.saying(**_meta(split, seed, test_share)))
 
 
 # Which texts are trained on, and which are held out

@@ -1,0 +1,145 @@
+"""Every method, once: the words that reports, file names, the command line and kept results have for it.
+
+A method of your own is one entry more: `MINE = register(Method("mine", "my method", ...))`, and a `Record` of it on the
+`Effects` that it returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from clip_lens.core.record import Method
+
+_METHODS: dict[str, Method] = {}
+METHODS: Mapping[str, Method] = MappingProxyType(_METHODS)
+"""Every registered method by its key."""
+
+
+def register(method: Method) -> Method:
+    """The method itself, known by its key from now on; the same one may be registered again.
+
+    Raises:
+        ValueError: another method has that key.
+
+    Example:
+        >>> register(METHODS["patching"]).title
+        'activation patching'
+    """
+    known = _METHODS.setdefault(method.key, method)
+    if known != method:
+        raise ValueError(f"a method {method.key!r} is registered already, {known.title!r}; choose another key")
+    return method
+
+
+ESTIMATED = (
+    "Estimates",
+    "Attribution patching does not patch: it multiplies the difference that a patch would make at its place by the "
+    "gradient of the metric there. It is right where the metric is nearly linear, and most wrong where patches "
+    "are large.",
+)
+EFFECTS = (
+    "Effects",
+    "One text of the pair is run. At a place, what it computes is replaced by what the source gives there, and "
+    "everything that reads it is computed again. The effect is the change of the metric. Where the metric's sign turns "
+    "with the side, it is turned so that it counts with d whichever text is run: only then can pairs be averaged.",
+)
+WRITTEN = (
+    "Direct contributions",
+    "The logit is linear in what the parts of the tower write into the residual stream at the position that is pooled, "
+    "once the standard deviation of the final LayerNorm and the norm of the embedding are frozen at the text's own. "
+    "What each part writes is its direct contribution; together they are the logit exactly. What a part does by way of "
+    "later parts counts for those.",
+)
+ATTENDED = (
+    "Attention to a slot",
+    "A head's attention weights to the tokens of the slot are added up, and the largest of the later positions counts. "
+    "Selectivity is this in the text with the negation minus the same in the text without, at matched positions.",
+)
+CIRCUITS = (
+    "Circuits",
+    "In a circuit's run every edge outside it carries the source's value. What it loses is the change of the metric "
+    "that this makes; its faithfulness is 1 minus what it loses over what is lost where every edge carries the "
+    "source's value.",
+)
+
+PATCHING = register(
+    Method(
+        "patching", "activation patching",
+        caption="Each cell replaces {place} by what the {source} gives there.", definition=EFFECTS,
+    )
+)  # fmt: skip
+PATHS = register(
+    Method(
+        "paths-direct", "path patching, direct",
+        caption="Each cell patches what a sender gives a receiver directly, from the {source}.", definition=EFFECTS,
+    )
+)  # fmt: skip
+PATHS_THROUGH_MLPS = register(
+    Method(
+        "paths-mlp", "path patching through MLPs, attention frozen",
+        caption="Each cell patches what a sender gives a receiver directly and through MLPs, from the {source}.",
+        definition=EFFECTS,
+    )
+)  # fmt: skip
+STEERING = {
+    how: register(
+        Method(
+            f"steering-{how}", f"steering: {how} a direction",
+            caption=f"Each cell {does} {{place}}.",
+            definition=EFFECTS,
+        )
+    )
+    for how, does in {"add": "adds a direction to", "remove": "removes a direction from"}.items()
+}  # fmt: skip
+
+
+def _estimate(key: str, title: str) -> Method:
+    caption = f"Each cell estimates from a gradient ({title}) what comes of patching {{place}} from the {{source}}."
+    return register(Method(key, title, "estimates", "mean estimated effect", "would move", caption, ESTIMATED))
+
+
+ATTRIBUTION = _estimate("attribution", "attribution patching")
+EAP = _estimate("eap", "EAP")
+EAP_IG = _estimate("eap-ig", "EAP-IG")
+BOTH = _estimate("eap-and-attribution", "attribution patching and EAP")
+
+DIRECT = register(
+    Method(
+        "direct", "direct logit attribution", "reads", "mean contribution", "is written",
+        "Nothing is patched: each cell is what one part of the tower writes into the logit at the position that is "
+        "pooled, with the norms frozen, {texts}.", WRITTEN,
+    )
+)  # fmt: skip
+LENS = register(
+    Method(
+        "lens", "logit lens", "reads", "mean reading", "is read",
+        "Nothing is patched: each cell is the logit as it would be read from the residual stream at that layer, at the "
+        "position that is pooled, {texts}.", WRITTEN,
+    )
+)  # fmt: skip
+SELECTIVITY = register(
+    Method(
+        "selectivity", "attention selectivity", "reads", "mean difference", "is paid",
+        "Nothing is patched: each cell is the attention that a head pays to {slot}, at the later position where that "
+        "is largest, in the text with the negation minus in the text without.", ATTENDED, "attention weight",
+    )
+)  # fmt: skip
+ATTENTION = register(
+    Method(
+        "attention", "attention", "reads", "mean weight", "is paid",
+        "Nothing is patched: each cell is the attention that a head pays to {slot}, at the later position where that "
+        "is largest, in the text with the negation.", ATTENDED, "attention weight",
+    )
+)  # fmt: skip
+FAITHFULNESS = register(
+    Method(
+        "faithfulness", "faithfulness of circuits", "judges",
+        caption="Each cell replaces every edge outside of a circuit by what the {source} gives there.",
+        definition=CIRCUITS,
+    )
+)  # fmt: skip
+ACDC = register(Method("acdc", "ACDC", "judges", definition=CIRCUITS))
+RANDOM = register(Method("random", "random circuits", "judges", definition=CIRCUITS))
+EXACT = register(Method("exact", "exact edge scores", definition=EFFECTS))
+PROBE = register(Method("probe", "linear probes", "reads", "accuracy", "is read", unit="share"))
