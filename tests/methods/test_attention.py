@@ -7,6 +7,7 @@ import open_clip
 import pandas as pd
 import pytest
 import torch
+from slow_study import patterns
 from towers import random_clip, random_store
 
 import clip_lens
@@ -38,26 +39,6 @@ def encoder(clip):
 @pytest.fixture(scope="module")
 def rephrased(shared):
     return read_pairs(shared / "data" / "valse" / "existence.json").rephrased()
-
-
-@torch.no_grad()
-def patterns(clip, text):
-    """Every head's weights, [layer, head, query, key], and the end of text, from open_clip's blocks."""
-    tokens = open_clip.tokenize([text])
-    inputs, found = [], []
-    handles = [
-        block.ln_1.register_forward_hook(lambda module, args, output: inputs.append(output))
-        for block in clip.transformer.resblocks
-    ]
-    clip.encode_text(tokens)
-    for handle in handles:
-        handle.remove()
-    for block, x in zip(clip.transformer.resblocks, inputs, strict=True):
-        weights = block.attn(
-            x, x, x, need_weights=True, average_attn_weights=False, attn_mask=clip.attn_mask.to(x.dtype)
-        )[1]
-        found.append(weights[0])
-    return torch.stack(found), int(tokens.argmax())
 
 
 def sides(pairs):

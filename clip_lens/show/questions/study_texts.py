@@ -60,8 +60,8 @@ CORRELATION = (
     "the data that goes along with the score, whatever the model does with negation."
 )
 BY_SIZE = (
-    "Pairwise accuracy of the pairs whose subject covers at least this share of the image, with Wilson's 95 % "
-    "interval. Where the negation is in the caption the subject is mostly absent, and its size 0."
+    "Pairwise accuracy of the pairs whose subject covers more than this share of the image, with Wilson's 95 % "
+    "interval. Where the negation is in the caption the subject is not in the picture, and its size not defined."
 )
 REGRESSION = (
     "Ordinary least squares of d on all features at once, in logits per unit of the feature, with HC3 standard "
