@@ -14,7 +14,7 @@ from clip_lens.model.site import Site
 from clip_lens.show.figures.curves import curve
 from clip_lens.show.figures.heatmap import SIDE_NAMES, heatmap
 from clip_lens.show.questions.case import Case, Question
-from clip_lens.show.questions.sentences import by_side, clear, counted, estimate, opening
+from clip_lens.show.questions.sentences import SIDE_WORDS, by_side, clear, estimate, listed, opening
 from clip_lens.show.report.effects_section import section_of
 from clip_lens.show.report.section import Picture, Section, Table
 
@@ -65,7 +65,7 @@ def heads_that_look(case: Case) -> Section:
     along = case.table("selectivity-correlations", lambda: correlations(whole))
     return Section(
         "Which heads look at the negator?",
-        findings=[*selective(table, blocks), *along_with_d(along)],
+        findings=[*selective(table), of_each_block(blocks), *along_with_d(along)],
         pictures=[*_selectivity(whole, blocks), *_by_query(at, blocks), *_correlated(along)],
         tables=[Table(_top(table), "The most selective heads", TOP)],
         meta=whole.meta,
@@ -97,22 +97,27 @@ def of_blocks(effects: Effects) -> Effects:
     return replace(effects, values=values, places=tuple(Site("pattern", layer) for layer in layers))
 
 
-def selective(table: DataFrame, blocks: DataFrame) -> list[str]:
-    """How many heads are selective on each side, which most, and which block."""
+def selective(table: DataFrame) -> list[str]:
+    """How many heads are selective on each side, and which most."""
     said = []
     for side, part in by_side(table):
         chosen = part[part["fraction"] >= SELECTIVE]
-        where = ", ".join(map(str, sorted({int(layer) for layer in chosen["layer"]})))
+        blocks = ", ".join(map(str, sorted({int(layer) for layer in chosen["layer"]})))
         sure = int((chosen["lower"] > SELECTIVE).sum())
-        own = blocks[blocks["side"] == side]
-        top, best = part.loc[part["fraction"].idxmax()], own.loc[own["fraction"].idxmax()]
+        told = f" (blocks {blocks}; the intervals of {sure} lie above that)" if len(chosen) else ""
+        top = part.loc[part["fraction"].idxmax()]
         said.append(
             f"{opening(side, top['n'])}{len(chosen)} of {len(part)} heads have a selectivity of {SELECTIVE} or more"
-            f"{f' (blocks {where}; the intervals of {sure} lie above that)' if len(chosen) else ''}; the largest is "
-            f"that of head {head(top)}, {_share(top)}. Block {best['layer']} has the largest mean over its heads, "
-            f"{_share(best)}."
+            f"{told}; the largest is that of head {head(top)}, {_share(top)}."
         )
     return said
+
+
+def of_each_block(table: DataFrame) -> str:
+    """The block with the largest mean over its heads, on each side."""
+    best = {side: part.loc[part["fraction"].idxmax()] for side, part in by_side(table)}
+    parts = [f"block {row['layer']} with {_share(row)} for {SIDE_WORDS[side]}" for side, row in best.items()]
+    return f"The largest mean selectivity over the heads of a block has {listed(parts)}."
 
 
 def along_with_d(table: DataFrame) -> list[str]:
@@ -157,10 +162,8 @@ def _top(table: DataFrame) -> DataFrame:
 
 
 def _selectivity(whole: Effects, blocks: DataFrame) -> Iterator[Picture]:
-    for side, pairs in by_side(whole.pairs):
-        figure = heatmap(whole.where(side=side), "unit", "layer", title="", limit=1.0)
-        title = f"Selectivity of every head: {SIDE_NAMES[side]} ({counted(len(pairs))})"
-        yield Picture(figure, title, SELECTIVITY, data="selectivity.csv")
+    figure = heatmap(whole, "unit", "layer", title="", limit=1.0)
+    yield Picture(figure, "Selectivity of every head", SELECTIVITY, data="selectivity.csv", wide=True)
     lines = curve(blocks, "layer", "fraction", lower="lower", upper="upper", by="side")
     lines.update_xaxes(title_text="block, counted from 0").update_yaxes(title_text="mean selectivity")
     yield Picture(lines, "Mean selectivity of each block", BLOCKS, data="selectivity-by-block.csv")

@@ -82,7 +82,7 @@ def read(table: DataFrame) -> str:
             f"random for each subject ({100 * best['control']:.0f} % there): with these pairs its success says little."
         )
     said = (
-        f"A linear probe reads at the end of text whether the text is negated {_layers(table['layer'], above)} (at "
+        f"A linear probe reads at the end of text whether the text is negated {_from(table, above)} (at "
         f"most {_accuracy(best)}, at layer {best['layer']:.0f}; chance is 50 %)"
     )
     nouns = table.dropna(subset="noun")
@@ -176,12 +176,11 @@ def _at(table: DataFrame, there: Series) -> str:
     return f"layer{'s' if len(layers) > 1 else ''} {listed(layers)}"
 
 
-def _layers(layer: Series, there: Series) -> str:
+def _from(table: DataFrame, there: Series) -> str:
     """ "from layer 2 on" where it holds at all later ones too, else which layers."""
     first = there.idxmax()
-    if there.loc[first:].all():
-        return f"from layer {layer[first]:.0f} on"
-    return f"at layers {listed([f'{number:.0f}' for number in layer[there]])}"
+    on = there.loc[first:].all() and first < there.index[-1]
+    return f"from layer {table.loc[first, 'layer']:.0f} on" if on else f"at {_at(table, there)}"
 
 
 def _pictures(table: DataFrame) -> Iterator[Picture]:

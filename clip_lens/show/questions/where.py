@@ -12,7 +12,7 @@ from clip_lens.core.effects import SEGMENTS, Effects
 from clip_lens.show.figures.curves import curve
 from clip_lens.show.figures.heatmap import SIDE_NAMES, heatmap
 from clip_lens.show.questions.case import Case, Question
-from clip_lens.show.questions.sentences import by_side, counted, estimate, opening
+from clip_lens.show.questions.sentences import by_side, estimate, opening
 from clip_lens.show.report.effects_section import section_of
 from clip_lens.show.report.section import Picture, Section, Table
 
@@ -121,10 +121,9 @@ def _renamed(section: Section, what: str) -> Iterator[Picture]:
 
 
 def _as_in_the_paper(mapped: Effects | None) -> Iterator[Picture]:
-    for side, pairs in by_side(DataFrame() if mapped is None else mapped.pairs):
-        figure = heatmap(mapped.where(side=side), title="", limit=1.0, of="ratios")
-        title = f"As in the paper: {SIDE_NAMES[side]} ({counted(pairs['key'].nunique())})"
-        yield Picture(figure, title, AS_IN_THE_PAPER, data="as-in-the-paper.csv")
+    if mapped is not None:
+        figure = heatmap(mapped, title="", limit=1.0, of="ratios")
+        yield Picture(figure, "As in the paper", AS_IN_THE_PAPER, data="as-in-the-paper.csv", wide=True)
 
 
 def _localisation(case: Case, single: Effects) -> DataFrame:
