@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import get_args
 
 import pandas as pd
 from pandas import DataFrame
 
-from clip_lens.core.effects import SEGMENTS, Effects
+from clip_lens.core.effects import SEGMENTS, Effects, Of
 from clip_lens.show.figures.curves import curve
 from clip_lens.show.figures.heatmap import SIDE_NAMES, heatmap
 from clip_lens.show.questions.case import Case, Question
@@ -131,7 +132,9 @@ def _localisation(case: Case, single: Effects) -> DataFrame:
     tables = []
     for segment in (*SEGMENTS, "all"):
         part = _of_segment(single, segment)
-        for of in () if part is None else ("means", "ratios") if segment == PAPER else ("means",):
+        if part is None:
+            continue
+        for of in get_args(Of) if segment == PAPER else ("means",):
             table, pairs = part.by_slot(case.batch).localisation(of=of), part.pairs.groupby("side")["d"]
             sizes = {"pairs": table["side"].map(pairs.size()).astype(int), "mean d": table["side"].map(pairs.mean())}
             name = segment if of == "means" else f"{segment}, as in the paper"

@@ -100,7 +100,7 @@ def _sum(effects: Effects) -> Effects:
 
 
 def _logits(row: object) -> str:
-    return estimate(row, "effect", "effect_lower", "effect_upper")  # type: ignore[arg-type]
+    return estimate(row, "effect", "effect_lower", "effect_upper")
 
 
 def _lens(case: Case, norms: Norms) -> Effects:
