@@ -53,18 +53,11 @@ _HOME = {
     "acdc": "methods.circuits.acdc",
     "Circuit": "methods.circuits.circuit",
     "Discovery": "methods.circuits.discover",
-    "agreement": "methods.circuits.discover",
     "discover": "methods.circuits.discover",
-    "overlaps": "methods.circuits.circuit",
     "random_circuit": "methods.circuits.circuit",
     "completeness": "methods.circuits.faithfulness",
-    "cpr_cmd": "methods.circuits.faithfulness",
     "faithfulness": "methods.circuits.faithfulness",
-    "faithfulness_table": "methods.circuits.faithfulness",
     "minimality": "methods.circuits.faithfulness",
-    "edges_above": "methods.circuits.selection",
-    "selection_frequency": "methods.circuits.selection",
-    "shuffled": "methods.circuits.selection",
     "sized_circuits": "methods.circuits.selection",
     "stability": "methods.circuits.selection",
     "top_edges": "methods.circuits.selection",
@@ -121,19 +114,12 @@ if TYPE_CHECKING:
     from clip_lens.methods.attention import attention_effects as attention_effects
     from clip_lens.methods.circuits.acdc import acdc as acdc
     from clip_lens.methods.circuits.circuit import Circuit as Circuit
-    from clip_lens.methods.circuits.circuit import overlaps as overlaps
     from clip_lens.methods.circuits.circuit import random_circuit as random_circuit
     from clip_lens.methods.circuits.discover import Discovery as Discovery
-    from clip_lens.methods.circuits.discover import agreement as agreement
     from clip_lens.methods.circuits.discover import discover as discover
     from clip_lens.methods.circuits.faithfulness import completeness as completeness
-    from clip_lens.methods.circuits.faithfulness import cpr_cmd as cpr_cmd
     from clip_lens.methods.circuits.faithfulness import faithfulness as faithfulness
-    from clip_lens.methods.circuits.faithfulness import faithfulness_table as faithfulness_table
     from clip_lens.methods.circuits.faithfulness import minimality as minimality
-    from clip_lens.methods.circuits.selection import edges_above as edges_above
-    from clip_lens.methods.circuits.selection import selection_frequency as selection_frequency
-    from clip_lens.methods.circuits.selection import shuffled as shuffled
     from clip_lens.methods.circuits.selection import sized_circuits as sized_circuits
     from clip_lens.methods.circuits.selection import stability as stability
     from clip_lens.methods.circuits.selection import top_edges as top_edges
