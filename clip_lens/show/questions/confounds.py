@@ -11,8 +11,9 @@ from clip_lens.methods.confounds import ALL, Confounds
 from clip_lens.show.figures.bars import bars
 from clip_lens.show.figures.curves import curve
 from clip_lens.show.questions.case import Case, Question
-from clip_lens.show.questions.sentences import by_side, clear, estimate, number, opening
+from clip_lens.show.questions.sentences import by_side, clear, estimate, opening
 from clip_lens.show.report.section import Picture, Section, Table
+from clip_lens.words import decimals, minus
 
 CORRELATION = (
     "Pearson's r between a feature of the pairs and d, with its 95 % interval (Fisher). A confound is a feature of "
@@ -83,7 +84,11 @@ def regressed(table: DataFrame) -> str:
 def _slope(row: Series) -> str:
     raw = f"{row['term']} ({estimate(row, 'coefficient')} logits per unit"
     standardised = row.get("standardised", float("nan"))
-    return f"{raw})" if pd.isna(standardised) else f"{raw}, {number(standardised)} in standard deviations)"
+    return (
+        f"{raw})"
+        if pd.isna(standardised)
+        else f"{raw}, {minus(decimals(standardised, sign=True))} in standard deviations)"
+    )
 
 
 def _correlations(along: DataFrame, found: Confounds) -> Iterator[Picture]:
