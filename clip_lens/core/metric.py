@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from clip_lens.core.identity import adopt, identity_of
+from clip_lens.core.identity import adopt, identity_of_function
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Metric:
     oriented: bool
     unit: str = "metric units"
     name: str = ""
-    identity: str | None = None
+    holds: Any = None
 
     def __post_init__(self) -> None:
         own = getattr(self.function, "__name__", type(self.function).__name__)
@@ -57,6 +57,12 @@ class Metric:
 
     def __call__(self, u: Float[Tensor, "row d_embed"], readout: Readout) -> Float[Tensor, "row"]:
         return self.function(u, readout)
+
+    @property
+    def identity(self) -> str | None:
+        """A digest of what it computes and holds, as it is now; None where that can't be told: then no kept result is
+        taken for it."""
+        return identity_of_function(self.function, self.holds)
 
     def __repr__(self) -> str:
         return f"Metric({self.name}, {'' if self.oriented else 'not '}oriented, in {self.unit})"
@@ -95,9 +101,7 @@ def metric(
         return lambda given: metric(given, oriented=oriented, unit=unit, name=name, holds=holds)
     if not callable(function):
         raise TypeError(f"a metric is a function (u, readout) -> one number per row. Got {function!r}")
-    own = getattr(function, "__qualname__", type(function).__qualname__)
-    identity = identity_of(function) if holds is None else identity_of(own, holds)
-    return Metric(function, oriented, unit, name, identity)
+    return Metric(function, oriented, unit, name, holds)
 
 
 def as_metric(given: object) -> Metric:
@@ -174,4 +178,4 @@ def kl(bank: Float[Tensor, "text d_embed"]) -> Metric:
         )
         return (run.exp() * (run - patched)).sum(-1)
 
-    return metric(divergence, oriented=False, unit="nats", name=f"kl over {len(bank)} texts", holds=("kl", bank))
+    return metric(divergence, oriented=False, unit="nats", name=f"kl over {len(bank)} texts", holds=bank)
