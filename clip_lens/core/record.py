@@ -35,7 +35,8 @@ class Method:
     `key` is its name in files and on the command line, `title` in headings. `how`: it patches places, estimates what
     patching them would do, only reads, or judges circuits. `noun` is what a mean of its values is, `verb` what a share
     of the whole does at a place. `caption` says what one cell of its figure is (`{source}` and `{place}` are filled
-    in), `definition` is a heading and the paragraph that defines its numbers. `unit` is given where it isn't the metric's.
+    in), `definition` is a heading and the paragraph that defines its numbers. `unit` is given where it isn't the
+    metric's.
 
     Example:
         >>> Method("patching", "activation patching").noun
@@ -98,9 +99,9 @@ class Record:
     """What was run on what, by which method.
 
     `weights`, `data_digest` and `batch` are digests: of the text tower's parameters as they were, of the pairs as read,
-    of the tokens, alignment and directions. `tower` says what the tower does with its weights. `source` is None where nothing is patched. `settings` are the method's own.
-    `hooks` names the tower's modules that had hooks of the user's on meanwhile. `selected` says which pairs were taken
-    afterwards, a line for each time.
+    of the tokens, alignment and directions. `tower` says what the tower does with its weights. `source` is None where
+    nothing is patched. `settings` are the method's own. `hooks` names the tower's modules that had hooks of the user's
+    on meanwhile. `selected` says which pairs were taken afterwards, a line for each time.
 
     Example:
         >>> record = Record(Method("toy", "a toy"), model="tiny", pairs=3)

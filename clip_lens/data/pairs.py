@@ -138,7 +138,7 @@ class Pairs:
             for origin, caption, foil in zip(provenance, self.caption, self.foil, strict=True)
         )
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """16 hexadecimal digits of a sha256 over the pairs and their info: the same content gives the same digest."""
         texts = json.dumps([self.key, self.caption, self.foil, self.image])

@@ -36,8 +36,8 @@ DIFFERENT = [
     (MLP, Site("mlp", 1, slot="eot"), Site("attn", 1)),
     (logit, cosine, kl(bank(0)), kl(bank(1)), kl(bank(0).float()), kl(bank(0)[:2])),
     (
-        counterpart, as_source(zeros), as_source(mean), mean(over=batch_of("causal")), mean(over=batch_of("causal")[1:]),
-        mean(over=batch_of("causal", run="foil")), resample(0), resample(1), noise(0.0), noise(1.0), noise(1.0, 1),
+        counterpart, as_source(zeros), as_source(mean), resample(0), resample(1), noise(0.0), noise(1.0), noise(1.0, 1),
+        mean(over=batch_of("causal")), mean(over=batch_of("causal")[1:]), mean(over=batch_of("causal", run="foil")),
         steered({MLP: torch.zeros(32)}), steered({MLP: torch.ones(32)}), steered({MLP: torch.ones(32)}, "remove"),
         steered({MLP: torch.ones(32)}, "remove", origin={MLP: torch.ones(32)}),
         steered({Site("mlp", 0): torch.ones(32)}), via(MLP), via(MLP, source=zeros), via(MLP, freeze=("head",)),

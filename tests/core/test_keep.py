@@ -298,7 +298,7 @@ def test_none_is_served_another_ones_result(tmp_path, name):
     found, computed = kept(tmp_path, ENCODER, BATCH, **first)
     again, recomputed = kept(tmp_path, ENCODER, BATCH, **first)
     assert computed and not recomputed and again.values.equal(found.values)
-    with pytest.raises(ValueError, match="is another result: [^.]+"):
+    with pytest.raises(ValueError, match=r"is another result: [^.]+"):
         kept(tmp_path, ENCODER, BATCH, **second)
 
 
@@ -346,10 +346,11 @@ def test_the_same_weights_under_another_activation_are_another(tmp_path):
         kept(tmp_path, encoder, aligned(encoder))
 
 
-@pytest.mark.parametrize("change", ["scale", "images", "info", "run", "pairs"])
+@pytest.mark.parametrize("change", ["scale", "images", "info", "info in place", "run", "pairs"])
 def test_another_batch_is_another(tmp_path, change):
     encoder = small()
     batch = aligned(encoder)
+    batch = replace(batch, pairs=replace(batch.pairs, info=pd.DataFrame({"subject_size": [0.2] * 4})))
     kept(tmp_path, encoder, batch)
     if change == "scale":
         encoder.scale *= 2
@@ -357,6 +358,8 @@ def test_another_batch_is_another(tmp_path, change):
         batch = batch.along(-batch.direction)
     elif change == "info":
         batch = replace(batch, pairs=replace(batch.pairs, info=pd.DataFrame({"subject_size": [0.1] * 4})))
+    elif change == "info in place":
+        batch.pairs.info["subject_size"] = 0.3
     else:
         batch = aligned(encoder, run="foil") if change == "run" else batch[:3]
     with pytest.raises(ValueError, match="is another result"):
