@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def check(pairs: Path) -> None:
     """Refuses pairs that are not the paper's."""
-    from clip_lens.data.pairs import read_pairs
+    from clip_lens.data.read import read_pairs
 
     side = read_pairs(pairs).rephrased().side
     found = {name: side.count(name) for name in COUNTS}
@@ -85,7 +85,7 @@ def known(folder: Path | None) -> Published | None:
 def embedded(given: argparse.Namespace) -> Path:
     """The store of the pictures that the pairs name, computed if it is not there."""
     from clip_lens.data.embed import embed_images
-    from clip_lens.data.pairs import read_pairs
+    from clip_lens.data.read import read_pairs
 
     ids = sorted(set(read_pairs(given.pairs).rephrased().image))
     missing = [name for name in ids if not (given.pictures / name).is_file()]

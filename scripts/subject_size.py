@@ -32,8 +32,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from clip_lens.core.store import written_whole
-from clip_lens.data.pairs import Pairs, read_pairs
+from clip_lens.data.pairs import Pairs
+from clip_lens.data.read import read_pairs
+from clip_lens.files import written_whole
 from clip_lens.originals.open_clip import digest
 
 MODEL = "CIDAS/clipseg-rd64-refined"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_lens.data.pairs import read_pairs
+from clip_lens.data.read import read_pairs
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "fetch_valse.py"
 SPEC = importlib.util.spec_from_file_location("fetch_valse", SCRIPT)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clip_lens.data.pairs import read_pairs
+from clip_lens.data.read import read_pairs
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "subject_size.py"
 SPEC = importlib.util.spec_from_file_location("subject_size", SCRIPT)

@@ -142,8 +142,8 @@ def _bounds(sums: _Sums, counts: Tensor | None, draws: Draws) -> dict[str, Tenso
 
 def _estimates(sums: _Sums, weights: Float[Tensor, "key resample"]) -> tuple[Tensor, Tensor]:
     """Fraction and mean signed effect, [place, resample], of pairs that count `weights` times."""
-    fraction = _divide(sums.numerator @ weights, _weigh(sums.denominator, weights))
-    return fraction, _divide(sums.effect @ weights, _weigh(sums.entered, weights))
+    fraction = divide(sums.numerator @ weights, _weigh(sums.denominator, weights))
+    return fraction, divide(sums.effect @ weights, _weigh(sums.entered, weights))
 
 
 def _weigh(parts: Tensor, weights: Tensor) -> Tensor:
@@ -151,5 +151,11 @@ def _weigh(parts: Tensor, weights: Tensor) -> Tensor:
     return (parts[:1] if len(parts) and bool((parts == parts[:1]).all()) else parts) @ weights
 
 
-def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The quotient, NaN where nothing is divided by.
+
+    Example:
+        >>> divide(torch.tensor([1.0, 1.0]), torch.tensor([2.0, 0.0]))
+        tensor([0.5000,    nan])
+    """
     return torch.where(denominator == 0, torch.nan, numerator / denominator)

@@ -16,7 +16,7 @@ from slow_study import slow_tracing
 from towers import random_clip, random_store
 
 from clip_lens.data.batch import SLOTS, align
-from clip_lens.data.pairs import read_pairs
+from clip_lens.data.read import read_pairs
 from clip_lens.methods.patching import patch_effects
 from clip_lens.model.load import load
 

@@ -12,7 +12,8 @@ from towers import random_clip, random_store
 
 import clip_lens
 from clip_lens.data.batch import align
-from clip_lens.data.pairs import Pairs, read_pairs
+from clip_lens.data.pairs import Pairs
+from clip_lens.data.read import read_pairs
 from clip_lens.methods.confounds import FEATURES, WITHOUT, Confounds, confounds, subject_phrases
 from clip_lens.methods.patching import patch_effects
 from clip_lens.methods.scores import pair_scores, scores, tally
