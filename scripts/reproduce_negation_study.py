@@ -133,7 +133,7 @@ def write(out: Path, title: str, cells: DataFrame, found: DataFrame, said: list[
     """The comparison as a page, as Markdown and as two tables."""
     from negation_published import markdown, section
 
-    from clip_lens.core.store import written_whole
+    from clip_lens.files import written_whole
     from clip_lens.show.report.report import report
 
     texts = {

@@ -49,8 +49,7 @@ def via(place: Place, *, source: Source | Function = counterpart, freeze: Sequen
 
     kept = f", {' '.join(freeze)} frozen" if freeze else ""
     # An anonymous source makes this one anonymous too.
-    holds = None if given.identity is None else ("via", place, given.identity, tuple(freeze))
-    return make_source(make, name=f"via({label(place)} from {given.name}{kept})", holds=holds)
+    return make_source(make, name=f"via({label(place)} from {given.name}{kept})", holds=(place, given, tuple(freeze)))
 
 
 def intervened(

@@ -47,8 +47,8 @@ def path_effects(
     `through="direct"` patches only the edge between them (Goldowsky-Dill et al. 2023). `through="mlp"` patches the
     sender, holds every other head at its unpatched output, lets the MLPs recompute, and patches the receiver with what
     arrives (Wang et al. 2023). A tuple of senders or of receivers is one joint set; a
-    site without unit, such as `Site("k", 2)`, is all heads of its layer. Where no receiver comes after a sender there is
-    no path, and the combination is left out; `effects.index` says what there is.
+    site without unit, such as `Site("k", 2)`, is all heads of its layer. Where no receiver comes after a sender there
+    is no path, and the combination is left out; `effects.index` says what there is.
 
     Raises:
         ValueError: no path at all, a place that the encoder or the batch does not have, or, through MLPs, the output
