@@ -14,7 +14,7 @@ from towers import random_clip, random_store, randomise
 
 import clip_lens
 from clip_lens.data.batch import align
-from clip_lens.data.pairs import read_pairs
+from clip_lens.data.read import read_pairs
 from clip_lens.methods.confounds import ALL, WITHOUT, confounds
 from clip_lens.model.load import load
 
