@@ -19,7 +19,7 @@ _HOME = {
     "HookedTextEncoder": "model.encoder",
     "HookedTextTower": "model.tower",
     "Pairs": "data.pairs",
-    "read_pairs": "data.pairs",
+    "read_pairs": "data.read",
     "ImageStore": "data.images",
     "embed_images": "data.embed",
     "Batch": "data.batch",
@@ -53,18 +53,11 @@ _HOME = {
     "acdc": "methods.circuits.acdc",
     "Circuit": "methods.circuits.circuit",
     "Discovery": "methods.circuits.discover",
-    "agreement": "methods.circuits.discover",
     "discover": "methods.circuits.discover",
-    "overlaps": "methods.circuits.circuit",
     "random_circuit": "methods.circuits.circuit",
     "completeness": "methods.circuits.faithfulness",
-    "cpr_cmd": "methods.circuits.faithfulness",
     "faithfulness": "methods.circuits.faithfulness",
-    "faithfulness_table": "methods.circuits.faithfulness",
     "minimality": "methods.circuits.faithfulness",
-    "edges_above": "methods.circuits.selection",
-    "selection_frequency": "methods.circuits.selection",
-    "shuffled": "methods.circuits.selection",
     "sized_circuits": "methods.circuits.selection",
     "stability": "methods.circuits.selection",
     "top_edges": "methods.circuits.selection",
@@ -77,23 +70,16 @@ _HOME = {
     "steer": "methods.probes.probe",
     "heatmap": "show.figures.heatmap",
     "qkv": "show.figures.qkv",
-    "path_diagram": "show.figures.network",
     "network": "show.figures.network",
     "bars": "show.figures.bars",
     "curve": "show.figures.curves",
-    "lens_lines": "show.figures.curves",
     "scatter": "show.figures.curves",
     "scatter_pairs": "show.figures.scatter",
     "patterns": "show.figures.attention",
     "save_figure": "show.figures.export",
-    "themed": "show.figures.style",
     "report": "show.report.report",
     "study": "show.questions.study",
     "circuit_report": "show.questions.circuit_report",
-    "section_of": "show.report.effects_section",
-    "Section": "show.report.section",
-    "Picture": "show.report.section",
-    "Table": "show.report.section",
     "explore": "show.explore.shell",
 }
 __all__ = sorted(_HOME)
@@ -117,23 +103,16 @@ if TYPE_CHECKING:
     from clip_lens.data.embed import embed_images as embed_images
     from clip_lens.data.images import ImageStore as ImageStore
     from clip_lens.data.pairs import Pairs as Pairs
-    from clip_lens.data.pairs import read_pairs as read_pairs
+    from clip_lens.data.read import read_pairs as read_pairs
     from clip_lens.methods.attention import attention_effects as attention_effects
     from clip_lens.methods.circuits.acdc import acdc as acdc
     from clip_lens.methods.circuits.circuit import Circuit as Circuit
-    from clip_lens.methods.circuits.circuit import overlaps as overlaps
     from clip_lens.methods.circuits.circuit import random_circuit as random_circuit
     from clip_lens.methods.circuits.discover import Discovery as Discovery
-    from clip_lens.methods.circuits.discover import agreement as agreement
     from clip_lens.methods.circuits.discover import discover as discover
     from clip_lens.methods.circuits.faithfulness import completeness as completeness
-    from clip_lens.methods.circuits.faithfulness import cpr_cmd as cpr_cmd
     from clip_lens.methods.circuits.faithfulness import faithfulness as faithfulness
-    from clip_lens.methods.circuits.faithfulness import faithfulness_table as faithfulness_table
     from clip_lens.methods.circuits.faithfulness import minimality as minimality
-    from clip_lens.methods.circuits.selection import edges_above as edges_above
-    from clip_lens.methods.circuits.selection import selection_frequency as selection_frequency
-    from clip_lens.methods.circuits.selection import shuffled as shuffled
     from clip_lens.methods.circuits.selection import sized_circuits as sized_circuits
     from clip_lens.methods.circuits.selection import stability as stability
     from clip_lens.methods.circuits.selection import top_edges as top_edges
@@ -160,22 +139,15 @@ if TYPE_CHECKING:
     from clip_lens.show.figures.attention import patterns as patterns
     from clip_lens.show.figures.bars import bars as bars
     from clip_lens.show.figures.curves import curve as curve
-    from clip_lens.show.figures.curves import lens_lines as lens_lines
     from clip_lens.show.figures.curves import scatter as scatter
     from clip_lens.show.figures.export import save_figure as save_figure
     from clip_lens.show.figures.heatmap import heatmap as heatmap
     from clip_lens.show.figures.network import network as network
-    from clip_lens.show.figures.network import path_diagram as path_diagram
     from clip_lens.show.figures.qkv import qkv as qkv
     from clip_lens.show.figures.scatter import scatter_pairs as scatter_pairs
-    from clip_lens.show.figures.style import themed as themed
     from clip_lens.show.questions.circuit_report import circuit_report as circuit_report
     from clip_lens.show.questions.study import study as study
-    from clip_lens.show.report.effects_section import section_of as section_of
     from clip_lens.show.report.report import report as report
-    from clip_lens.show.report.section import Picture as Picture
-    from clip_lens.show.report.section import Section as Section
-    from clip_lens.show.report.section import Table as Table
 
 
 def __getattr__(name: str) -> object:

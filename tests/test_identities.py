@@ -16,7 +16,8 @@ from clip_lens.core.rows import needed, prepare, run_rows, schedule
 from clip_lens.core.source import counterpart
 from clip_lens.data.batch import align
 from clip_lens.data.images import ImageStore
-from clip_lens.data.pairs import Pairs, read_pairs
+from clip_lens.data.pairs import Pairs
+from clip_lens.data.read import read_pairs
 from clip_lens.methods.patching import patch_effects
 from clip_lens.model.load import load
 from clip_lens.model.site import LAYOUTS, Edge, Site, at_slot, hook_name, members, precedes

@@ -170,11 +170,12 @@ class Outside:
     """Every edge outside a circuit, patched together: a place by name, since it may have tens of thousands of members.
 
     `edges` of the tower's `of` edges are in the circuit; `share` of them was asked for, where a circuit was selected by
-    size (it may have fewer: what lies on no path is pruned), `ranking` says by which score, "signed" or "absolute".
+    size, `ranking` says by which score, "signed" or "absolute". `pruned`: what lies on no path from the embedding to
+    the output was taken out after the selection, which is another circuit.
 
     Example:
-        >>> str(Outside("exact", edges=20, of=1108))
-        'outside exact, 20 of 1108 edges'
+        >>> str(Outside("exact", edges=20, of=1108)), str(Outside("exact", edges=18, of=1108, pruned=True))
+        ('outside exact, 20 of 1108 edges', 'outside exact, 18 of 1108 edges, pruned')
     """
 
     circuit: str
@@ -182,10 +183,11 @@ class Outside:
     of: int
     share: float | None = None
     ranking: str = ""
+    pruned: bool = False
 
     def __str__(self) -> str:
-        ranking = f" ({self.ranking})" if self.ranking else ""
-        return f"outside {self.circuit}{ranking}, {self.edges} of {self.of} edges"
+        ranking, pruned = f" ({self.ranking})" if self.ranking else "", ", pruned" if self.pruned else ""
+        return f"outside {self.circuit}{ranking}, {self.edges} of {self.of} edges{pruned}"
 
 
 Place: TypeAlias = Site | Edge | Outside | tuple[Site | Edge, ...]

@@ -10,13 +10,15 @@ from oracle import TEXTS, TOWERS, Text, forward, same
 from towers import random_clip, random_store
 
 from clip_lens.core.metric import kl
+from clip_lens.core.setting import Setting
 from clip_lens.core.source import zeros
 from clip_lens.data.batch import align
 from clip_lens.data.pairs import Pairs
 from clip_lens.methods.circuits import acdc as module
 from clip_lens.methods.circuits.acdc import acdc
-from clip_lens.methods.circuits.circuit import Circuit
+from clip_lens.methods.circuits.circuit import Circuit, Selection
 from clip_lens.methods.circuits.removal import Removal
+from clip_lens.methods.registry import ACDC
 from clip_lens.model.load import load
 
 BANK = torch.nn.functional.normalize(torch.randn(5, 16, generator=torch.Generator().manual_seed(8)).double(), dim=-1)
@@ -123,25 +125,29 @@ def test_the_circuits_written_by_hand_are_what_is_left(name, causal):
     assert set(acdc(tower.encoder, tower.batch, 0.05, among=circuit).edges()) == tower.edges
 
 
-def test_edges_that_nothing_reads_any_more_do_not_run():
+def test_edges_that_nothing_reads_any_more_do_not_run(monkeypatch):
     tower = handmade("chain")
-    circuit = acdc(tower.encoder, tower.batch, 0.05)
-    assert int(circuit.meta["sets run"]) < len(tower.encoder.edges()) / 3
+    sets, means = [], Removal.means
+    monkeypatch.setattr(Removal, "means", lambda removal, removed: sets.append(len(removed)) or means(removal, removed))
+    acdc(tower.encoder, tower.batch, 0.05)
+    assert 0 < sum(sets) < len(tower.encoder.edges()) / 3
 
 
 def test_unaligned_positions_pass_what_is_removed_so_that_nothing_is_skipped():
     _, encoder, batch = setting("causal", False)
-    assert not Removal.of(encoder, batch, module.counterpart, module.logit, 256).complete
-    assert Removal.of(encoder, batch, zeros, module.logit, 256).complete
+    assert not Removal.of(Setting.of(encoder, batch)).complete
+    assert Removal.of(Setting.of(encoder, batch, source=zeros)).complete
 
 
-def test_a_high_threshold_leaves_nothing_and_the_meta_says_how():
+def test_a_high_threshold_leaves_nothing_and_the_circuit_says_how():
     _, encoder, batch = setting("causal", True)
     circuit = acdc(encoder, batch, 1e6, source=zeros)
-    assert len(circuit) == 0
-    expected = {"method": "ACDC", "threshold": "1e+06", "source": "zeros", "metric": "logit"}
-    assert {name: circuit.meta[name] for name in expected} == expected
-    assert circuit.meta["started from"] == f"{len(encoder.edges())} edges"
+    assert len(circuit) == 0 and circuit.name == "ACDC"
+    assert circuit.record.method is ACDC and circuit.record.batch == batch.digest
+    assert (circuit.record.source.name, circuit.record.metric.name) == ("zeros", "logit")
+    settings = {"threshold": 1e6, "one_sided": False, "started_from": Circuit.full(encoder).digest}
+    assert circuit.record.settings == settings
+    assert circuit.selection == Selection("removal", of=len(encoder.edges()), threshold=1e6)
 
 
 @pytest.mark.parametrize("threshold", [0.0, -1.0, float("nan")])
