@@ -19,7 +19,7 @@ _HOME = {
     "HookedTextEncoder": "model.encoder",
     "HookedTextTower": "model.tower",
     "Pairs": "data.pairs",
-    "read_pairs": "data.pairs",
+    "read_pairs": "data.read",
     "ImageStore": "data.images",
     "embed_images": "data.embed",
     "Batch": "data.batch",
@@ -70,23 +70,16 @@ _HOME = {
     "steer": "methods.probes.probe",
     "heatmap": "show.figures.heatmap",
     "qkv": "show.figures.qkv",
-    "path_diagram": "show.figures.network",
     "network": "show.figures.network",
     "bars": "show.figures.bars",
     "curve": "show.figures.curves",
-    "lens_lines": "show.figures.curves",
     "scatter": "show.figures.curves",
     "scatter_pairs": "show.figures.scatter",
     "patterns": "show.figures.attention",
     "save_figure": "show.figures.export",
-    "themed": "show.figures.style",
     "report": "show.report.report",
     "study": "show.questions.study",
     "circuit_report": "show.questions.circuit_report",
-    "section_of": "show.report.effects_section",
-    "Section": "show.report.section",
-    "Picture": "show.report.section",
-    "Table": "show.report.section",
     "explore": "show.explore.shell",
 }
 __all__ = sorted(_HOME)
@@ -110,7 +103,7 @@ if TYPE_CHECKING:
     from clip_lens.data.embed import embed_images as embed_images
     from clip_lens.data.images import ImageStore as ImageStore
     from clip_lens.data.pairs import Pairs as Pairs
-    from clip_lens.data.pairs import read_pairs as read_pairs
+    from clip_lens.data.read import read_pairs as read_pairs
     from clip_lens.methods.attention import attention_effects as attention_effects
     from clip_lens.methods.circuits.acdc import acdc as acdc
     from clip_lens.methods.circuits.circuit import Circuit as Circuit
@@ -146,22 +139,15 @@ if TYPE_CHECKING:
     from clip_lens.show.figures.attention import patterns as patterns
     from clip_lens.show.figures.bars import bars as bars
     from clip_lens.show.figures.curves import curve as curve
-    from clip_lens.show.figures.curves import lens_lines as lens_lines
     from clip_lens.show.figures.curves import scatter as scatter
     from clip_lens.show.figures.export import save_figure as save_figure
     from clip_lens.show.figures.heatmap import heatmap as heatmap
     from clip_lens.show.figures.network import network as network
-    from clip_lens.show.figures.network import path_diagram as path_diagram
     from clip_lens.show.figures.qkv import qkv as qkv
     from clip_lens.show.figures.scatter import scatter_pairs as scatter_pairs
-    from clip_lens.show.figures.style import themed as themed
     from clip_lens.show.questions.circuit_report import circuit_report as circuit_report
     from clip_lens.show.questions.study import study as study
-    from clip_lens.show.report.effects_section import section_of as section_of
     from clip_lens.show.report.report import report as report
-    from clip_lens.show.report.section import Picture as Picture
-    from clip_lens.show.report.section import Section as Section
-    from clip_lens.show.report.section import Table as Table
 
 
 def __getattr__(name: str) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,19 +88,42 @@ def tabulate(sample: Sample, of: str, floor: float, pooled: bool, draws: Draws |
 
 def _columns(sample: Sample, side: str, of: str, floor: float, draws: Draws | None) -> dict[str, Any]:
     """One side's columns, a chunk of places at a time."""
+    n_keys, parts = _by_chunks(sample, side, of, floor, draws.resamples if draws else 1)
+    counts = draws.counts(side, n_keys) if draws and n_keys else None
+    made = [{**_points(sums, n_keys), **(_bounds(sums, counts, draws) if draws else {})} for sums in parts]
+    names = POINTS + BOUNDS if draws else POINTS
+    return {name: torch.cat([part[name] for part in made]).numpy() for name in names}
+
+
+def drawn_fractions(
+    sample: Sample, side: str, of: str, floor: float, draws: Draws
+) -> Float[np.ndarray, "place resample"]:
+    """The fraction of every place on one side, in each resample of its pairs: those whose quantiles are its interval.
+
+    Example:
+        >>> pairs, one = DataFrame({"key": list("abcde"), "side": "foil"}), torch.ones(5)
+        >>> sample = Sample(DataFrame({"place": ["mlp 0"]}), torch.full((1, 5), 0.5), one, pairs, one)
+        >>> drawn_fractions(sample, "foil", "means", 0.0, Draws(0.95, 3, 0)).tolist()
+        [[0.5, 0.5, 0.5]]
+    """
+    n_keys, parts = _by_chunks(sample, side, of, floor, draws.resamples)
+    counts = draws.counts(side, n_keys)
+    return torch.cat([_estimates(sums, counts)[0] for sums in parts]).numpy()
+
+
+def _by_chunks(sample: Sample, side: str, of: str, floor: float, resamples: int) -> tuple[int, Iterator[_Sums]]:
+    """How many pairs a side has, and what they add up to, a chunk of places at a time: that bounds memory to tens of
+    MB."""
     chosen = sample.pairs if side == "pooled" else sample.pairs[sample.pairs["side"] == side]
     columns = torch.tensor(chosen.index.to_numpy(), dtype=torch.long)
     codes, keys = pd.factorize(chosen["key"])
-    sign = sample.orientation[columns].double()
-    counts = draws.counts(side, len(keys)) if draws and len(keys) else None
-    size = max(1, 2**21 // max(len(columns), draws.resamples if draws else 1))  # bounds memory to tens of MB
-    parts = []
-    for values in sample.values.split(size):
-        signed, total = values[:, columns].double() * sign, sample.total[columns].double() * sign
-        sums = _sums(signed, total, torch.from_numpy(codes), len(keys), of, floor)
-        parts.append({**_points(sums, len(keys)), **(_bounds(sums, counts, draws) if draws else {})})
-    names = POINTS + BOUNDS if draws else POINTS
-    return {name: torch.cat([part[name] for part in parts]).numpy() for name in names}
+    sign, total = sample.orientation[columns].double(), sample.total[columns].double()
+    size = max(1, 2**21 // max(len(columns), resamples))
+    parts = (
+        _sums(values[:, columns].double() * sign, total * sign, torch.from_numpy(codes), len(keys), of, floor)
+        for values in sample.values.split(size)
+    )
+    return len(keys), parts
 
 
 def _sums(

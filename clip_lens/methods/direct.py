@@ -97,13 +97,25 @@ def direct_effects(
     """
     places = tuple(components(encoder, batch) if places is None else places)
     sums = _sums(places, encoder, batch)
-    settings: dict[str, str | int] = {"norms": FROZEN}
-    if sums.slots:
-        unnamed = sum(int((text.slot < 0)[text.inside].sum()) for text in _both(batch))
-        settings["source tokens in no named slot"] = unnamed
     read = lambda text: _contributions(encoder, text, sums)
     setting = Setting.reading(encoder, batch, progress=progress)
-    return _attributed(setting, places, read, contrast, setting.record(DIRECT, **settings))
+    record = direct_record(setting, contrast)
+    if sums.slots:
+        unnamed = sum(int((text.slot < 0)[text.inside].sum()) for text in _both(batch))
+        record = record.saying(**{"source tokens in no named slot": unnamed})
+    return _attributed(setting, places, read, contrast, record)
+
+
+def direct_record(setting: Setting, contrast: bool = True) -> Record:
+    """The record of `direct_effects` of places without source slots.
+
+    Example:
+        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+        >>> batch = clip_lens.align(clip_lens.read_pairs()[:3], store, encoder)
+        >>> direct_record(Setting.reading(encoder, batch)).stands_for(direct_effects(encoder, batch).record)
+        True
+    """
+    return _said(setting.record(DIRECT, norms=FROZEN), contrast)
 
 
 def logit_lens(
@@ -131,8 +143,20 @@ def logit_lens(
         raise ValueError(f"norms={norms!r}; give one of {', '.join(get_args(Norms))}")
     places = tuple(encoder.sites("resid"))
     setting = Setting.reading(encoder, batch, progress=progress)
-    record = setting.record(LENS, norms=NORMS[norms])
+    record = lens_record(setting, norms, contrast)
     return _attributed(setting, places, lambda text: _lens(encoder, text, norms), contrast, record)
+
+
+def lens_record(setting: Setting, norms: Norms = "frozen", contrast: bool = True) -> Record:
+    """The record of `logit_lens`.
+
+    Example:
+        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+        >>> batch = clip_lens.align(clip_lens.read_pairs()[:3], store, encoder)
+        >>> lens_record(Setting.reading(encoder, batch)).stands_for(logit_lens(encoder, batch).record)
+        True
+    """
+    return _said(setting.record(LENS, norms=NORMS[norms]), contrast)
 
 
 def components(
@@ -265,7 +289,7 @@ def _attributed(setting: Setting, places: tuple[Place, ...], read: Read, contras
     values, (baseline, other) = found["values"], found["metrics"]
     pairs = setting.pairs(batch.sigma.cpu() * (other - baseline))
     total = other - baseline if contrast else baseline
-    return Effects(values, total.to(values), baseline.to(values), places, pairs, _said(record, contrast))
+    return Effects(values, total.to(values), baseline.to(values), places, pairs, record)
 
 
 def _at_once(encoder: HookedTextEncoder, batch: Batch, places: int) -> int:

@@ -3,7 +3,6 @@
 import io
 import json
 import re
-from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -12,21 +11,19 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-import torch
 from test_report import EVIL, Page, files_of, make, own_part
 
 import clip_lens.show
 from clip_lens.core.effects import toy_effects
-from clip_lens.model.site import Edge, Site
-from clip_lens.show.figures.network import network
+from clip_lens.show.figures.heatmap import heatmap
 from clip_lens.show.figures.style import DARK, LIGHT
-from clip_lens.show.report.numbers import numbers
 from clip_lens.show.report.report import report
 from clip_lens.show.report.section import Picture, Section, Table
 
 BARS = go.Figure(
     [go.Bar(name=side, x=["a", "b"], y=[1.0, -2.0], error_y={"array": [0.5, 0.25]}) for side in ("caption", "foil")]
 )
+DRAWN = pd.DataFrame({"side": ["caption", "foil"], "a": [1.0, 1.0], "b": [-2.0, -2.0]})
 FRAME = pd.DataFrame(
     {
         "feature": ["tokens", "size"],
@@ -44,7 +41,7 @@ def study(**changes):
         "findings": ["Tokens explain nothing."],
         "text": "One paragraph.\n\nAnother.",
         "pictures": [
-            Picture(BARS, "Effects of features", "A bar is a feature.", "Bars of two features.", data="all.csv"),
+            Picture(BARS, "Effects of features", "A bar is a feature.", "Bars of two features.", "all.csv", DRAWN),
             Picture(go.Figure(go.Heatmap(z=[[1.0, 2.0]])), "Cells", "A cell is a head.", wide=True),
         ],
         "tables": [Table(FRAME, "Regression", "Least squares.", {"p": ".1e"})],
@@ -176,11 +173,7 @@ def read(file):
 def test_figures_and_tables_give_their_numbers(full):
     files = files_of(full)
     assert files["figure-1-numbers"][0] == "figure-1.csv" and files["table-1-numbers"][0] == "table-1.csv"
-    bars = read(files["figure-1-numbers"])
-    assert bars.to_dict("list") == {
-        "series": ["caption"] * 2 + ["foil"] * 2, "x": ["a", "b"] * 2, "y": [1, -2] * 2,
-        "lower": [0.5, -2.25] * 2, "upper": [1.5, -1.75] * 2,
-    }  # fmt: skip
+    pd.testing.assert_frame_equal(read(files["figure-1-numbers"]), DRAWN, check_dtype=False)
     pd.testing.assert_frame_equal(read(files["table-1-numbers"]), FRAME, rtol=1e-8)
     table = make().table()
     for name, side in (("figure-3", "caption"), ("figure-4", "foil")):
@@ -188,7 +181,7 @@ def test_figures_and_tables_give_their_numbers(full):
         there = table[table["side"] == side].set_index("place")
         for column in ("fraction", "lower", "upper", "effect", "effect_lower", "effect_upper"):
             assert np.allclose(shown[column], there[column], rtol=1e-7), column
-        assert (shown["pairs"] == there["n"]).all()
+        assert (shown["n"] == there["n"]).all()
 
 
 def test_data_are_taken_out_as_they_went_in(full):
@@ -291,40 +284,12 @@ def test_mistakes_are_told_with_what_would_fit(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_numbers_are_those_of_the_traces():
-    figure = go.Figure(
-        [
-            go.Heatmap(z=[[1.0, np.nan], [3.0, 4.0]], name="cells"),
-            go.Heatmap(z=[[0.0, 1.0]], colorscale=[[0, "#ccc"], [1, "#ccc"]]),
-            go.Scatter(x=[0, 1], y=[5, None], text=["p &amp; q", "r"], name="points"),
-            go.Scatter(x=[0, 1], y=[5, 6], hoverinfo="skip"),
-            go.Pie(values=[1, 2]),
-        ],
-        layout={
-            "xaxis": {"tickvals": [0, 1], "ticktext": ["no", "yes"]},
-            "yaxis": {"tickvals": [0], "ticktext": ["a"]},
-        },
-    )
-    found = numbers(figure)
-    assert found["series"].tolist() == ["cells"] * 3 + ["points"]
-    assert found["x"].tolist() == ["no", "no", "yes", "no"]
-    assert found["y"].tolist() == [0, 1, 1, 5]  # one of two ticks has a word: positions say more than a mixture
-    assert found["value"].tolist()[:3] == [1.0, 3.0, 4.0] and found["text"].iloc[-1] == "p & q"
-    assert numbers(go.Figure()).empty
-
-
-def test_the_lines_of_a_diagram_are_told_in_words():
-    edges = tuple(Edge(Site("embed"), Site("v", 0, head)) for head in range(3))
-    effects = replace(toy_effects(), values=torch.tensor([[1.0, 2, 3], [0, 1, 2], [4, 4, 4]]), places=edges)
-    found = numbers(network(effects, n=2, side="foil"))
-    table = effects.table().query("side == 'foil'").set_index("place")["effect"]
-    assert found["series"].tolist() == table.abs().nlargest(2).index.tolist()
-    for name, text in zip(found["series"], found["text"], strict=True):
-        assert f"{table[name]:.3f}" in text and "%{" not in text and "<" not in text
-    both = numbers(network(effects, n=2))
-    assert both["panel"].tolist() == [2, 2, 1, 1]
-
-
-def test_a_figure_without_numbers_has_no_table(tmp_path):
-    path = report({"it": study(pictures=[Picture(go.Figure(), "Nothing", "Empty.")])}, tmp_path / "r.html")
-    assert "as a table" not in Page(path).text
+def test_a_figure_without_numbers_has_no_table_and_says_so(tmp_path):
+    own, ours = go.Figure(go.Bar(y=[1.0])), heatmap(toy_effects(), side="foil")
+    for figure, there in ((own, False), (ours, True)):
+        path = report({"it": study(pictures=[Picture(figure, "It", "A cell.")])}, tmp_path / "r.html")
+        assert ("figure-1-numbers" in files_of(path)) == there
+        assert ("Show figure 1 as a table" in Page(path).text) == there
+        assert ("This figure came without its numbers" in Page(path).text) != there
+    given = report({"it": study(pictures=[Picture(own, "It", "A bar.", numbers=FRAME)])}, tmp_path / "g.html")
+    pd.testing.assert_frame_equal(read(files_of(given)["figure-1-numbers"]), FRAME, rtol=1e-8)

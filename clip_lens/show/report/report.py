@@ -18,14 +18,15 @@ from markupsafe import Markup
 from pandas import DataFrame
 from plotly.offline import get_plotlyjs
 
-from clip_lens.core.effects import SEGMENTS, SIDES, Effects
-from clip_lens.core.store import written_whole
-from clip_lens.show.figures.heatmap import SIDE_NAMES
+from clip_lens.core.effects import SEGMENTS, Effects
+from clip_lens.core.table import SIDES
+from clip_lens.files import written_whole
+from clip_lens.show.figures.figure import Figure
 from clip_lens.show.figures.style import swaps
 from clip_lens.show.figures.thumbnails import Pictures
+from clip_lens.show.figures.words import SIDE_NAMES
 from clip_lens.show.report.effects_section import NEGATION_IN, section_of
 from clip_lens.show.report.examples import examples
-from clip_lens.show.report.numbers import numbers
 from clip_lens.show.report.packed import File, as_json, pack
 from clip_lens.show.report.section import Data, Picture, Section, Table
 from clip_lens.show.report.words import methods_of
@@ -141,11 +142,11 @@ class _Page:
         number = len(self.figures) + 1
         name = f"figure-{number}"
         self.figures[name] = {**json.loads(str(picture.figure.to_json())), "columns": _columns(picture.figure)}
-        shown = picture.numbers if picture.numbers is not None else numbers(picture.figure)
-        self.files[f"{name}-numbers"] = pack(f"{name}.csv", shown)
+        if (shown := numbers_of(picture)) is not None:
+            self.files[f"{name}-numbers"] = pack(f"{name}.csv", shown)
         height = picture.figure.layout.height or HEIGHT
         return {
-            "id": name, "number": number, "picture": picture, "height": height, "rows": len(shown),
+            "id": name, "number": number, "picture": picture, "height": height, "numbers": shown is not None,
             "data": self._behind(key, picture.data),
         }  # fmt: skip
 
@@ -192,6 +193,20 @@ class _Page:
                 css=_own("report.css"), js=_own("report.js"), paragraphs=paragraphs,
             )
         )  # fmt: skip
+
+
+def numbers_of(picture: Picture) -> DataFrame | None:
+    """The table that a picture shows: the one it was given, else the one that its figure carries; None without either.
+
+    Example:
+        >>> from clip_lens.core.effects import toy_effects
+        >>> from clip_lens.show.figures.heatmap import heatmap
+        >>> len(numbers_of(Picture(heatmap(toy_effects(), side="foil"), "Places", "A cell is a place.")))
+        4
+    """
+    if picture.numbers is not None:
+        return picture.numbers
+    return picture.figure.frame if isinstance(picture.figure, Figure) else None
 
 
 def _own(name: str) -> Markup:

@@ -17,10 +17,11 @@ Data = DataFrame | bytes | str | os.PathLike[str]  # a str is a path
 class Picture:
     """A figure of a report, with what a reader needs who cannot hover, or cannot see it.
 
-    `caption` says how to read it; `alt` says in a sentence what is seen, for a screen reader. `numbers` are what
-    the page shows on "show as table" and saves as CSV; without it they are read from the figure's traces. `data` names
-    an entry of the section's or the report's data that holds more than the figure shows. A `wide` one takes the whole
-    width of the page. Colours follow the page, light or dark; a background of the figure's own is dropped.
+    `caption` says how to read it; `alt` says in a sentence what is seen, for a screen reader. `numbers` are what the
+    page shows on "show as table" and saves as CSV: by default the `frame` that this package's figures carry; a figure
+    of your own has none, and without `numbers` the page says so. `data` names an entry of the section's or the report's
+    data that holds more than the figure shows. A `wide` one takes the whole width of the page. Colours follow the page,
+    light or dark; a background of the figure's own is dropped.
 
     Raises:
         TypeError: no plotly figure.
