@@ -224,7 +224,7 @@ def _prepared(
 ) -> tuple[Batch, Batch]:
     """The two splits of a pair set, aligned for a model."""
     from clip_lens.data.batch import align
-    from clip_lens.data.pairs import read_pairs
+    from clip_lens.data.read import read_pairs
 
     chosen = read_pairs(_path(config, pairs.file))
     chosen = chosen.rephrased() if pairs.rephrased else chosen
@@ -286,7 +286,7 @@ def _cautions(encoder: HookedTextEncoder, splits: tuple[Batch, Batch]) -> list[s
 
 def compare(results: Results, out: Path) -> Path:
     """The report and the table over all runs that were done."""
-    from clip_lens.core.store import written_whole
+    from clip_lens.files import written_whole
     from clip_lens.show.questions.circuits import comparison, methods, summaries
     from clip_lens.show.report.report import report
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from clip_lens.core.identity import adopt, identity_of
+from clip_lens.core.identity import adopt, identity_of_function
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Metric:
     `oriented`: its sign turns with the side. What it says of a run that is the caption counts against d, and averages
     over pairs of both sides take `sigma * value` (method, section 1), as for the logit. Not oriented is what grows on
     both sides the more a patch moves, such as the cosine with the other text. `divergence`: it says how far a row is
-    from the unpatched run, where it is 0 and smallest, so that a change for the better is none. `identity` is a digest
-    of what it holds, None where that can't be told: then no kept result is taken for it.
+    from the unpatched run, where it is 0 and smallest, so that a change for the better is none. `holds` is what a
+    closure or a partial holds.
 
     Raises:
         ValueError: a divergence that is oriented.
@@ -52,7 +52,7 @@ class Metric:
     oriented: bool
     unit: str = "metric units"
     name: str = ""
-    identity: str | None = None
+    holds: Any = None
     divergence: bool = False
 
     def __post_init__(self) -> None:
@@ -64,6 +64,12 @@ class Metric:
 
     def __call__(self, u: Float[Tensor, "row d_embed"], readout: Readout) -> Float[Tensor, "row"]:
         return self.function(u, readout)
+
+    @property
+    def identity(self) -> str | None:
+        """A digest of what it computes and holds, as it is now; None where that can't be told: then no kept result is
+        taken for it."""
+        return identity_of_function(self.function, self.holds)
 
     def __repr__(self) -> str:
         return f"Metric({self.name}, {'' if self.oriented else 'not '}oriented, in {self.unit})"
@@ -113,9 +119,7 @@ def metric(
         return lambda given: metric(given, oriented=oriented, **how)
     if not callable(function):
         raise TypeError(f"a metric is a function (u, readout) -> one number per row. Got {function!r}")
-    own = getattr(function, "__qualname__", type(function).__qualname__)
-    identity = identity_of(function) if holds is None else identity_of(own, holds)
-    return Metric(function, oriented, unit, name, identity, divergence)
+    return Metric(function, oriented, unit, name, holds, divergence)
 
 
 def as_metric(given: object) -> Metric:
@@ -131,7 +135,7 @@ def as_metric(given: object) -> Metric:
     if isinstance(given, Metric):
         return given
     if not callable(given):
-        raise TypeError(f"metric={given!r} is no metric; give clip_lens.logit, clip_lens.cosine or one of your own")
+        raise TypeError(f"metric={given!r} is no function; give clip_lens.logit, clip_lens.cosine or one of your own")
     name = getattr(given, "__name__", repr(given))
     raise TypeError(
         f"the metric {name} does not say whether its sign turns with the side, which decides how pairs are averaged; "
@@ -193,4 +197,4 @@ def kl(bank: Float[Tensor, "text d_embed"]) -> Metric:
         return (run.exp() * (run - patched)).sum(-1)
 
     name = f"kl over {len(bank)} texts"
-    return metric(divergence, oriented=False, unit="nats", name=name, holds=("kl", bank), divergence=True)
+    return metric(divergence, oriented=False, unit="nats", name=name, holds=bank, divergence=True)

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from clip_lens.core.identity import adopt, identity_of
+from clip_lens.core.identity import adopt, identity_of_function
 from clip_lens.core.precision import precise
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import Cache, HookedTextEncoder
@@ -39,14 +39,14 @@ CHUNK = 256
 class Source:
     """A function from an encoder and a batch to a `Fetch`, with what it says of itself.
 
-    `identity` is a digest of what it holds, None where that can't be told: then no kept result is taken for it.
+    `holds` is what a closure or a partial holds.
     `swaps`: it gives the other text's own activations, so that the run becomes the other text where everything is
     patched, and effects are shares of what lies between the two.
     """
 
     function: Function
     name: str = ""
-    identity: str | None = None
+    holds: Any = None
     swaps: bool = False
 
     def __post_init__(self) -> None:
@@ -56,6 +56,12 @@ class Source:
 
     def __call__(self, encoder: HookedTextEncoder, batch: Batch) -> Fetch:
         return self.function(encoder, batch)
+
+    @property
+    def identity(self) -> str | None:
+        """A digest of what it computes and holds, as it is now; None where that can't be told: then no kept result is
+        taken for it."""
+        return identity_of_function(self.function, self.holds)
 
     def __repr__(self) -> str:
         return f"Source({self.name})"
@@ -75,8 +81,7 @@ def source(function: Function, *, name: str = "", holds: Any = None, swaps: bool
     """
     if not callable(function):
         raise TypeError(f"a source is a function (encoder, batch) -> fetch. Got {function!r}")
-    identity = identity_of(function) if holds is None else identity_of("source", holds)
-    return Source(function, name, identity, swaps)
+    return Source(function, name, holds, swaps)
 
 
 def as_source(given: object) -> Source:
@@ -92,7 +97,7 @@ def as_source(given: object) -> Source:
     if isinstance(given, Source):
         return given
     if given is resample or given is noise or given is steered:
-        raise TypeError(f"{given.__name__} makes a source: call it, as in resample(0) and noise(1.0)")  # type: ignore[union-attr]
+        raise TypeError(f"{given.__name__} makes a source: call it, as in resample(0) and noise(1.0)")
     if not callable(given):
         raise TypeError(
             f"source={given!r} is no function; give counterpart, zeros, mean, resample(seed), noise(std) ..."
@@ -133,7 +138,7 @@ def _counterpart(encoder: HookedTextEncoder, batch: Batch) -> Fetch:
     return Counterpart(encoder, batch)
 
 
-counterpart = Source(_counterpart, "counterpart", identity_of("counterpart"), swaps=True)
+counterpart = Source(_counterpart, "counterpart", swaps=True)
 
 
 def _realigned(name: str, value: Tensor, origin: Int[Tensor, "pair pos"]) -> Tensor:
@@ -205,7 +210,7 @@ def mean(
         return source(
             lambda encoder, patched: MeanOver(Mean(encoder, whole), patched),
             name=f"mean over {len(whole)} texts of {whole.pairs.name}",
-            holds=("mean", whole.run, whole.tokens, whole.slot, whole.slots),
+            holds=(whole.tokens, whole.length, whole.slot, whole.slots),
         )
     if encoder is None or batch is None:
         raise TypeError("give mean as it is, source=mean, or with the batch to average over: mean(over=batch)")
@@ -290,7 +295,7 @@ def resample(seed: int = 0) -> Source:
 
         return fetch
 
-    return source(resampled, name=f"resample({seed})", holds=("resample", seed))
+    return source(resampled, name=f"resample({seed})", holds=seed)
 
 
 def _partners(batch: Batch, seed: int) -> Int[Tensor, "pair"]:
@@ -324,7 +329,7 @@ def noise(std: float, seed: int = 0) -> Source:
 
         return fetch
 
-    return source(noisy, name=f"noise({std:g}, seed={seed})", holds=("noise", float(std), seed))
+    return source(noisy, name=f"noise({std:g}, seed={seed})", holds=(float(std), seed))
 
 
 def _noisy(name: str, value: Tensor, batch: Batch, pairs: Int[Tensor, "pair"], std: float, seed: int) -> Tensor:
@@ -376,7 +381,7 @@ def steered(
         )
 
     name = f"steered({how} {', '.join(map(str, directions))})"
-    return source(changed, name=name, holds=("steered", how, dict(directions), dict(origin or {})))
+    return source(changed, name=name, holds=(how, dict(directions), dict(origin or {})))
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def chunk_attributions(
 ) -> Float[Tensor, "place_and_everything pair"]:
     """The attribution of every place of a chunk but the last, which is patched: it is the total."""
     terms = Terms.of(chunk)
-    run = chunk.encoder.tower.embed(chunk.encoder.cut(chunk.batch.tokens))
+    run = chunk.encoder.tower.embed(chunk.tokens)
     toward = (chunk.source[EMBEDDING] - run).nan_to_num(0.0) if steps > 1 else torch.zeros_like(run)
     values = run.new_zeros(len(chunk.addresses) - 1, len(run))
     changes: dict[str, Tensor] = {}

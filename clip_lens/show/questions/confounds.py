@@ -20,7 +20,7 @@ CORRELATION = (
     "the data that goes along with the score, whatever the model does with negation."
 )
 BY_SIZE = (
-    "Pairwise accuracy of the pairs whose subject covers at least this share of the image, with Wilson's 95 % "
+    "Pairwise accuracy of the pairs whose subject covers more than this share of the image, with Wilson's 95 % "
     "interval. Pairs without a size are left out; where the negation is in the caption the subject is mostly not in "
     "the picture."
 )
