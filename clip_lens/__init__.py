@@ -79,7 +79,7 @@ _HOME = {
     "save_figure": "show.figures.export",
     "report": "show.report.report",
     "study": "show.questions.study",
-    "circuit_report": "show.questions.circuit_report",
+    "circuit_report": "show.questions.circuits",
     "explore": "show.explore.shell",
 }
 __all__ = sorted(_HOME)
@@ -145,7 +145,7 @@ if TYPE_CHECKING:
     from clip_lens.show.figures.network import network as network
     from clip_lens.show.figures.qkv import qkv as qkv
     from clip_lens.show.figures.scatter import scatter_pairs as scatter_pairs
-    from clip_lens.show.questions.circuit_report import circuit_report as circuit_report
+    from clip_lens.show.questions.circuits import circuit_report as circuit_report
     from clip_lens.show.questions.study import study as study
     from clip_lens.show.report.report import report as report
 
