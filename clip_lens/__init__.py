@@ -19,7 +19,7 @@ _HOME = {
     "HookedTextEncoder": "model.encoder",
     "HookedTextTower": "model.tower",
     "Pairs": "data.pairs",
-    "read_pairs": "data.pairs",
+    "read_pairs": "data.read",
     "ImageStore": "data.images",
     "embed_images": "data.embed",
     "Batch": "data.batch",
@@ -103,7 +103,7 @@ if TYPE_CHECKING:
     from clip_lens.data.embed import embed_images as embed_images
     from clip_lens.data.images import ImageStore as ImageStore
     from clip_lens.data.pairs import Pairs as Pairs
-    from clip_lens.data.pairs import read_pairs as read_pairs
+    from clip_lens.data.read import read_pairs as read_pairs
     from clip_lens.methods.attention import attention_effects as attention_effects
     from clip_lens.methods.circuits.acdc import acdc as acdc
     from clip_lens.methods.circuits.circuit import Circuit as Circuit

@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ from pandas import DataFrame
 from clip_lens.core.effects import Effects
 from clip_lens.core.record import Record
 from clip_lens.core.store import read_frame, write_frame
+from clip_lens.files import in_folder
 from clip_lens.model.site import Place
 
 log = logging.getLogger(__name__)
@@ -148,21 +150,10 @@ def _in_parts(
         part = _part(path, wanted, chosen)
         if part is None:
             part = compute(chosen)
-            _save_part(part, path)
+            in_folder(folder, partial(part.save, path))  # which another run into the same folder may remove
             log.info("%s: places %d to %d of %d", path, start, start + len(chosen) - 1, len(places))
         parts.append(part)
     return joined(parts)
-
-
-def _save_part(part: Effects, path: Path) -> None:
-    """Another run into the same folder removes the parts when it is done: then this one's are made anew."""
-    for _ in range(5):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            return part.save(path)
-        except FileNotFoundError:
-            continue
-    part.save(path)
 
 
 def joined(parts: Sequence[Effects]) -> Effects:

@@ -135,7 +135,7 @@ def as_metric(given: object) -> Metric:
     if isinstance(given, Metric):
         return given
     if not callable(given):
-        raise TypeError(f"metric={given!r} is no metric; give clip_lens.logit, clip_lens.cosine or one of your own")
+        raise TypeError(f"metric={given!r} is no function; give clip_lens.logit, clip_lens.cosine or one of your own")
     name = getattr(given, "__name__", repr(given))
     raise TypeError(
         f"the metric {name} does not say whether its sign turns with the side, which decides how pairs are averaged; "

@@ -42,6 +42,7 @@ class Chunk:
     encoder: HookedTextEncoder
     addresses: Addresses
     batch: Batch
+    tokens: Int[Tensor, "pair pos"]
     run: Cache
     embedding: Float[Tensor, "pair d_embed"]
     source: Cache
@@ -54,13 +55,13 @@ class Chunk:
 
     @property
     def pooled(self) -> Int[Tensor, "pair"]:
-        return self.encoder.pool(self.batch.tokens)
+        return self.encoder.pool(self.tokens)
 
     def rows(self, pair: Int[Tensor, "row"]) -> Chunk:
-        """The chunk with a line per row, each one of its pairs; a pair may have many rows."""
+        """The chunk with a line per row, each of one of its pairs, which may have many; `batch` stays the pairs'."""
         return replace(
             self,
-            batch=self.batch[pair],
+            tokens=self.tokens[pair],
             run={name: value[pair] for name, value in self.run.items()},
             embedding=self.embedding[pair],
             source={name: value[pair] for name, value in self.source.items()},
@@ -113,7 +114,7 @@ def prepare(
     positions = slot_positions(addresses.slots, part)[..., :width]
     embedding = encoder.read(y, encoder.pool(tokens))
     whole = bool(encoder.hooked)
-    return Chunk(encoder, addresses, part, run, embedding, source, change, sends, positions, first, whole)
+    return Chunk(encoder, addresses, part, tokens, run, embedding, source, change, sends, positions, first, whole)
 
 
 def read_other(chunk: Chunk, fetch: Fetch) -> Float[Tensor, "pair d_embed"]:
@@ -136,7 +137,7 @@ def needed(chunk: Chunk) -> tuple[Bool[Tensor, "place pair"], Int[Tensor, "place
     """Whether each place has anything to patch in each pair, and the first position at which that changes something
     (the text's width where it changes nothing)."""
     addresses, width = chunk.addresses, chunk.positions.shape[-1]
-    shape, device = (len(addresses), len(chunk.batch)), chunk.positions.device
+    shape, device = (len(addresses), len(chunk.tokens)), chunk.positions.device
     exists, first = torch.zeros(shape, dtype=torch.uint8, device=device), torch.full(shape, width, device=device)
     every = torch.arange(len(addresses), device=device)
     for entries, has, reader in ((addresses.sites, *_site_readers(chunk)), (addresses.edges, *_edge_readers(chunk))):
@@ -227,7 +228,7 @@ def run_rows(
 
 def _run_whole(chunk: Chunk, place: Int[Tensor, "row"], pair: Int[Tensor, "row"]) -> Float[Tensor, "row d_embed"]:
     """The unit embeddings of rows that run from their tokens on, at every position."""
-    tokens = chunk.encoder.cut(chunk.batch.tokens)[pair]
+    tokens = chunk.tokens[pair]
     y = chunk.encoder.tower.run_with_hooks(tokens, fwd_hooks=list(whole_hooks(chunk, place, pair)))
     return chunk.encoder.read(y, chunk.pooled[pair])
 

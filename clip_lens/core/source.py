@@ -97,7 +97,7 @@ def as_source(given: object) -> Source:
     if isinstance(given, Source):
         return given
     if given is resample or given is noise or given is steered:
-        raise TypeError(f"{given.__name__} makes a source: call it, as in resample(0) and noise(1.0)")  # type: ignore[union-attr]
+        raise TypeError(f"{given.__name__} makes a source: call it, as in resample(0) and noise(1.0)")
     if not callable(given):
         raise TypeError(
             f"source={given!r} is no function; give counterpart, zeros, mean, resample(seed), noise(std) ..."

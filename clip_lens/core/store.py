@@ -1,15 +1,12 @@
-"""A result, or a table, in one Parquet file and back; files that appear whole or not at all."""
+"""A result, or a table, in one Parquet file and back."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +19,7 @@ from pandas import DataFrame
 from torch import Tensor
 
 from clip_lens.core.record import Record, as_json, of_json
+from clip_lens.files import written_whole
 from clip_lens.model.site import Edge, Outside, Place, Site
 
 FORMAT = 2
@@ -207,31 +205,6 @@ def _understood(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path} was written by another version of clip_lens ({error}); {OTHER_VERSION}") from error
-
-
-@contextmanager
-def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well, and vanishes when it does not.
-
-    Example:
-        >>> path = getfixture("tmp_path") / "a.txt"
-        >>> with written_whole(path) as temporary:
-        ...     _ = temporary.write_text("all of it")
-        >>> path.read_text()
-        'all of it'
-    """
-    target = Path(path)
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # mkstemp makes files that only their owner may read
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def plain(column: pd.Series) -> list[Any]:

@@ -57,7 +57,7 @@ def intervened(
 ) -> Cache:
     """The activations of whole runs, a row each, in which a pair of the chunk is patched at a place; the hooks in
     `frozen` hold what the unpatched run has, which the chunk must have cached. NaN where a pair has nothing there."""
-    tokens = chunk.encoder.cut(chunk.batch.tokens)[pair]
+    tokens = chunk.tokens[pair]
     hooks: list[Hook] = [(name, partial(_held, value=chunk.run[name][pair])) for name in frozen]
     hooks += whole_hooks(chunk, place, pair)
     with chunk.encoder.tower.hooks(fwd_hooks=hooks):

@@ -45,7 +45,7 @@ class Encoder(Protocol):
     @property
     def d_embed(self) -> int: ...
     @property
-    def dtype(self) -> torch.dtype: ...
+    def precision(self) -> torch.dtype: ...
     @property
     def device(self) -> torch.device: ...
     @property
@@ -242,10 +242,7 @@ class Batch:
             >>> batch.digest == batch[[0, 1]].digest != batch.flip().digest
             True
         """
-        held = {name: getattr(self, name) for name in _TENSORS}
-        # `digest` rounds to float32; of a direction in float64 what that drops counts too.
-        rest = self.direction.double() - self.direction.float().double()
-        return digest(held | {"rest of direction": rest, f"slots {self.slots}": torch.empty(0)})
+        return digest({name: getattr(self, name) for name in _TENSORS} | {f"slots {self.slots}": torch.empty(0)})
 
     @property
     def unaligned(self) -> Int[Tensor, "pair"]:
@@ -384,7 +381,7 @@ def align(
     return _batch(
         usable,
         {"caption": captions[~same], "foil": foils[~same]},
-        (encoder.scale * images[usable.image].to(torch.float64)).to(encoder.device, encoder.dtype),
+        (encoder.scale * images[usable.image].to(torch.float64)).to(encoder.device, encoder.precision),
         encoder,
         run,
         slots,

@@ -16,7 +16,8 @@ from towers import random_clip, random_encoder, random_store
 
 from clip_lens.data.batch import align, match_tokens, template_slots
 from clip_lens.data.images import ImageStore
-from clip_lens.data.pairs import Pairs, read_pairs
+from clip_lens.data.pairs import Pairs
+from clip_lens.data.read import read_pairs
 from clip_lens.model.load import load
 
 TENSORS = ("tokens", "other", "origin", "slot", "other_slot", "length", "other_length", "direction", "sigma")

@@ -189,7 +189,10 @@ def test_without_contrast_the_run_alone(name):
     batch, places = batch_of(name), [*KINDS, *SOURCES]
     effects = direct_effects(tower(name)[1], batch, places, contrast=False)
     agree(effects, by_hand(name, batch, places, contrast=False))
-    assert (effects.pairs["sigma"] == 1).all() and torch.equal(effects.total, effects.baseline)
+    assert not effects.record.metric.oriented and torch.equal(
+        effects.signed().nan_to_num(), effects.values.nan_to_num()
+    )
+    assert torch.equal(effects.total, effects.baseline)
     assert torch.equal(effects.signed().nan_to_num(), effects.values.nan_to_num())
 
 
@@ -295,7 +298,7 @@ def test_the_lens_is_open_clips_last_layers_on_each_stream(name, norms):
     agree(alone, run.tolist())
     assert torch.allclose(alone.values[-1], alone.total, rtol=0, atol=1e-10 * float(alone.total.abs().max()))
     assert alone.places == tuple(Site("resid", layer) for layer in range(4))
-    assert alone.meta["norms"] == direct.NORMS[norms] and (alone.pairs["sigma"] == 1).all()
+    assert alone.meta["norms"] == direct.NORMS[norms] and not alone.record.metric.oriented
 
 
 def test_the_frozen_lens_climbs_by_what_each_layer_writes():
@@ -352,7 +355,11 @@ def test_the_result_says_what_it_is(tmp_path):
     effects = direct_effects(encoder, batch, components(encoder, batch, "source"))
     assert effects.meta["method"] == "direct logit attribution" and effects.meta["source"] == "counterpart"
     assert "frozen" in effects.meta["norms"] and effects.meta["values"].startswith("C(other) - C(run)")
-    assert effects.meta["metric"] == "logit" and effects.meta["run"] == "the caption is the run"
+    assert (
+        effects.record.metric.name == "logit"
+        and effects.record.metric.oriented
+        and effects.meta["run"] == "the caption is the run"
+    )
     unnamed = sum(len(positions(batch, pair, UNNAMED, other)) for pair in range(len(batch)) for other in (False, True))
     assert effects.meta["source tokens in no named slot"] == str(unnamed) != "0"
     assert {UNNAMED, "negator"} <= set(effects.index["slot"]) and "suffix" not in set(effects.index["slot"])

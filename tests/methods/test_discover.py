@@ -178,9 +178,9 @@ def test_what_is_finished_is_not_computed_again(tower, tmp_path, monkeypatch):
     assert Effects.load(tmp_path / "exact" / "scores-exact.parquet").values.equal(first["exact"].scores.values)
     with pytest.raises(AssertionError, match="computed again"):
         discover(encoder, found, judged, method="acdc", threshold=0.7, keep=Keep(tmp_path / "acdc"), **how)
-    with pytest.raises(ValueError, match="another result: .*batch"):
+    with pytest.raises(ValueError, match=r"another result: .*batch"):
         discover(encoder, found[:4], judged, method="exact", keep=Keep(tmp_path / "exact"), **how)
-    with pytest.raises(ValueError, match="another circuit: .*batch"):
+    with pytest.raises(ValueError, match=r"another circuit: .*batch"):
         discover(encoder, found[:4], judged, method="acdc", keep=Keep(tmp_path / "acdc"), **how)
     with pytest.raises(AssertionError, match="computed again"):
         again = Keep(tmp_path / "acdc", overwrite=True)

@@ -260,32 +260,50 @@ def test_turned_batches_say_the_same(tiny, embedded):
     assert one.drop(columns="note").equals(two.drop(columns="note"))
 
 
-NOUNS = ("dog", "cat", "zebra", "red ball", "cube")
+NOUNS = ("dog", "cat", "zebra", "cube", "star", "ball", "ring", "tree", "car", "man", "horse", "cross")
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    st.lists(st.tuples(st.sampled_from(NOUNS), st.sampled_from(NOUNS), st.booleans()), min_size=8, max_size=20),
-    st.integers(0, 5),
-)
+@st.composite
+def linked(draw):
+    """Pairs of nouns, (in the text without negation, in the text with it), in 4 to 6 parts that share no noun; within
+    a part pairs share texts by chance, so that most are linked through others."""
+    parts, size = draw(st.integers(4, 6)), 2
+    nouns = [NOUNS[part * size : (part + 1) * size] for part in range(parts)]
+    some = [draw(st.lists(st.tuples(*[st.sampled_from(own)] * 2), min_size=1, max_size=5)) for own in nouns]
+    return draw(st.permutations([(*pair, draw(st.booleans())) for pairs in some for pair in pairs]))
+
+
+@settings(max_examples=50, deadline=None)
+@given(linked(), st.integers(0, 5))
 def test_no_text_is_on_both_sides_of_the_split(nouns, seed):
+    """Groups by a search of its own: a text's pairs, their texts, those texts' pairs, until nothing is added."""
     encoder = small()
     texts = [(f"There is a {one}.", f"There is no {two}.")[:: 1 if order else -1] for one, two, order in nouns]
-    batch = made_up(texts, encoder)
-    try:
-        split = module._split(encoder, batch, [0], seed, 0.4)
-    except ValueError as error:
-        assert "groups that share no text" in str(error)
-        return
-    texts = [{tuple(run), tuple(other)} for run, other in zip(batch.tokens.tolist(), batch.other.tolist(), strict=True)]
+    split = module._split(encoder, made_up(texts, encoder), [0], seed, 0.4)
+    texts = [
+        {tuple(run), tuple(other)}
+        for run, other in zip(split.batch.tokens.tolist(), split.batch.other.tolist(), strict=True)
+    ]
     held = split.held.tolist()
     trained = set().union(*(text for text, is_held in zip(texts, held, strict=True) if not is_held))
     tested = set().union(*(text for text, is_held in zip(texts, held, strict=True) if is_held))
     assert trained
     assert tested
     assert not trained & tested
+    groups = connected(texts)
+    assert split.groups == len(groups)
+    assert sum(group <= tested for group in groups) == round(0.4 * len(groups))
     kinds = {tuple(sorted(text)) for text in texts}
-    assert len(split.distinct) == len(kinds)
+    assert len({tuple(sorted(texts[row])) for row in split.distinct.tolist()}) == len(split.distinct) == len(kinds)
+
+
+def connected(texts):
+    """Sets of texts that are linked by pairs."""
+    groups = []
+    for pair in texts:
+        apart = [group for group in groups if not group & pair]
+        groups = [*apart, pair.union(*(group for group in groups if group & pair))]
+    return groups
 
 
 @pytest.fixture(scope="module", autouse=True)

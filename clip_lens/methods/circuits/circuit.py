@@ -24,7 +24,7 @@ from torch import Tensor
 
 from clip_lens.core.identity import identity_of
 from clip_lens.core.record import Record, as_json, of_json
-from clip_lens.core.store import written_whole
+from clip_lens.files import written_whole
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Edge, Site, precedes, readers, writers
 

@@ -21,9 +21,9 @@ from clip_lens.core.metric import Metric, logit
 from clip_lens.core.record import Method, Record
 from clip_lens.core.setting import Setting
 from clip_lens.core.source import Function, Source, counterpart
-from clip_lens.core.store import written_whole
 from clip_lens.core.table import sides_of
 from clip_lens.data.batch import Batch
+from clip_lens.files import written_whole
 from clip_lens.methods.circuits.acdc import acdc, acdc_record
 from clip_lens.methods.circuits.circuit import Circuit, random_circuit
 from clip_lens.methods.circuits.faithfulness import (

@@ -11,7 +11,6 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import NormalDist
 from typing import Any, NamedTuple, TypeAlias, get_args
 
 import numpy as np
@@ -27,6 +26,7 @@ from clip_lens.core.source import How, steered
 from clip_lens.data.batch import Batch
 from clip_lens.methods.patching import patch_effects
 from clip_lens.methods.registry import STEERING
+from clip_lens.methods.statistics import proportion
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Site, hook_name
 
@@ -373,9 +373,7 @@ def _row(fits: Mapping[str, Fit], control: Fit | None, geometry: dict[str, float
 
 def _wilson(fit: Fit, interval: float) -> tuple[float, float, float]:
     """The accuracy with Wilson's interval (1927). The two texts of a pair depend on each other, so that pairs count."""
-    p, n, z = fit.accuracy, len(fit.right) / 2, NormalDist().inv_cdf((1 + interval) / 2)
-    centre, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return p, (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
+    return proportion(float(fit.right.sum()) / 2, len(fit.right) // 2, interval=interval)[:3]
 
 
 def _geometry(split: Split, layer: int, fit: Fit) -> dict[str, float]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-import plotly.graph_objects as go
 from pandas import DataFrame
 
-from clip_lens.core.table import SIDES
 from clip_lens.methods.scores import tally
-from clip_lens.show.figures.heatmap import SIDE_NAMES
+from clip_lens.show.figures.figure import Figure, carrying
 from clip_lens.show.figures.style import template
 from clip_lens.show.questions.case import Case, Question
-from clip_lens.show.questions.sentences import SIDE_WORDS, counted, estimate
+from clip_lens.show.questions.sentences import SIDE_WORDS, by_side, percentage
 from clip_lens.show.report.section import Picture, Section, Table
+from clip_lens.words import counted
 
 DIFFERENCES = (
     "Bars count pairs by their logit difference d = S(caption) - S(foil). To the right of 0 the model prefers the "
@@ -52,21 +51,22 @@ def scored(table: DataFrame) -> str:
 
     Example:
         >>> scored(DataFrame({"side": ["overall"], "accuracy": [0.5], "lower": [0.15], "upper": [0.85], "n": [4]}))
-        'The caption beats the foil in 50.0 % [15.0 %, 85.0 %] of all 4 pairs.'
+        'The caption beats the foil in 50.0 % [15.0, 85.0] of all 4 pairs.'
     """
-    shares = {row["side"]: (estimate(row, "accuracy", how=".1%"), row["n"]) for _, row in table.iterrows()}
+    shares = {row["side"]: (percentage(row, "accuracy", digits=1), row["n"]) for _, row in table.iterrows()}
     share, n = shares.pop("overall")
     of = {side: "without a side" if side == "none" else f"with {SIDE_WORDS[side]}" for side in shares}
     parts = ", ".join(f"{own} of {count} {of[side]}" for side, (own, count) in shares.items())
-    return f"The caption beats the foil in {share} of all {counted(n)}{': ' if parts else ''}{parts}."
+    return f"The caption beats the foil in {share} of all {counted(n, 'pair')}{': ' if parts else ''}{parts}."
 
 
-def _histogram(pairs: DataFrame) -> go.Figure:
+def _histogram(pairs: DataFrame) -> Figure:
     edges = np.histogram_bin_edges(pairs["d"], bins=min(30, max(5, len(pairs) // 6)))
-    middles, figure = (edges[1:] + edges[:-1]) / 2, go.Figure()
-    for side in (side for side in SIDES if side in set(pairs["side"])):
-        counts, _ = np.histogram(pairs.loc[pairs["side"] == side, "d"], edges)
-        figure.add_bar(x=middles, y=counts, name=SIDE_NAMES[side])
+    bins = {"from": edges[:-1], "to": edges[1:]}
+    counts = {side: np.histogram(part["d"], edges)[0] for side, part in by_side(pairs)}
+    figure = carrying(Figure(), DataFrame({**bins, **{SIDE_WORDS[side]: counts[side] for side in counts}}))
+    for side in counts:
+        figure.add_bar(x=(edges[1:] + edges[:-1]) / 2, y=counts[side], name=SIDE_WORDS[side])
     legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}
     figure.update_layout(template=template(), barmode="group", bargap=0.15, height=340, legend=legend, showlegend=True)
     figure.update_xaxes(title_text="d, logits")

@@ -19,9 +19,10 @@ from clip_lens.methods.circuits.discover import Discovery
 from clip_lens.methods.circuits.faithfulness import MEASURES
 from clip_lens.show.figures.bars import bars
 from clip_lens.show.figures.curves import curve, scatter
-from clip_lens.show.figures.heatmap import SIDE_NAMES, heatmap
+from clip_lens.show.figures.heatmap import heatmap
 from clip_lens.show.figures.network import network
 from clip_lens.show.figures.thumbnails import Pictures
+from clip_lens.show.figures.words import SIDE_NAMES
 from clip_lens.show.questions import circuit_texts as texts
 from clip_lens.show.report.report import report
 from clip_lens.show.report.section import Picture, Section, Table

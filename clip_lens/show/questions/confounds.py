@@ -11,15 +11,16 @@ from clip_lens.methods.confounds import ALL, Confounds
 from clip_lens.show.figures.bars import bars
 from clip_lens.show.figures.curves import curve
 from clip_lens.show.questions.case import Case, Question
-from clip_lens.show.questions.sentences import by_side, clear, estimate, number, opening
+from clip_lens.show.questions.sentences import by_side, clear, estimate, opening
 from clip_lens.show.report.section import Picture, Section, Table
+from clip_lens.words import decimals, minus
 
 CORRELATION = (
     "Pearson's r between a feature of the pairs and d, with its 95 % interval (Fisher). A confound is a feature of "
     "the data that goes along with the score, whatever the model does with negation."
 )
 BY_SIZE = (
-    "Pairwise accuracy of the pairs whose subject covers at least this share of the image, with Wilson's 95 % "
+    "Pairwise accuracy of the pairs whose subject covers more than this share of the image, with Wilson's 95 % "
     "interval. Pairs without a size are left out; where the negation is in the caption the subject is mostly not in "
     "the picture."
 )
@@ -83,7 +84,11 @@ def regressed(table: DataFrame) -> str:
 def _slope(row: Series) -> str:
     raw = f"{row['term']} ({estimate(row, 'coefficient')} logits per unit"
     standardised = row.get("standardised", float("nan"))
-    return f"{raw})" if pd.isna(standardised) else f"{raw}, {number(standardised)} in standard deviations)"
+    return (
+        f"{raw})"
+        if pd.isna(standardised)
+        else f"{raw}, {minus(decimals(standardised, sign=True))} in standard deviations)"
+    )
 
 
 def _correlations(along: DataFrame, found: Confounds) -> Iterator[Picture]:

@@ -12,7 +12,8 @@ from clip_lens.methods.attention import attention_effects, attention_record
 from clip_lens.methods.statistics import correlations
 from clip_lens.model.site import Site
 from clip_lens.show.figures.curves import curve
-from clip_lens.show.figures.heatmap import SIDE_NAMES, heatmap
+from clip_lens.show.figures.heatmap import heatmap
+from clip_lens.show.figures.words import SIDE_NAMES
 from clip_lens.show.questions.case import Case, Question
 from clip_lens.show.questions.sentences import SIDE_WORDS, by_side, clear, estimate, listed, opening
 from clip_lens.show.report.effects_section import section_of
@@ -143,7 +144,7 @@ def head(row: Series) -> str:
 
 
 def _share(row: Series) -> str:
-    return estimate(row, "fraction", how=".2f")
+    return estimate(row, "fraction", sign=False)
 
 
 def _top(table: DataFrame) -> DataFrame:

@@ -12,10 +12,11 @@ from pandas import DataFrame, Series
 from clip_lens.methods.probes.probe import RANDOM, TooFewTexts, probe
 from clip_lens.methods.registry import PROBE
 from clip_lens.show.figures.curves import curve
-from clip_lens.show.figures.heatmap import SIDE_NAMES
+from clip_lens.show.figures.words import SIDE_NAMES
 from clip_lens.show.questions.case import Case, Question
-from clip_lens.show.questions.sentences import SIDE_WORDS, estimate, listed, number, opening
+from clip_lens.show.questions.sentences import SIDE_WORDS, estimate, listed, opening, percentage
 from clip_lens.show.report.section import Picture, Section, Table
+from clip_lens.words import decimals
 
 TITLE = "Is the direction of negation there, and is it used?"
 STEERED = ("caption", "foil")
@@ -145,7 +146,7 @@ def _on_side(table: DataFrame, side: str, moves: Series) -> str:
 
 
 def _told(row: Series, side: str) -> str:
-    random = number(row[f"removed_{side}_random"], ".2f")
+    random = decimals(row[f"removed_{side}_random"])
     return f"{_share(row, side)} of d at layer {row['layer']:.0f}, random ones up to {random}"
 
 
@@ -168,7 +169,7 @@ def _share(row: Series, side: str) -> str:
 
 
 def _accuracy(row: Series, name: str = "accuracy") -> str:
-    return estimate(row, name, f"{name}_lower", f"{name}_upper", ".0%")
+    return percentage(row, name, f"{name}_lower", f"{name}_upper")
 
 
 def _at(table: DataFrame, there: Series) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pandas import DataFrame, Series
 
 from clip_lens.core.table import SIDES
+from clip_lens.words import capital, counted, decimals, interval, minus
 
 SIDE_WORDS = {
     "caption": "negation in the caption",
@@ -31,55 +32,45 @@ def opening(side: str, pairs: int | None = None) -> str:
     """How a sentence about one side begins.
 
     Example:
-        >>> opening("none", 1)
-        'Pairs without a side (1 pair): '
+        >>> opening("none", 1), opening("foil")
+        ('Pairs without a side (1 pair): ', 'Negation in the foil: ')
     """
-    words = SIDE_WORDS[side]
-    return f"{words[0].upper()}{words[1:]}{'' if pairs is None else f' ({counted(pairs)})'}: "
+    count = "" if pairs is None else f" ({counted(pairs, 'pair')})"
+    return f"{capital(SIDE_WORDS[side])}{count}: "
 
 
-def counted(pairs: int) -> str:
-    """A number of pairs.
-
-    Example:
-        >>> counted(1), counted(20)
-        ('1 pair', '20 pairs')
-    """
-    return f"{pairs} pair{'' if pairs == 1 else 's'}"
-
-
-def listed(words: list[str]) -> str:
+def listed(words: Sequence[str]) -> str:
     """Words as a list in a sentence.
 
     Example:
         >>> listed(["1"]), listed(["1", "2", "3"])
         ('1', '1, 2 and 3')
     """
-    return ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else "".join(words)
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
 
 
-def number(value: float, how: str = "+.2f") -> str:
-    """A number in a sentence, without a sign before nothing.
-
-    Example:
-        >>> number(-0.001), number(0.5, ".2f"), number(0.987, ".1%")
-        ('0.00', '0.50', '98.7 %')
-    """
-    text = format(value, how).replace("%", " %")
-    return text if any(digit in text for digit in "123456789") else text.lstrip("+-")
-
-
-def estimate(row: Series, name: str, lower: str = "lower", upper: str = "upper", how: str = "+.2f") -> str:
+def estimate(row: Series, name: str, lower: str = "lower", upper: str = "upper", *, sign: bool = True) -> str:
     """A number with its interval, where it has one.
 
     Example:
         >>> row = Series({"r": 0.5, "lower": 0.25, "upper": 0.75, "none": float("nan")})
-        >>> estimate(row, "r"), estimate(row, "r", "none", "none")
-        ('+0.50 [+0.25, +0.75]', '+0.50')
+        >>> estimate(row, "r"), estimate(row, "r", "none", "none", sign=False)
+        ('+0.50 [+0.25, +0.75]', '0.50')
     """
-    low, high = float(row[lower]), float(row[upper])
-    bounds = "" if low != low or high != high else f" [{number(low, how)}, {number(high, how)}]"
-    return number(float(row[name]), how) + bounds
+    number, bounds = decimals(row[name], sign=sign), interval(row[lower], row[upper], sign=sign)
+    return minus(f"{number} {bounds}".rstrip())
+
+
+def percentage(row: Series, name: str, lower: str = "lower", upper: str = "upper", digits: int = 0) -> str:
+    """A share in per cent with its interval, where it has one.
+
+    Example:
+        >>> percentage(Series({"accuracy": 0.5, "lower": 0.25, "upper": 0.75}), "accuracy")
+        '50 % [25, 75]'
+    """
+    number, *bounds = (100 * row[end] for end in (name, lower, upper))
+    return f"{decimals(number, digits)} % {interval(*bounds, digits)}".rstrip()
 
 
 def clear(table: DataFrame, at: float = 0.0) -> Series:

@@ -11,7 +11,8 @@ from pandas import DataFrame
 
 from clip_lens.core.effects import SEGMENTS, Effects, Of
 from clip_lens.show.figures.curves import curve
-from clip_lens.show.figures.heatmap import SIDE_NAMES, heatmap
+from clip_lens.show.figures.heatmap import heatmap
+from clip_lens.show.figures.words import SIDE_NAMES
 from clip_lens.show.questions.case import Case, Question
 from clip_lens.show.questions.sentences import by_side, estimate, opening
 from clip_lens.show.report.effects_section import section_of
@@ -103,8 +104,8 @@ def localised(spread: DataFrame) -> list[str]:
             least = inner.loc[inner["localisation"].idxmin()]
             said.append(
                 f"{opening(side, part['pairs'].iloc[0])}the effect is spread most evenly over the slots behind block "
-                f"{least['layer'] - 1} (localisation {estimate(least, 'localisation', how='.2f')}; at the embedding "
-                f"{estimate(part.iloc[0], 'localisation', how='.2f')})."
+                f"{least['layer'] - 1} (localisation {estimate(least, 'localisation', sign=False)}; at the embedding "
+                f"{estimate(part.iloc[0], 'localisation', sign=False)})."
             )
     return said
 

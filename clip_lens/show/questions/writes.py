@@ -11,7 +11,7 @@ from clip_lens.methods.direct import Norms, components, direct_effects, direct_r
 from clip_lens.methods.labels import labels
 from clip_lens.model.site import Site
 from clip_lens.show.figures.bars import bars
-from clip_lens.show.figures.curves import lens_lines
+from clip_lens.show.figures.curves import curve
 from clip_lens.show.figures.heatmap import heatmap
 from clip_lens.show.questions.case import Case, Question
 from clip_lens.show.questions.sentences import by_side, estimate, opening
@@ -68,7 +68,7 @@ def writes(case: Case) -> Section:
             Picture(bars(chosen, 14), "The parts that write most of d", PARTS, data="direct.csv", wide=True),
             Picture(by_head, "Every head's direct part of d", HEADS, data="direct.csv", wide=True),
             *(
-                Picture(lens_lines(lens), f"The logit lens, norms {norms}", LENS[norms], data=f"lens-{norms}.csv")
+                Picture(curve(lens), f"The logit lens, norms {norms}", LENS[norms], data=f"lens-{norms}.csv")
                 for norms, lens in lenses.items()
             ),
         ],

@@ -19,8 +19,8 @@ from pandas import DataFrame
 from plotly.offline import get_plotlyjs
 
 from clip_lens.core.effects import SEGMENTS, Effects
-from clip_lens.core.store import written_whole
 from clip_lens.core.table import SIDES
+from clip_lens.files import written_whole
 from clip_lens.show.figures.figure import Figure
 from clip_lens.show.figures.style import swaps
 from clip_lens.show.figures.thumbnails import Pictures
