@@ -7,12 +7,13 @@ how they came about. Everything else here is a view of these: fractions, interva
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from html import escape
 from itertools import compress
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -25,15 +26,29 @@ from clip_lens.core.grid import SLOTS, one_side, pivot
 from clip_lens.core.record import Record, SourceRecord
 from clip_lens.core.slots import gather, instances, positions_of, rows_of
 from clip_lens.core.store import INDEX, plain, read, write
-from clip_lens.core.table import BOUNDS, POINTS, SIDES, Draws, Sample, sides_of, tabulate
+from clip_lens.core.table import (
+    BOUNDS,
+    FEWEST,
+    POINTS,
+    SIDES,
+    Draws,
+    Sample,
+    drawn_fractions,
+    sides_of,
+    tabulate,
+)
 from clip_lens.model.site import Edge, Place, Site, at_slot, index_rows, members, order
 
 PAIRS = ("key", "caption", "foil", "image", "side", "sigma", "d", "segment")
 SEGMENTS = ("incorrect", "ambiguous", "correct")
 LOCALISED = SLOTS[SLOTS.index("negator") :]
+SPREAD = ["kind", "layer", "unit"]
+"""What the places have in common over whose slots a localisation is taken."""
 SHOWN = ("fraction", "lower", "upper", "effect", "effect_lower", "effect_upper", "n", "dropped")
 
 Of = Literal["means", "ratios"]
+_Asked: TypeAlias = tuple[Draws | None, str, float, bool]
+"""What a table depends on: how pairs are drawn (None = no intervals), of, floor, pooled."""
 
 
 @runtime_checkable
@@ -155,7 +170,7 @@ class Effects:
             6  resid 1 @negator  foil       0.3    0.75  2        0
             7      resid 1 @eot  foil       0.7    1.75  2        0
         """
-        return tabulate(self._sample, of, floor, pooled, draws=None)
+        return self._tabulated((None, of, floor, pooled))
 
     def table(
         self,
@@ -185,15 +200,38 @@ class Effects:
             raise ValueError(f"interval must lie between 0 and 1, as .95 does. Got {interval}")
         if resamples < 1:
             raise ValueError(f"resamples must be at least 1. Got {resamples}")
-        how = (interval, of, floor, pooled, resamples, seed)
-        if how not in self._tables:
-            self._tables[how] = tabulate(self._sample, of, floor, pooled, draws=Draws(interval, resamples, seed))
-        return self._tables[how].copy()
+        return self._tabulated(_asked(interval, of, floor, pooled, resamples, seed))
 
     @cached_property
-    def _tables(self) -> dict[tuple[Any, ...], DataFrame]:
+    def _tables(self) -> dict[_Asked, DataFrame]:
         """The tables that were asked for: the bootstrap is run once for each."""
         return {}
+
+    def _tabulated(self, asked: _Asked) -> DataFrame:
+        """A table, computed once; points are read off one that has intervals."""
+        draws, of, floor, pooled = asked
+        if draws is None:
+            for known, table in self._tables.items():
+                if known[1:] == asked[1:]:
+                    return table.drop(columns=[name for name in BOUNDS if name in table])
+        if asked not in self._tables:
+            self._tables[asked] = tabulate(self._sample, of, floor, pooled, draws)
+        return self._tables[asked].copy()
+
+    def _tables_of(self, rows: np.ndarray, columns: np.ndarray) -> dict[_Asked, DataFrame]:
+        """What the tables that are known say of some places and pairs, where each side keeps all its pairs or none: a
+        place's numbers on a side depend on nothing else."""
+        sides = self.pairs["side"]
+        kept = set(sides[columns])
+        if not kept or (sides.isin(kept).to_numpy() != columns).any():
+            return {}
+        found = {}
+        for asked, table in self._tables.items():
+            if columns.all() or not asked[-1]:  # pooled pairs are those of all sides
+                chosen = np.tile(rows, len(table) // len(rows)) if len(rows) else np.zeros(0, bool)
+                chosen &= (table["side"].isin(kept) | (table["side"] == "pooled")).to_numpy()
+                found[asked] = table[chosen].reset_index(drop=True)
+        return found
 
     def by_slot(self, batch: Slotted) -> Effects:
         """Positions regrouped as named slots, a column per (pair, token): the k-th token of that slot in that pair.
@@ -278,11 +316,22 @@ class Effects:
             return self.table(**how)
         return self.fraction(**{name: how[name] for name in how if name not in ("interval", "resamples", "seed")})
 
-    def localisation(self, slots: Sequence[str] = LOCALISED, **how: Any) -> DataFrame:
+    def localisation(
+        self,
+        slots: Sequence[str] = LOCALISED,
+        interval: float = 0.95,
+        *,
+        of: Of = "means",
+        floor: float = 0.0,
+        pooled: bool = False,
+        resamples: int = 1000,
+        seed: int = 0,
+    ) -> DataFrame:
         """How unevenly d is spread over the text: per layer and side the standard deviation of the slots' fractions.
 
-        With ddof 0, from `negator` to `eot` (method section 4). Columns: kind, layer, unit, side, localisation, slots
-        (how many have a fraction). `how` goes to `fraction`.
+        With ddof 0, from `negator` to `eot` (method section 4). Columns: kind, layer, unit, side, localisation, lower,
+        upper (the bootstrap of `table`), slots (how many have a fraction). A spread is never below 0: that its interval
+        lies above 0 is no evidence that the slots differ.
 
         Raises:
             ValueError: no place is at one of these slots.
@@ -293,12 +342,17 @@ class Effects:
             2      0  foil           0.5
             3      1  foil           0.2
         """
-        table = self.fraction(**how)
-        table = table[table["slot"].isin(list(slots))]
-        if table.empty:
+        found = self.where(slot=lambda column: column.isin(list(slots)))
+        if not found.places:
             raise ValueError(f"no place is at one of {', '.join(slots)}; positions get names with by_slot(batch)")
-        grouped = table.groupby(["kind", "layer", "unit", "side"], dropna=False, sort=False)["fraction"]
-        spread = grouped.agg(localisation=lambda fractions: fractions.std(ddof=0), slots="count").reset_index()
+        draws, points, parts = Draws(interval, resamples, seed), found.fraction(of, floor, pooled), []
+        for side, table in points.groupby("side", sort=False):
+            drawn = drawn_fractions(found._sample, str(side), of, floor, draws)
+            for name, part in table.reset_index(drop=True).groupby(SPREAD, dropna=False, sort=False):
+                bounds = _spread_bounds(drawn[part.index], interval, int(part["n"].max()))
+                parts.append((*name, side, part["fraction"].std(ddof=0), *bounds, part["fraction"].count()))
+        spread = DataFrame(parts, columns=[*SPREAD, "side", "localisation", "lower", "upper", "slots"])
+        spread = spread.astype({"layer": "Int64", "unit": "Int64"})
         return spread.sort_values(["side", "layer"], kind="stable", ignore_index=True)
 
     def top(self, n: int = 10, by: str = "effect", **how: Any) -> DataFrame:
@@ -311,10 +365,15 @@ class Effects:
             1  resid 0 @negator     foil     2.5
         """
         points = self._table_for(by, how)
+        whole = self._tables.get(_asked(**how))
         found = []
         for side in sides_of(self.pairs, how.get("pooled", False)):
             rows = points.index[points["side"] == side]
-            largest = points.loc[rows, by].abs().sort_values(ascending=False, kind="stable").index[:n] - rows[0]
+            largest = points.loc[rows, by].abs().sort_values(ascending=False, kind="stable").index[:n]
+            if whole is not None:
+                found.append(whole.loc[largest])
+                continue
+            largest -= rows[0]
             chosen = self if side == "pooled" else self.where(side=side)
             chosen = replace(chosen, values=chosen.values[largest], places=tuple(self.places[row] for row in largest))
             found.append(chosen.table(**how))
@@ -351,9 +410,10 @@ class Effects:
             baseline=self.baseline[kept],
             places=tuple(compress(self.places, rows)),
             pairs=self.pairs[columns],
-            record=self.record if columns.all() else _selected(self, filters, int(columns.sum())),
+            record=self.record if columns.all() else _selected(self, filters, columns),
         )
         found.__dict__["index"] = self.index[rows].reset_index(drop=True)
+        found._tables.update(self._tables_of(rows, columns))
         return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -423,6 +483,15 @@ def segments(d: Iterable[float] | Float[Tensor, "pair"], thresholds: tuple[float
     return [SEGMENTS[int(number >= low) + int(number >= high)] for number in numbers]
 
 
+def _spread_bounds(drawn: Float[np.ndarray, "slot resample"], interval: float, pairs: int) -> tuple[float, float]:
+    """The bounds of the standard deviation of some slots' fractions over resamples."""
+    spread = DataFrame(drawn).std(ddof=0)
+    if pairs < FEWEST or spread.isna().all():
+        return np.nan, np.nan
+    tail = (1 - interval) / 2
+    return float(spread.quantile(tail)), float(spread.quantile(1 - tail))
+
+
 def toy_effects() -> Effects:
     """A small result made by hand, for examples: resid at two layers and two slots, three pairs, d = 2, 4, 1 logits.
 
@@ -451,6 +520,18 @@ def toy_effects() -> Effects:
         pairs=pairs,
         record=Record(model="toy", source=SourceRecord(swaps=True)),
     )
+
+
+def _asked(
+    interval: float = 0.95,
+    of: str = "means",
+    floor: float = 0.0,
+    pooled: bool = False,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> _Asked:
+    """What `Effects.table` was asked for, with its defaults."""
+    return Draws(interval, resamples, seed), of, floor, pooled
 
 
 def _check_shapes(effects: Effects) -> None:
@@ -505,12 +586,22 @@ def _matches(column: pd.Series, wanted: Any) -> np.ndarray:
     return np.array([entry in known for entry in plain(column)], dtype=bool)
 
 
-def _selected(effects: Effects, filters: Mapping[str, Any], kept: int) -> Record:
-    """The record with a line more on which pairs were taken, so that a report of a part says that it is one."""
-    words = []
-    for name in filters.keys() - set(INDEX):
+LISTED = 5
+"""Distinct values of a column up to which a selection by it says how many pairs had each."""
+
+
+def _selected(effects: Effects, filters: Mapping[str, Any], kept: np.ndarray) -> Record:
+    """The record with a line more on which pairs were taken, and of how many, so that a report of a part says that it
+    is one."""
+    words, before = [], []
+    pairs = effects.pairs.drop_duplicates("key")
+    for name in sorted(filters.keys() - set(INDEX)):
         wanted = filters[name]
         several = isinstance(wanted, Collection) and not isinstance(wanted, str) and len(wanted) > 3
         words.append(f"{name} filtered" if callable(wanted) or several else f"{name} = {wanted}")
-    line = f"{', '.join(sorted(words))}: {kept} of {len(effects.pairs)}"
+        counts = Counter(map(str, plain(pairs[name])))
+        if not callable(wanted) and len(counts) <= LISTED:
+            before.append(", ".join(f"{count} {value}" for value, count in counts.most_common()))
+    line = f"{', '.join(words)}: {effects.pairs['key'][kept].nunique()} of {len(pairs)}"
+    line += f" ({'; '.join(before)})" if before else ""
     return replace(effects.record, selected=(*effects.record.selected, line))

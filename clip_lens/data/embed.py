@@ -19,9 +19,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from clip_lens.data.images import Failures, ImageStore, PathLike, label, some, unit, versions, where
+from clip_lens.data.images import Failures, ImageStore, PathLike, label, unit, versions, where
+from clip_lens.files import in_folder
 from clip_lens.originals.original import Original, digest
 from clip_lens.progress import progress_bar
+from clip_lens.words import some
 
 EXTENSIONS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 BATCHES_PER_CHUNK = 8
@@ -51,8 +53,8 @@ def embed_images(
     `failed` and in one warning.
 
     A run that is interrupted resumes: what is done lies in `<out>.partial` until all is. A finished `out` of the same
-    model is extended; its images are not computed again unless their files changed. An `out` of another model is
-    refused; `overwrite=True` replaces it.
+    model is extended, also one that another run finishes meanwhile; its images are not computed again unless their
+    files changed. An `out` of another model is refused; `overwrite=True` replaces it.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -71,7 +73,7 @@ def embed_images(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     images, out = _find(paths), Path(out)
-    finished = None if overwrite or not out.exists() else ImageStore.open(out)
+    finished = _finished(out, overwrite)
     _refuse_device(device)
     original = _opened(model, preprocess, pretrained=pretrained, like=like, quick_gelu=quick_gelu)
     for doubt in (*original.doubts, *original.image_doubts):
@@ -88,12 +90,19 @@ def embed_images(
     chunked = {name: chunk for chunk in chunks for name in _unchanged(chunk, images)}
     batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
     failed = _compute(batches, chunked, images, tower, partial, progress)
-    store = _merged(finished, kept, chunked, images, failed, tower)
-    del kept, chunked, chunks, finished  # an open file can't be replaced everywhere
+    if latest := _finished(out, overwrite):  # another run may have been done meanwhile
+        _same_maker(latest, tower, out)
+        kept = {name: latest for name in latest.ids if name not in images} | kept
+    store = _merged(latest, kept, chunked, images, failed, tower)
+    del kept, chunked, chunks, finished, latest  # an open file can't be replaced everywhere
     store.save(out)
     partial.remove()
     _warn(failed, len(images))
     return ImageStore.open(out)
+
+
+def _finished(out: Path, overwrite: bool) -> ImageStore | None:
+    return None if overwrite or not out.exists() else ImageStore.open(out)
 
 
 @dataclass(frozen=True)
@@ -188,9 +197,12 @@ class _Partial:
         """What earlier runs of the same model left here; another model's is refused, or removed by `overwrite`."""
         chunks = []
         for file in sorted(self.folder.glob("*.safetensors")):
-            chunk = ImageStore.open(file)
+            try:
+                chunk = ImageStore.open(file)
+            except FileNotFoundError:  # another run is done with it
+                continue
             if overwrite and not _made_by(chunk, tower):
-                file.unlink()
+                file.unlink(missing_ok=True)
                 continue
             _same_maker(chunk, tower, self.folder)
             chunks.append(chunk)
@@ -202,7 +214,8 @@ class _Partial:
         if not filled:
             return None
         chunk = _joined({name: store for store in filled for name in store.ids}, filled[0].provenance)
-        chunk.save(self.folder / f"{_fingerprint(json.dumps(chunk.ids).encode())}.safetensors")
+        file = self.folder / f"{_fingerprint(json.dumps(chunk.ids).encode())}.safetensors"
+        in_folder(self.folder, lambda: chunk.save(file))
         return chunk
 
     def remove(self) -> None:

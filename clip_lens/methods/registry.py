@@ -63,18 +63,9 @@ CIRCUITS = (
     "source's value.",
 )
 
-PATCHING = register(
-    Method(
-        "patching", "activation patching",
-        caption="Each cell replaces {place} by what the {source} gives there.", definition=EFFECTS,
-    )
-)  # fmt: skip
-PATHS = register(
-    Method(
-        "paths-direct", "path patching, direct",
-        caption="Each cell patches what a sender gives a receiver directly, from the {source}.", definition=EFFECTS,
-    )
-)  # fmt: skip
+PATCHING = register(Method("patching", "activation patching", definition=EFFECTS))
+DIRECTLY = "Each cell patches what a sender gives a receiver directly, from the {source}."
+PATHS = register(Method("paths-direct", "path patching, direct", caption=DIRECTLY, definition=EFFECTS))
 PATHS_THROUGH_MLPS = register(
     Method(
         "paths-mlp", "path patching through MLPs, attention frozen",
@@ -108,14 +99,14 @@ DIRECT = register(
     Method(
         "direct", "direct logit attribution", "reads", "mean contribution", "is written",
         "Nothing is patched: each cell is what one part of the tower writes into the logit at the position that is "
-        "pooled, with the norms frozen, {texts}.", WRITTEN,
+        "pooled, with the norms frozen, {texts}.", WRITTEN, share="share of the total",
     )
 )  # fmt: skip
 LENS = register(
     Method(
         "lens", "logit lens", "reads", "mean reading", "is read",
         "Nothing is patched: each cell is the logit as it would be read from the residual stream at that layer, at the "
-        "position that is pooled, {texts}.", WRITTEN,
+        "position that is pooled, {texts} ({norms}).", WRITTEN, share="share of the total",
     )
 )  # fmt: skip
 SELECTIVITY = register(
@@ -123,23 +114,26 @@ SELECTIVITY = register(
         "selectivity", "attention selectivity", "reads", "mean difference", "is paid",
         "Nothing is patched: each cell is the attention that a head pays to {slot}, at the later position where that "
         "is largest, in the text with the negation minus in the text without.", ATTENDED, "attention weight",
+        "mean extra attention weight",
     )
 )  # fmt: skip
 ATTENTION = register(
     Method(
         "attention", "attention", "reads", "mean weight", "is paid",
         "Nothing is patched: each cell is the attention that a head pays to {slot}, at the later position where that "
-        "is largest, in the text with the negation.", ATTENDED, "attention weight",
+        "is largest, in the text with the negation.", ATTENDED, "attention weight", "mean attention weight",
     )
 )  # fmt: skip
 FAITHFULNESS = register(
     Method(
-        "faithfulness", "faithfulness of circuits", "judges",
+        "faithfulness", "faithfulness of circuits", "judges", share="share that is lost",
         caption="Each cell replaces every edge outside of a circuit by what the {source} gives there.",
         definition=CIRCUITS,
     )
 )  # fmt: skip
 ACDC = register(Method("acdc", "ACDC", "judges", definition=CIRCUITS))
 RANDOM = register(Method("random", "random circuits", "judges", definition=CIRCUITS))
-EXACT = register(Method("exact", "exact edge scores", definition=EFFECTS))
+EXACT = register(Method("exact", "exact edge scores", caption=DIRECTLY, definition=EFFECTS))
 PROBE = register(Method("probe", "linear probes", "reads", "accuracy", "is read", unit="share"))
+STUDY = register(Method("study", "negation study", "reads"))
+"""The tables that the study makes of its results."""

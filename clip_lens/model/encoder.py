@@ -84,6 +84,21 @@ class HookedTextEncoder:
         """
         return digest(dict(self.tower.named_parameters()))
 
+    @property
+    def architecture(self) -> str:
+        """What the tower does with its weights, in words: what else than weights decides its embeddings.
+
+        Example:
+            >>> clip_lens.load().architecture
+            '4 heads, QuickGELU(), causal, eps 1e-05, pooled at argmax'
+        """
+        cfg, end = self.tower.cfg, "" if self.pool.eos_id is None else f" {self.pool.eos_id}"
+        activations = sorted({repr(block.mlp.act) for block in cast(Any, self.tower.blocks)})
+        return (
+            f"{cfg.n_heads} heads, {', '.join(activations)}, {cfg.attention_dir}, eps {cfg.eps:g}, "
+            f"pooled at {self.pool.type}{end}"
+        )
+
     def _raw_tokens(self, texts: Sequence[str], longer: int = 0) -> Int[Tensor, "pair pos"]:
         if self.tower.tokenizer is None:
             raise ValueError(f"{self.name} was loaded without a tokenizer; give tokens, or load(module, tokenizer=...)")

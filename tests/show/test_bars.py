@@ -6,7 +6,8 @@ import pytest
 from show.test_plots import HEADS, make
 
 import clip_lens
-from clip_lens.core.effects import SHOWN, one_side
+from clip_lens.core.effects import SHOWN
+from clip_lens.core.grid import one_side
 from clip_lens.show.figures.bars import bars, shortened
 from clip_lens.show.figures.style import LIGHT
 
@@ -34,7 +35,11 @@ def test_bars_are_the_largest_rows_of_the_table(value, of):
         np.testing.assert_allclose(trace.x, chosen[value], rtol=1e-12)
         np.testing.assert_allclose(trace.x + trace.error_x.array, chosen[high], rtol=1e-12)
         np.testing.assert_allclose(trace.x - trace.error_x.arrayminus, chosen[low], rtol=1e-12)
-        np.testing.assert_allclose(trace.customdata, chosen[list(SHOWN)].to_numpy(dtype=float), rtol=1e-12)
+        frame = figure.frame[figure.frame["side"] == side].set_index("place")
+        pd.testing.assert_frame_equal(frame[list(SHOWN)], chosen[list(SHOWN)])
+        for words, row in zip(trace.customdata, chosen.itertuples(), strict=True):
+            assert f"<b>{row.effect:.3f}</b> [{row.effect_lower:.3f}, {row.effect_upper:.3f}]" in words
+            assert words.endswith(f"{row.n} pairs, {row.dropped} dropped")
         colours = [LIGHT.positive if number >= 0 else LIGHT.negative for number in chosen[value]]
         assert list(trace.marker.color) == colours and len(set(colours)) == 2
 
@@ -57,7 +62,8 @@ def test_a_table_of_its_own():
     assert trace.x.tolist() == [-0.5, 0.1]
     np.testing.assert_allclose(trace.error_x.array, [0.3, 0.2])
     np.testing.assert_allclose(trace.error_x.arrayminus, [0.1, 0.1])
-    np.testing.assert_allclose(trace.customdata, [[-0.5, -0.6, -0.2], [0.1, 0.0, 0.3]])
+    assert list(trace.customdata) == ["<br>r <b>-0.500</b> [-0.600, -0.200]", "<br>r <b>0.100</b> [0.000, 0.300]"]
+    pd.testing.assert_frame_equal(figure.frame, CORRELATIONS.iloc[[1, 0]].reset_index(drop=True))
     assert figure.layout.title.text == "a &lt;title&gt;"
     assert bars(CORRELATIONS.fillna(1.0), value="r").data[0].hovertext[0] == "&lt;b&gt;x&lt;/b&gt;"
     plain = bars(CORRELATIONS[["r"]].set_axis([7, 7, 7]), value="r")
@@ -87,7 +93,7 @@ def test_bad_input_is_named():
         bars(make(HEADS), n=0)
     with pytest.raises(ValueError, match="no value 'size' in the table"):
         bars(make(HEADS), value="size")
-    with pytest.raises(ValueError, match="no column 'size' in the table; it has feature, r"):
+    with pytest.raises(ValueError, match="no column 'size' in the table; there are feature, r"):
         bars(CORRELATIONS, value="size")
     with pytest.raises(ValueError, match="'feature' holds no numbers"):
         bars(CORRELATIONS, value="feature")

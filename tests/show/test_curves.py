@@ -9,8 +9,8 @@ import torch
 from show.test_plots import HEADS, RESID, make
 
 import clip_lens
-from clip_lens.core.effects import one_side
-from clip_lens.show.figures.curves import curve, lens_lines, scatter
+from clip_lens.core.grid import one_side
+from clip_lens.show.figures.curves import curve, scatter
 from clip_lens.show.figures.style import LIGHT, faded
 
 FRAME = pd.DataFrame(
@@ -38,7 +38,11 @@ def test_each_series_is_a_line_in_the_order_of_x_with_its_band():
     assert (eap.name, acdc.name) == ("EAP", "&lt;i&gt;ACDC")
     assert (eap.x.tolist(), eap.y.tolist()) == ([1, 10, 100], [0.1, 0.5, 0.9])
     assert (acdc.x.tolist(), acdc.y.tolist()) == ([1, 10], [0.05, 0.3])
-    np.testing.assert_array_equal(eap.customdata, [[0.0, 0.2], [0.4, 0.6], [0.8, 1.0]])
+    assert list(eap.customdata) == [
+        f"<b>{f:.3f}</b> [{low:.3f}, {f + 0.1:.3f}]" for low, f in ((0, 0.1), (0.4, 0.5), (0.8, 0.9))
+    ]
+    assert acdc.customdata[0] == "<b>0.050</b>"  # no bounds at 1
+    pd.testing.assert_frame_equal(figure.frame, FRAME.iloc[:5][["method", "edges", "f", "low", "high"]])
     there_and_back = bands(figure)[0]
     assert there_and_back.x.tolist() == [1, 10, 100, 100, 10, 1]
     assert there_and_back.y.tolist() == [0.2, 0.6, 1.0, 0.8, 0.4, 0.0]
@@ -60,18 +64,19 @@ def test_one_line_needs_no_legend_and_many_differ():
 @pytest.mark.parametrize("value", ["effect", "fraction"])
 def test_a_lens_has_a_line_for_each_side(value):
     effects = make([place for place in reversed(RESID) if place.slot == "eot"])
-    figure = lens_lines(effects, value, resamples=30)
+    figure = curve(effects, y=value, resamples=30)
     low, high = ("effect_lower", "effect_upper") if value == "effect" else ("lower", "upper")
     for line, side, colour in zip(lines(figure)[:2], ("caption", "foil"), LIGHT.series[:2], strict=True):
         table = one_side(effects.table(resamples=30), side).sort_values("layer")
         assert line.x.tolist() == [0, 1, 2, 3, 4] and line.line.color == colour
         np.testing.assert_array_equal(line.y, table[value])
-        np.testing.assert_array_equal(line.customdata, table[[low, high]])
+        told = [f"<b>{y:.3f}</b> [{a:.3f}, {b:.3f}]" for y, a, b in table[[value, low, high]].to_numpy()]
+        assert list(line.customdata) == told
     assert figure.layout.xaxis.title.text.startswith("layer (0: embedding")
     with pytest.raises(ValueError, match=r"one place a layer, got head 0.0 and head 0.1"):
-        lens_lines(make(HEADS))
+        curve(make(HEADS))
     with pytest.raises(ValueError, match="no column 'size'"):
-        lens_lines(effects, "size", resamples=20)
+        curve(effects, y="size", resamples=20)
 
 
 def test_two_estimates_of_the_same_places_stand_against_each_other():
@@ -86,6 +91,8 @@ def test_two_estimates_of_the_same_places_stand_against_each_other():
         np.testing.assert_allclose(trace.y, up[list(trace.hovertext)], rtol=1e-12)
         assert len(trace.x) == len(HEADS)
         assert note.text.endswith(f"Pearson r = {across.corr(up):.3f}, 12 places")
+    assert list(figure.frame) == ["place", "side", "exact", "estimate"] and len(figure.frame) == 2 * len(HEADS)
+    np.testing.assert_allclose(figure.frame["exact"].iloc[len(HEADS) :], points[1].x)
     same = scatter(exact, exact, side="foil")
     assert "r = 1.000" in same.layout.annotations[0].text
     assert same.data[0].x == same.data[0].y  # the line of equality
@@ -102,7 +109,7 @@ def test_places_of_one_result_only_are_left_out_and_counted():
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="no column 'size' in the table; it has edges, f"):
+    with pytest.raises(ValueError, match="no column 'size' in the table; there are edges, f"):
         curve(FRAME, "size", "f")
     with pytest.raises(ValueError, match="'method' holds no numbers, but \\['EAP'\\]"):
         curve(FRAME, "edges", "method")
@@ -119,7 +126,9 @@ def test_bad_input_is_named():
         scatter(exact.where(side="caption"), exact.where(side="foil"))
     with pytest.raises(ValueError, match=r"0 places are in both results, such as head 0.0 in the first and resid 0"):
         scatter(exact, make(RESID))
-    assert (clip_lens.curve, clip_lens.scatter, clip_lens.lens_lines) == (curve, scatter, lens_lines)
+    with pytest.raises(ValueError, match="drawn as it is, resamples is for a result"):
+        curve(FRAME, "edges", "f", resamples=20)
+    assert (clip_lens.curve, clip_lens.scatter) == (curve, scatter)
 
 
 def test_sides_keep_their_colours_whatever_stands_beside_them():

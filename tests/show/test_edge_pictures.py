@@ -3,16 +3,18 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from show.test_plots import make
 
 import clip_lens
-from clip_lens.core.effects import SHOWN, one_side
+from clip_lens.core.effects import SHOWN
+from clip_lens.core.grid import one_side
 from clip_lens.methods.circuits.circuit import Circuit
 from clip_lens.model.site import Edge, Site, precedes
 from clip_lens.show.figures.heatmap import heatmap
-from clip_lens.show.figures.network import network, path_diagram, strongest
+from clip_lens.show.figures.network import network, strongest
 from clip_lens.show.figures.qkv import qkv
 from clip_lens.show.figures.style import LIGHT
 
@@ -68,7 +70,7 @@ def test_q_k_and_v_are_laid_out_alike_where_one_lacks_a_head():
 @pytest.mark.parametrize("n", [1, 10, 300])
 def test_the_diagram_draws_the_largest_as_wide_as_they_are(n):
     effects = make(EDGES)
-    figure = path_diagram(effects, n, side="foil")
+    figure = network(effects, n=n, side="foil")
     table = one_side(effects.table(), "foil").set_index("place")
     largest = table["effect"].abs().nlargest(n)
     drawn = lines(figure)
@@ -78,15 +80,14 @@ def test_the_diagram_draws_the_largest_as_wide_as_they_are(n):
     assert sizes == sorted(sizes) and widths == sorted(widths)  # the strongest on top, and the widest
     for trace in drawn:
         assert trace.line.color == (LIGHT.positive if table.loc[trace.name, "effect"] >= 0 else LIGHT.negative)
-        expected = table.loc[trace.name, list(SHOWN)].to_numpy(dtype=float)
-        np.testing.assert_allclose(trace.meta, expected, rtol=1e-12)
+        assert f"<b>{table.loc[trace.name, 'effect']:.3f}</b> [" in trace.hovertemplate
         assert (np.diff(trace.x) > 0).all()  # from left to right
 
 
 def test_every_node_with_an_edge_is_labelled_once():
     effects = make(EDGES)
     chosen = strongest(effects, 12, "foil")["edge"]
-    nodes = path_diagram(effects, 12, side="foil").data[-1]
+    nodes = network(effects, n=12, side="foil").data[-1]
     ends = {edge.sender for edge in chosen} | {
         replace(edge.receiver, kind="head") if edge.receiver.kind in "qkv" else edge.receiver for edge in chosen
     }
@@ -96,20 +97,20 @@ def test_every_node_with_an_edge_is_labelled_once():
 
 def test_labels_fit_a_deep_tower():
     edges = [Edge(Site("head", layer, 10), Site("mlp", layer)) for layer in (0, 7)]
-    assert set(path_diagram(make(edges), side="foil").data[-1].text) == {"0.10", "m0", "7.10", "m7"}
+    assert set(network(make(edges), side="foil").data[-1].text) == {"0.10", "m0", "7.10", "m7"}
     deeper = [*edges, Edge(Site("head", 8, 10), Site("mlp", 8))]
-    assert set(path_diagram(make(deeper), side="foil").data[-1].text) == {"10", "m"}
+    assert set(network(make(deeper), side="foil").data[-1].text) == {"10", "m"}
 
 
 def test_edges_between_the_same_nodes_do_not_cover_each_other():
     edges = [Edge(Site("embed"), Site(kind, 0, 0, slot)) for kind in "qkv" for slot in ("negator", "<a href='x'>")]
-    drawn = lines(path_diagram(make(edges), side="foil"))
+    drawn = lines(network(make(edges), side="foil"))
     assert len({tuple(trace.y) for trace in drawn}) == 6
     assert not any("<a" in trace.hovertemplate for trace in drawn)
 
 
 def test_both_sides_share_the_scale_of_widths():
-    figure = path_diagram(make(EDGES), 5)
+    figure = network(make(EDGES), n=5)
     assert len(lines(figure)) == 10
     assert [note.text.split("<br>")[0] for note in figure.layout.annotations[:2]] == [
         "negation in the caption",
@@ -118,7 +119,7 @@ def test_both_sides_share_the_scale_of_widths():
     effects = make(EDGES)
     assert max(trace.line.width for trace in lines(figure)) == 9.0
     still = replace(effects, values=torch.zeros_like(effects.values))
-    assert {trace.line.width for trace in lines(path_diagram(still, 5))} == {1.0}
+    assert {trace.line.width for trace in lines(network(still, n=5))} == {1.0}
 
 
 def test_whole_layers_and_missing_effects():
@@ -129,13 +130,13 @@ def test_whole_layers_and_missing_effects():
     ]
     effects = make(edges)
     effects.values[2] = torch.nan
-    figure = path_diagram(effects, side="foil")
+    figure = network(effects, side="foil")
     assert len(lines(figure)) == 2
     assert set(figure.data[-1].text) == {"0.all", "1.all", "embed", "1.0"}
 
 
 def test_bad_input_is_named():
-    for draw in (qkv, path_diagram):
+    for draw in (qkv, network):
         with pytest.raises(ValueError, match="1 of 1 places are no single edges, such as resid 0;"):
             draw(make([Site("resid", 0)]))
         with pytest.raises(ValueError, match="such as embed -> mlp 0"):
@@ -143,10 +144,10 @@ def test_bad_input_is_named():
         with pytest.raises(ValueError, match="no side 'none'"):
             draw(make(EDGES), side="none")
     with pytest.raises(ValueError, match=r"at least 1\. Got 0"):
-        path_diagram(make(EDGES), 0)
+        network(make(EDGES), n=0)
     with pytest.raises(ValueError, match="q, k or v of a head, only in mlp, out"):
         qkv(make([Edge(Site("embed"), Site("out")), Edge(Site("embed"), Site("mlp", 0))]))
-    assert clip_lens.qkv is qkv and clip_lens.path_diagram is path_diagram
+    assert clip_lens.qkv is qkv
 
 
 SCORED = {EDGES[0]: 0.5, EDGES[3]: -1.0, EDGES[7]: 0.25}
@@ -155,7 +156,9 @@ SCORED = {EDGES[0]: 0.5, EDGES[3]: -1.0, EDGES[7]: 0.25}
 def test_a_circuit_is_drawn_by_its_own_scores():
     circuit = Circuit.of(SCORED, n_layers=12, n_heads=2, meta={"name": "a <b>"})
     figure = network(circuit)
-    assert {trace.name: trace.meta[0] for trace in lines(figure)} == {str(edge): n for edge, n in SCORED.items()}
+    scores = dict(zip(figure.frame["edge"], figure.frame["score"], strict=True))
+    assert scores == {str(edge): n for edge, n in SCORED.items()}
+    assert all(f"score <b>{scores[trace.name]:.4f}</b>" in trace.hovertemplate for trace in lines(figure))
     widths = {trace.name: trace.line.width for trace in lines(figure)}
     largest, middle, least = (widths[str(edge)] for edge in (EDGES[3], EDGES[0], EDGES[7]))
     assert largest == 9.0 and middle == pytest.approx(1 + 8 * 0.5) and least == pytest.approx(1 + 8 * 0.25)
@@ -178,8 +181,8 @@ def test_a_circuit_is_drawn_by_the_effects_of_a_result():
     for drawn, side in zip((lines(figure)[:3], lines(figure)[3:]), ("caption", "foil"), strict=True):
         table = one_side(effects.table(), side).set_index("place")
         assert {trace.name for trace in drawn} == {str(edge) for edge in SCORED}
-        for trace in drawn:
-            np.testing.assert_allclose(trace.meta, table.loc[trace.name, list(SHOWN)].to_numpy(dtype=float))
+        frame = figure.frame[figure.frame["side"] == side].set_index("place")[list(SHOWN)]
+        pd.testing.assert_frame_equal(frame, table.loc[frame.index, list(SHOWN)])
 
 
 def test_edges_without_a_score_are_grey_and_alike():
@@ -187,7 +190,7 @@ def test_edges_without_a_score_are_grey_and_alike():
         drawn = lines(network(circuit))
         assert {trace.name for trace in drawn} == {str(edge) for edge in SCORED}
         assert {(trace.line.color, trace.line.width) for trace in drawn} == {(LIGHT.soft, drawn[0].line.width)}
-        assert not any("meta[" in trace.hovertemplate for trace in drawn)
+        assert not any("score" in trace.hovertemplate for trace in drawn)
     some = network(list(SCORED), {**SCORED, EDGES[7]: float("nan")})
     assert [trace.line.color for trace in lines(some)] == [LIGHT.soft, LIGHT.positive, LIGHT.negative]
     assert "nan" not in str(some.data[-1].customdata).replace("sends in", "")

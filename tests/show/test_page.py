@@ -1,8 +1,10 @@
 """The page of a report as those use it who can't see it, can't hover, print it or take its numbers elsewhere."""
 
+import csv
 import io
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -12,21 +14,23 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-import torch
-from test_report import EVIL, Page, files_of, make, own_part
+from test_report import EVIL, RECORD, Page, files_of, make, own_part
 
 import clip_lens.show
+from clip_lens.core import effects as core
 from clip_lens.core.effects import toy_effects
+from clip_lens.methods.registry import PATHS
 from clip_lens.model.site import Edge, Site
-from clip_lens.show.figures.network import network
+from clip_lens.show.figures.heatmap import heatmap
 from clip_lens.show.figures.style import DARK, LIGHT
-from clip_lens.show.report.numbers import numbers
+from clip_lens.show.report.cautions import few_pairs
 from clip_lens.show.report.report import report
 from clip_lens.show.report.section import Picture, Section, Table
 
 BARS = go.Figure(
     [go.Bar(name=side, x=["a", "b"], y=[1.0, -2.0], error_y={"array": [0.5, 0.25]}) for side in ("caption", "foil")]
 )
+DRAWN = pd.DataFrame({"side": ["caption", "foil"], "a": [1.0, 1.0], "b": [-2.0, -2.0]})
 FRAME = pd.DataFrame(
     {
         "feature": ["tokens", "size"],
@@ -44,7 +48,7 @@ def study(**changes):
         "findings": ["Tokens explain nothing."],
         "text": "One paragraph.\n\nAnother.",
         "pictures": [
-            Picture(BARS, "Effects of features", "A bar is a feature.", "Bars of two features.", data="all.csv"),
+            Picture(BARS, "Effects of features", "A bar is a feature.", "Bars of two features.", "all.csv", DRAWN),
             Picture(go.Figure(go.Heatmap(z=[[1.0, 2.0]])), "Cells", "A cell is a head.", wide=True),
         ],
         "tables": [Table(FRAME, "Regression", "Least squares.", {"p": ".1e"})],
@@ -176,11 +180,7 @@ def read(file):
 def test_figures_and_tables_give_their_numbers(full):
     files = files_of(full)
     assert files["figure-1-numbers"][0] == "figure-1.csv" and files["table-1-numbers"][0] == "table-1.csv"
-    bars = read(files["figure-1-numbers"])
-    assert bars.to_dict("list") == {
-        "series": ["caption"] * 2 + ["foil"] * 2, "x": ["a", "b"] * 2, "y": [1, -2] * 2,
-        "lower": [0.5, -2.25] * 2, "upper": [1.5, -1.75] * 2,
-    }  # fmt: skip
+    pd.testing.assert_frame_equal(read(files["figure-1-numbers"]), DRAWN, check_dtype=False)
     pd.testing.assert_frame_equal(read(files["table-1-numbers"]), FRAME, rtol=1e-8)
     table = make().table()
     for name, side in (("figure-3", "caption"), ("figure-4", "foil")):
@@ -188,7 +188,7 @@ def test_figures_and_tables_give_their_numbers(full):
         there = table[table["side"] == side].set_index("place")
         for column in ("fraction", "lower", "upper", "effect", "effect_lower", "effect_upper"):
             assert np.allclose(shown[column], there[column], rtol=1e-7), column
-        assert (shown["pairs"] == there["n"]).all()
+        assert (shown["n"] == there["n"]).all()
 
 
 def test_data_are_taken_out_as_they_went_in(full):
@@ -291,40 +291,70 @@ def test_mistakes_are_told_with_what_would_fit(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_numbers_are_those_of_the_traces():
-    figure = go.Figure(
-        [
-            go.Heatmap(z=[[1.0, np.nan], [3.0, 4.0]], name="cells"),
-            go.Heatmap(z=[[0.0, 1.0]], colorscale=[[0, "#ccc"], [1, "#ccc"]]),
-            go.Scatter(x=[0, 1], y=[5, None], text=["p &amp; q", "r"], name="points"),
-            go.Scatter(x=[0, 1], y=[5, 6], hoverinfo="skip"),
-            go.Pie(values=[1, 2]),
-        ],
-        layout={
-            "xaxis": {"tickvals": [0, 1], "ticktext": ["no", "yes"]},
-            "yaxis": {"tickvals": [0], "ticktext": ["a"]},
-        },
-    )
-    found = numbers(figure)
-    assert found["series"].tolist() == ["cells"] * 3 + ["points"]
-    assert found["x"].tolist() == ["no", "no", "yes", "no"]
-    assert found["y"].tolist() == [0, 1, 1, 5]  # one of two ticks has a word: positions say more than a mixture
-    assert found["value"].tolist()[:3] == [1.0, 3.0, 4.0] and found["text"].iloc[-1] == "p & q"
-    assert numbers(go.Figure()).empty
+def test_a_figure_without_numbers_has_no_table_and_says_so(tmp_path):
+    own, ours = go.Figure(go.Bar(y=[1.0])), heatmap(toy_effects(), side="foil")
+    for figure, there in ((own, False), (ours, True)):
+        path = report({"it": study(pictures=[Picture(figure, "It", "A cell.")])}, tmp_path / "r.html")
+        assert ("figure-1-numbers" in files_of(path)) == there
+        assert ("Show figure 1 as a table" in Page(path).text) == there
+        assert ("This figure came without its numbers" in Page(path).text) != there
+    given = report({"it": study(pictures=[Picture(own, "It", "A bar.", numbers=FRAME)])}, tmp_path / "g.html")
+    pd.testing.assert_frame_equal(read(files_of(given)["figure-1-numbers"]), FRAME, rtol=1e-8)
 
 
-def test_the_lines_of_a_diagram_are_told_in_words():
-    edges = tuple(Edge(Site("embed"), Site("v", 0, head)) for head in range(3))
-    effects = replace(toy_effects(), values=torch.tensor([[1.0, 2, 3], [0, 1, 2], [4, 4, 4]]), places=edges)
-    found = numbers(network(effects, n=2, side="foil"))
-    table = effects.table().query("side == 'foil'").set_index("place")["effect"]
-    assert found["series"].tolist() == table.abs().nlargest(2).index.tolist()
-    for name, text in zip(found["series"], found["text"], strict=True):
-        assert f"{table[name]:.3f}" in text and "%{" not in text and "<" not in text
-    both = numbers(network(effects, n=2))
-    assert both["panel"].tolist() == [2, 2, 1, 1]
+FORMULA = '=HYPERLINK("http://example.org","click")'
 
 
-def test_a_figure_without_numbers_has_no_table(tmp_path):
-    path = report({"it": study(pictures=[Picture(go.Figure(), "Nothing", "Empty.")])}, tmp_path / "r.html")
-    assert "as a table" not in Page(path).text
+def test_no_file_of_a_page_holds_a_formula(tmp_path):
+    frame = pd.DataFrame({"caption": [FORMULA, "-x"], "d": [-1.5, 2.0]})
+    table, picture = Table(frame, "Pairs"), Picture(BARS, "Bars", "A bar.", numbers=frame)
+    effects = make([Site("resid", layer, slot=FORMULA) for layer in (0, 1)], [0.0, 1.0])
+    section = study(tables=[table], pictures=[picture], data={"all.csv": frame})
+    path = report({"it": section, "that": effects}, tmp_path / "r.html", data={"more": frame})
+    tables = {name: content for name, content in files_of(path).values() if name.endswith(".csv")}
+    assert len(tables) == 8  # of a given figure, two results, three tables, and what is behind
+    for content in tables.values():
+        for row in csv.reader(io.StringIO(content.decode())):
+            for cell in row:
+                assert not cell.startswith(("=", "+", "-", "@")) or float(cell)
+    assert [row[0] for row in csv.reader(io.StringIO(tables["more.csv"].decode()))] == ["caption", f"'{FORMULA}", "'-x"]
+    assert FORMULA in Page(path).text  # a page is no spreadsheet
+
+
+def test_small_numbers_are_not_said_to_be_nothing(tmp_path):
+    frame = pd.DataFrame({"term": ["a", "b", "c"], "slope": [-0.0001, -0.001, np.nan], "p": [1e-9, 0.0499, np.nan]})
+    path = report({"it": study(tables=[Table(frame, "Terms", formats={"p": "p"})])}, tmp_path / "r.html")
+    cells = [cell["text"] for cell in Tree(own_part(path)).all("th", "td") if "tbody" in cell["in"]]
+    assert cells[cells.index("a") :][:9] == ["a", "0.000", "< .001", "b", "\N{MINUS SIGN}0.001", "0.050", "c", "", ""]
+    pd.testing.assert_frame_equal(read(files_of(path)["table-1-numbers"]), frame)
+
+
+def test_warnings_that_follow_from_the_results_are_shown_once(tmp_path):
+    record = replace(RECORD, hooks=("blocks.1.hook_mlp_out", "ln_final"), notes=("run in bfloat16",))
+    few, many = make(record=record), make(n_pairs=40)
+    given = [few_pairs(10), "The tower is random."]
+    path = report({"few": few, "again": replace(few), "many": many}, tmp_path / "r.html", warnings=given)
+    shown = [e["text"].strip() for e in Tree(own_part(path)).elements if e.get("class") == "warning"]
+    assert shown == [
+        *given,
+        "The tower had hooks of yours on, at blocks.1.hook_mlp_out, ln_final: the numbers are those under them.",
+        "run in bfloat16",
+    ]
+    assert not re.search('class="warning"', own_part(report({"many": many}, tmp_path / "m.html")))
+    three = make(n_pairs=10).where(side="foil", key=["pair-1", "pair-3", "pair-5"])
+    text = Page(report({"it": three}, tmp_path / "f.html")).text
+    assert "Only 3 pairs" in text and "[" not in text.split("In short")[2].split("What was run")[0]
+
+
+def test_a_report_of_edges_computes_its_table_once(tmp_path, monkeypatch):
+    counts = Counter()
+    for name in ("tabulate", "index_rows"):
+        own = getattr(core, name)
+        counted = lambda *given, own=own, name=name: counts.update([name]) or own(*given)
+        monkeypatch.setattr(core, name, counted)
+    edges = [Edge(Site("embed"), Site(kind, layer, head)) for layer in range(3) for head in range(20) for kind in "qkv"]
+    edges += [Edge(Site("head", 0, head), Site("mlp", layer)) for layer in (1, 2) for head in range(50)]
+    shares = np.random.default_rng(0).normal(size=len(edges)).tolist()
+    path = report({"edges": make(edges, shares, replace(RECORD, method=PATHS))}, tmp_path / "r.html")
+    assert counts == {"tabulate": 1, "index_rows": 1}
+    assert len(Page(path).all("figure")) == 4

@@ -89,7 +89,7 @@ def test_every_way_to_html_has_the_script_and_needs_no_network(folder, tmp_path)
 
 
 def test_bad_input_is_named(tmp_path):
-    with pytest.raises(ValueError, match="no column 'area' in the table; it has image"):
+    with pytest.raises(ValueError, match="no column 'area' in the table; there are image"):
         scatter_pairs(PAIRS, "area", "d")
     with pytest.raises(ValueError, match="'caption' holds no numbers"):
         scatter_pairs(PAIRS, "caption", "d")

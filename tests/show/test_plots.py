@@ -1,5 +1,9 @@
 """heatmap draws the numbers of the grid, marks what is missing, and stays readable."""
 
+import copy
+import json
+import pickle
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -7,9 +11,13 @@ import pandas as pd
 import pytest
 import torch
 
-from clip_lens.core.effects import SHOWN, SLOTS, Effects, one_side, pivot, toy_effects
+from clip_lens.core.effects import SHOWN, Effects, toy_effects
+from clip_lens.core.grid import SLOTS, one_side, pivot
+from clip_lens.core.record import Record, SourceRecord
 from clip_lens.model.site import Site
-from clip_lens.show.figures.heatmap import GREY, heatmap, largest, slot_name
+from clip_lens.show.figures.heatmap import GREY, heatmap, largest
+from clip_lens.show.figures.style import themed
+from clip_lens.show.figures.words import slot_name
 
 
 def make(places, seed=0, n_pairs=12, missing=0.0):
@@ -31,7 +39,9 @@ def make(places, seed=0, n_pairs=12, missing=0.0):
             "segment": "correct",
         }
     )
-    return Effects(values, total, total * 0, tuple(places), pairs, {"model": "by hand"})
+    return Effects(
+        values, total, total * 0, tuple(places), pairs, Record(model="by hand", source=SourceRecord(swaps=True))
+    )
 
 
 def cells(figure):
@@ -54,13 +64,57 @@ def test_every_panel_holds_its_grid(places, rows, value):
     np.testing.assert_array_equal(cells(heatmap(grid))[0].z, grid.to_numpy())
 
 
-def test_hover_holds_the_table():
+NUMBER = r"-?\d+\.\d{3}"
+
+
+def test_hover_tells_the_table():
     effects = make(HEADS)
     trace = cells(heatmap(effects, "unit", side="foil", resamples=30))[0]
     table = one_side(effects.table(resamples=30), "foil")
-    for number, name in enumerate(SHOWN):
+    for number, name in enumerate(SHOWN[:6]):
         expected = pivot(table, "unit", "layer", name).to_numpy()
-        np.testing.assert_allclose(trace.customdata[..., number], expected, rtol=1e-6)  # kept in float32
+        told = np.array([[float(re.findall(NUMBER, cell)[number]) for cell in line] for line in trace.hovertext])
+        np.testing.assert_allclose(told, expected, atol=5e-4)
+    assert all(cell.endswith("<br>6 pairs, 0 dropped") for line in trace.hovertext for cell in line)
+
+
+def test_no_interval_is_told_where_there_is_none():
+    effects = make(RESID, n_pairs=8)  # four on each side: fewer than an interval needs
+    figure = heatmap(effects, side="foil")
+    assert not any("[" in cell for line in figure.data[0].hovertext for cell in line)
+    assert "nan" not in json.dumps(figure.data[0].hovertext.tolist()) and len(figure.frame) == len(RESID)
+
+
+def test_a_figure_carries_the_rows_that_it_shows():
+    effects = make(RESID, missing=0.2)
+    for side in (None, "caption"):
+        frame = heatmap(effects, side=side, resamples=30).frame
+        table = effects.table(resamples=30)
+        table = table if side is None else one_side(table, side)
+        pd.testing.assert_frame_equal(frame, table[["place", "side", *SHOWN]].reset_index(drop=True))
+    grid = effects.grid(side="foil")
+    frame = heatmap(grid, value="fraction").frame
+    assert list(frame) == ["slot", "layer", "fraction"] and len(frame) == int(grid.notna().sum().sum())
+    for slot, layer, number in frame.itertuples(index=False):
+        assert grid.loc[slot, layer] == number
+    zeros = replace(effects, record=replace(effects.record, source=SourceRecord("zeros")))
+    assert "fraction" not in heatmap(zeros, value="effect").frame and "fraction" in heatmap(zeros).frame
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda figure: pickle.loads(pickle.dumps(figure))])
+def test_the_frame_goes_with_every_copy(copied):
+    figure = heatmap(make(RESID), side="foil")
+    again = copied(figure)
+    pd.testing.assert_frame_equal(again.frame, figure.frame)
+    assert json.loads(again.to_json()) == json.loads(figure.to_json()) and type(again) is type(figure)
+    assert themed(figure, "dark").frame is not None and figure.update_layout(height=99).frame is not None
+
+
+def test_the_frame_costs_a_page_nothing():
+    figure = heatmap(make(RESID), side="foil")
+    with_frame = figure.to_json()
+    figure.frame = None
+    assert figure.to_json() == with_frame
 
 
 def test_colours_are_symmetric_around_zero_and_shared():

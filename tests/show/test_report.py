@@ -15,11 +15,22 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from clip_lens.core.effects import Effects, toy_effects
+from clip_lens.core.record import Method, MetricRecord, Record, SourceRecord
+from clip_lens.methods.registry import (
+    ATTENTION,
+    ATTRIBUTION,
+    DIRECT,
+    LENS,
+    PATCHING,
+    PATHS,
+    PATHS_THROUGH_MLPS,
+    SELECTIVITY,
+)
 from clip_lens.model.site import Edge, Site, precedes
 from clip_lens.show.report.examples import examples
 from clip_lens.show.report.report import report
 
-PATHS = [
+PATHS_OF_HEADS = [
     Edge(Site("head", layer, unit), receiver)
     for layer in (0, 1)
     for unit in (0, 1)
@@ -30,7 +41,10 @@ PATHS_OF_TWO_SLOTS = [Edge(Site("embed"), Site("v", 0, unit, slot)) for unit in 
 EVIL = "<script>alert('x')</script><img src=http://example.org/x.png>"
 
 
-def make(places=None, shares=None, meta=None, caption="There is no dog.", n_pairs=10, **info):
+RECORD = Record(PATCHING, model="toy", source=SourceRecord(swaps=True))
+
+
+def make(places=None, shares=None, record=RECORD, caption="There is no dog.", n_pairs=10, **info):
     """Pairs of which place p moves exactly the share `shares[p]`."""
     places = places or [Site("resid", layer, slot=slot) for layer in range(3) for slot in ("negator", "subject", "eot")]
     shares = shares or [1.0, 0.0, 0.0, 0.5, 0.25, 0.25, 0.0, 0.0, 1.0]
@@ -50,9 +64,7 @@ def make(places=None, shares=None, meta=None, caption="There is no dog.", n_pair
         }
     )
     total = sigma * d
-    return Effects(
-        torch.tensor(shares)[:, None] * total, total, total * 0, tuple(places), pairs, meta or {"model": "toy"}
-    )
+    return Effects(torch.tensor(shares)[:, None] * total, total, total * 0, tuple(places), pairs, record)
 
 
 class Page(HTMLParser):
@@ -99,8 +111,8 @@ def pictures(tmp_path):
 
 
 def test_nothing_is_loaded_from_anywhere(tmp_path, pictures):
-    meta = {"model": EVIL, "data": "https://example.org/pairs.csv", "pairs dropped": "2 no image"}
-    path = report({"resid": make(meta=meta)}, tmp_path / "r.html", pictures=pictures)
+    record = replace(RECORD, model=EVIL, data="https://example.org/pairs.csv", dropped={"no image": 2})
+    path = report({"resid": make(record=record)}, tmp_path / "r.html", pictures=pictures)
     page = own_part(path)
     assert files_of(path)["plotly"][1].decode() == get_plotlyjs()
     assert not re.findall(r"""(?:src|href)\s*=\s*["']?(?!data:|#)[^"'\s>]""", re.sub(r"&lt;.*?&gt;", "", page))
@@ -116,7 +128,9 @@ def test_nothing_is_loaded_from_anywhere(tmp_path, pictures):
 
 def test_data_never_becomes_markup(tmp_path):
     places = [Site("resid", 0, slot=EVIL), Site("resid", 1, slot=EVIL)]
-    effects = make(places, [0.0, 1.0], {"model": EVIL, "pairs dropped": EVIL, EVIL: EVIL}, caption=EVIL)
+    evil = Method(EVIL, EVIL, noun=EVIL, verb=EVIL, share=EVIL, caption=EVIL, definition=(EVIL, EVIL), unit=EVIL)
+    record = Record(evil, model=EVIL, dropped={EVIL: 1}, settings={EVIL: EVIL}, notes=(EVIL,), hooks=(EVIL,))
+    effects = make(places, [0.0, 1.0], record, caption=EVIL)
     effects.pairs["key"] = [f"{i}{EVIL}" for i in range(10)]
     path = report({EVIL: effects}, tmp_path / "r.html", title=EVIL, summary=EVIL)
     page = own_part(path)
@@ -145,69 +159,82 @@ def test_heads_are_told_by_their_largest_effect(tmp_path):
 
 @pytest.mark.parametrize("source", ["zeros", "mean"])
 def test_another_source_has_effects_and_no_shares(tmp_path, source):
-    effects = make(meta={"source": source, "metric": "logit"})
+    effects = make(record=replace(RECORD, source=SourceRecord(source)))
     page = Page(report({"it": effects}, tmp_path / "r.html"))
     assert f"by what the {source} gives there. Its number is the mean signed effect in logits" in page.text
     assert "blue lowers the caption's lead over the foil" in page.text
     assert "the largest mean signed effect in size is that of resid 0 @negator" in page.text
     assert not re.search(r"share|fraction|of d\b", page.text)
     assert "Heat map of the mean signed effect (logits) by slot and layer" in own_part(tmp_path / "r.html")
-    other = make(meta={"source": source, "metric": "cosine"})
+    cosine = MetricRecord("cosine", oriented=False, unit="cosine")
+    other = make(record=replace(RECORD, source=SourceRecord(source), metric=cosine))
     assert "logits:" not in Page(report({"it": other}, tmp_path / "c.html")).text
 
 
 def test_paths_are_shown_as_a_diagram_and_senders_by_receivers(tmp_path):
-    shares = np.random.default_rng(0).normal(size=len(PATHS)).tolist()
-    page = Page(report({"paths": make(PATHS, shares)}, tmp_path / "r.html"))
+    shares = np.random.default_rng(0).normal(size=len(PATHS_OF_HEADS)).tolist()
+    page = Page(report({"paths": make(PATHS_OF_HEADS, shares, replace(RECORD, method=PATHS))}, tmp_path / "r.html"))
     plots = [tag["aria-label"] for tag in page.all("div") if tag.get("role") == "img"]
     assert [plot.split(":")[0] for plot in plots] == ["Path diagram"] * 2 + [
         "Heat map of the recovered fraction by sender and receiver"
     ] * 2
     assert "what a sender gives a receiver directly, from the counterpart" in page.text
     assert "Grey: no such path." in page.text and "no pair has a counterpart" not in page.text
-    through = make(PATHS, shares, {"method": "path patching through MLPs, attention frozen"})
+    through = make(PATHS_OF_HEADS, shares, replace(RECORD, method=PATHS_THROUGH_MLPS))
     assert "directly and through MLPs" in Page(report({"paths": through}, tmp_path / "m.html")).text
 
 
-@pytest.mark.parametrize(
-    ("meta", "told"),
-    [
-        ({"method": "direct logit attribution", "source": "counterpart"}, "in the other text minus in the run"),
-        ({"method": "direct logit attribution", "source": "none"}, "writes into the logit"),
-        ({"method": "logit lens", "norms": "frozen"}, "as it would be read from the residual stream at that layer"),
-        (
-            {"method": "attention selectivity", "source": "none", "metric": "attention weight"},
-            "minus in the text without",
-        ),
-        ({"method": "attention", "source": "none", "metric": "attention weight"}, "in the text with the negation."),
-    ],
-)
-def test_what_is_only_read_is_not_said_to_be_patched(tmp_path, meta, told):
-    text = Page(
-        report({"it": make(meta={"model": "toy", "metric": "logit", **meta})}, tmp_path / "r.html", title="It")
-    ).text
-    assert "Nothing is patched" in text and told in text
+WEIGHT = MetricRecord("attention weight", oriented=False, unit="attention weight")
+READ = [
+    (RECORD, DIRECT, {}, "in the other text minus in the run"),
+    (replace(RECORD, source=None), DIRECT, {}, "writes into the logit"),
+    (RECORD, LENS, {"norms": "norms as they are"}, "in the other text minus in the run (norms as they are)"),
+    (replace(RECORD, source=None, metric=WEIGHT), SELECTIVITY, {"slot": "eot"}, 'pays to "end of text", at the later'),
+    (replace(RECORD, source=None, metric=WEIGHT), ATTENTION, {"slot": 3}, "pays to position 3, at the later"),
+]
+
+
+@pytest.mark.parametrize(("record", "method", "settings", "told"), READ)
+def test_what_is_only_read_is_not_said_to_be_patched(tmp_path, record, method, settings, told):
+    effects = make(record=replace(record, method=method, settings=settings))
+    text = Page(report({"it": effects}, tmp_path / "r.html", title="It")).text
+    assert "Nothing is patched" in text and told in text and method.definition[1] in text
     assert not re.search(r"replace|moves|caption's lead|mean signed effect", text)
 
 
 def test_estimates_are_called_estimates(tmp_path):
-    meta = {"method": "attribution patching", "gradient": "at the run", "source": "counterpart"}
-    text = Page(report({"it": make(meta=meta)}, tmp_path / "r.html")).text
+    text = Page(report({"it": make(record=replace(RECORD, method=ATTRIBUTION))}, tmp_path / "r.html")).text
     assert "Each cell estimates from a gradient (attribution patching)" in text and "would move at" in text
     assert "does not patch" in text
 
 
+def test_words_follow_what_a_method_says_and_not_its_title(tmp_path):
+    mine = Method("mine", "direct logit lens of attention", noun="mean push", verb="pushes", share="share pushed",
+                  caption="A cell pushes {place} by {force} to {nowhere} with the {source}.")  # fmt: skip
+    effects = make(record=replace(RECORD, method=mine, settings={"force": 3}))
+    text = Page(report({"it": effects}, tmp_path / "r.html")).text
+    assert "A cell pushes the residual stream at one place (a slot's tokens together) by 3 to nowhere" in text
+    assert "the largest share of d pushes at" in text and "the share of d that this alone pushes" in text
+    assert "Heat map of the share pushed by slot and layer" in own_part(tmp_path / "r.html")
+    assert "Nothing is patched" not in text and "gradient" not in text
+
+
+def test_the_whole_is_d_only_where_the_totals_are(tmp_path):
+    half = make(record=replace(RECORD, metric=MetricRecord("half of it", oriented=True, unit="half logits")))
+    half = replace(half, total=half.total / 2, values=half.values / 2)
+    text = Page(report({"it": half}, tmp_path / "r.html")).text
+    assert "the largest share of the total effect moves at" in text and "share of d " not in text
+
+
 def test_what_was_run_pairs_and_drops_are_told(tmp_path):
-    meta = {
-        "model": "tiny",
-        "weights": "3f9a",
-        "metric": "logit",
-        "run": "foil",
-        "odd": "kept",
-        "pairs dropped": "3 no side",
-    }
-    effects = make(meta=meta)
-    path = report({"one": effects, "two": replace(effects, meta=meta | {"method": "other"})}, tmp_path / "r.html")
+    record = Record(
+        PATCHING, "tiny", "3f9a", run="foil", source=SourceRecord(swaps=True), dropped={"no side": 3},
+        settings={"odd": "kept"},
+    )  # fmt: skip
+    effects = make(record=record)
+    path = report(
+        {"one": effects, "two": replace(effects, record=replace(record, method=ATTRIBUTION))}, tmp_path / "r.html"
+    )
     text = re.sub(r"\s+", " ", Page(path).text)
     assert "modeltiny" in text.replace(" ", "") and "weights3f9a" in text.replace(" ", "")
     assert "Pairs dropped before the run: 3 no side." in text
@@ -215,6 +242,7 @@ def test_what_was_run_pairs_and_drops_are_told(tmp_path):
     bare = text.replace(" ", "")
     assert "thecaption1135" in bare and "thefoil1135" in bare  # incorrect, ambiguous, correct, all
     assert text.count("odd") == 2  # once for each result, in the details
+    assert "methodactivationpatching" in bare and "methodattributionpatching" in bare
 
 
 def test_figures_are_one_per_side_with_captions_and_words(tmp_path):

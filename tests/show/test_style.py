@@ -10,7 +10,7 @@ from show.test_edge_pictures import EDGES
 from show.test_plots import RESID, make
 
 from clip_lens.show.figures.bars import bars
-from clip_lens.show.figures.curves import lens_lines
+from clip_lens.show.figures.curves import curve
 from clip_lens.show.figures.heatmap import heatmap
 from clip_lens.show.figures.network import network
 from clip_lens.show.figures.style import DARK, LIGHT, THEMES, TRANSPARENT, _roles, faded, swaps, themed
@@ -32,7 +32,7 @@ def figures():
     missing.values[4] = np.nan
     yield heatmap(missing, resamples=20)
     yield bars(missing, n=3, resamples=20)
-    yield lens_lines(missing.where(slot="eot"), resamples=20)
+    yield curve(missing.where(slot="eot"), resamples=20)
     yield network(make(EDGES), n=20, side="foil")
 
 

@@ -14,7 +14,8 @@ from pandas import DataFrame
 
 from clip_lens.model.site import Site, label
 from clip_lens.show.explore.view import Panels, Text, View
-from clip_lens.show.figures.heatmap import SLOT_NAMES
+from clip_lens.show.figures.words import SLOT_NAMES
+from clip_lens.words import decimals
 
 KIND_NAMES = {
     "resid": "residual stream",
@@ -117,7 +118,7 @@ def _cell(value: float, limit: float, sets: dict[str, Any] | None, title: str, *
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-0.00", "0.00").replace("+0.00", "0.00")
+    return decimals(value, sign=True)
 
 
 def _effects_grid(panels: Panels) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from typing import Any, get_args
 
 from clip_lens.core.effects import Effects
+from clip_lens.core.record import RUNS
 from clip_lens.data.batch import Batch, Run
 from clip_lens.data.images import ImageStore, UnknownImage
-from clip_lens.methods.patching import RUNS
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.show.explore.page import KIND_NAMES, SOURCE_NAMES, data_uri, render, style
 from clip_lens.show.explore.view import KINDS, Desk, Panels, View, code

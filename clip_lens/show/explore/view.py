@@ -15,7 +15,7 @@ from pandas import DataFrame, Index
 from torch import Tensor
 
 from clip_lens.core.effects import Effects
-from clip_lens.core.source import Mean, MeanOver, Source, counterpart, named, noise, zeros
+from clip_lens.core.source import Mean, MeanOver, Source, as_source, counterpart, mean, noise, zeros
 from clip_lens.data.batch import Batch, Run, align
 from clip_lens.data.images import ImageStore
 from clip_lens.data.pairs import Pairs
@@ -23,6 +23,7 @@ from clip_lens.methods.direct import direct_effects
 from clip_lens.methods.patching import patch_effects
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import LAYOUTS, Kind, Site, hook_name
+from clip_lens.words import some
 
 SourceName = Literal["counterpart", "zeros", "mean", "noise"]
 Rows = Literal["token", "slot"]
@@ -231,7 +232,10 @@ class Desk:
         if not view.caption or not view.foil:
             raise ValueError(f"the {'foil' if view.caption else 'caption'} is empty; write a text")
         if view.image not in self.images and (self.typed(view) or view.image != self.own(view.pair)[2]):
-            raise ValueError(f"no image {view.image!r} among the {len(self.images)} known ones, such as {self._some()}")
+            ids = self.images.ids
+            raise ValueError(
+                f"no image {view.image!r} among the {len(ids)} known ones, such as {some(ids[:3], quote=True)}"
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said once for both texts, below
             one = self._aligned(view) if self.typed(view) else self._row(view)
@@ -239,9 +243,6 @@ class Desk:
             warnings.simplefilter("always")
             self.encoder.tokenize([view.caption, view.foil])
         return One(one, tuple(str(warning.message) for warning in caught))
-
-    def _some(self) -> str:
-        return ", ".join(map(repr, self.images.ids[:3]))
 
     def _aligned(self, view: View) -> Batch:
         if not all(self.encoder.fits([view.caption, view.foil])):
@@ -287,18 +288,23 @@ class Desk:
 
     def _source(self, view: View) -> Source:
         if view.source == "mean":
-            whole = self._means(view.run)
-            return named(lambda encoder, one: MeanOver(whole, one), f"mean_over({whole.batch!r})")
-        return {"counterpart": counterpart, "zeros": zeros, "noise": noise(1.0, seed=0)}[view.source]
+            return self._means(view.run)
+        return {"counterpart": counterpart, "zeros": as_source(zeros), "noise": noise(1.0, seed=0)}[view.source]
 
-    def _means_of(self, run: Run) -> Mean:
+    def _means_of(self, run: Run) -> Source:
         """The means over the whole batch, with this text of each pair as the run; each is computed once."""
+        whole = self._running(run)
+        means = Mean(self.encoder, whole)
+        return replace(mean(over=whole), function=lambda encoder, one: MeanOver(means, one))
+
+    def _running(self, run: Run) -> Batch:
+        """The whole batch with this text of each pair as the run."""
         way = _way(self.batch, run)
         if way != "align":
-            return Mean(self.encoder, self.batch.flip() if way == "flip" else self.batch)
+            return self.batch.flip() if way == "flip" else self.batch
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return Mean(self.encoder, align(self.batch.pairs, self.images, self.encoder, run=run))
+            return align(self.batch.pairs, self.images, self.encoder, run=run)
 
     def _contributions(self, view: View) -> DataFrame:
         """Each head's and MLP's direct contribution to d, with a column per block."""
@@ -504,7 +510,7 @@ def _source_code(view: View, way: str) -> str:
         return f"clip_lens.{view.source}"
     aligned = f"clip_lens.align(batch.pairs, images, encoder, run={view.run!r})"
     whole = {"as it is": "batch", "flip": "batch.flip()", "align": aligned}[way]
-    return f"clip_lens.mean_over({whole})"
+    return f"clip_lens.mean(over={whole})"
 
 
 def _listed(rows: list[Any]) -> str:

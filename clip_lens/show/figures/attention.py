@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from html import escape
+from html import escape, unescape
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
+from pandas import DataFrame
 from torch import Tensor
 
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import HookedTextEncoder
+from clip_lens.show.figures.figure import Figure, carrying, subplots
 from clip_lens.show.figures.heatmap import CELLS
 from clip_lens.show.figures.style import LIGHT, SMALL, scale, template
 
@@ -30,7 +32,7 @@ class _Pattern(NamedTuple):
     weights: np.ndarray
 
 
-def patterns(encoder: HookedTextEncoder, batch: Batch, layer: int, head: int, pair: int = 0) -> go.Figure:
+def patterns(encoder: HookedTextEncoder, batch: Batch, layer: int, head: int, pair: int = 0) -> Figure:
     """A plotly figure of one head's attention in both texts of a pair, and of the difference, other minus run.
 
     Rows are queries, columns keys; weights of a row sum to 1. In the difference each position of the run stands against
@@ -98,13 +100,13 @@ def _both(run: _Pattern, other: _Pattern, origin: np.ndarray) -> list[str]:
     return [word if word == match else f"{word} / {match}" for word, match in zip(run.tokens, there, strict=True)]
 
 
-def _figure(drawn: list[_Pattern], heading: str) -> go.Figure:
+def _figure(drawn: list[_Pattern], heading: str) -> Figure:
     longest, moved = max(len(text.tokens) for text in drawn), drawn[-1].weights
     beside = longest <= BESIDE
     inner = CELL * longest
     shape: list[list[dict[str, int] | None]]
     shape = [[{}, {}], [{"colspan": 2}, None]] if beside else [[{}], [{}], [{}]]
-    figure = make_subplots(
+    figure = subplots(
         rows=len(shape), cols=len(shape[0]), specs=shape, horizontal_spacing=0.2 if beside else 0,
         subplot_titles=[text.title for text in drawn],
         vertical_spacing=GAP / (inner * len(shape) + GAP * (len(shape) - 1)),
@@ -138,7 +140,19 @@ def _figure(drawn: list[_Pattern], heading: str) -> go.Figure:
             yanchor="bottom",
             showarrow=False,
         )
-    return figure
+    return carrying(figure, pd.concat([_long(text) for text in drawn]))
+
+
+def _long(text: _Pattern) -> DataFrame:
+    """A pattern as a table with a row for each query and key."""
+    query, key = np.nonzero(~np.isnan(text.weights))
+    words = np.array([unescape(word) for word in text.tokens], dtype=object)
+    return DataFrame(
+        {
+            "text": text.title, "query": query, "query token": words[query], "key": key, "key token": words[key],
+            "weight": text.weights[query, key],
+        }
+    )  # fmt: skip
 
 
 def _cells(text: _Pattern, axis: str) -> list[go.Heatmap]:

@@ -7,16 +7,19 @@ from html import escape
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 from pandas import DataFrame, Series, api
-from plotly.subplots import make_subplots
 
-from clip_lens.core.effects import SHOWN, Effects
+from clip_lens.core.effects import Effects
 from clip_lens.show.figures.curves import need
-from clip_lens.show.figures.heatmap import HOVER, SIDE_NAMES, value_name
+from clip_lens.show.figures.figure import Figure, carrying, subplots
 from clip_lens.show.figures.style import LIGHT, SMALL, template
+from clip_lens.show.figures.words import SIDE_NAMES, bold, hovers, shown, value_name
+from clip_lens.words import counted
 
 LINE, HEAD, FOOT = 20, 40, 52  # pixels: of a bar, of a panel's heading, of the axis below
+LABEL = "__label"
 LONG = 24  # characters of a label; of a longer one the middle is left out
 
 
@@ -38,7 +41,7 @@ def bars(
     name: str | None = None,
     title: str = "",
     **how: Any,
-) -> go.Figure:
+) -> Figure:
     """A plotly figure of the n largest absolute values of each side as signed bars with intervals, the largest on top.
 
     Of a result these are the rows of `Effects.top(n, value)`, `how` goes to `Effects.table`. A `DataFrame` needs the
@@ -66,11 +69,20 @@ def bars(
         raise ValueError(f"nothing to draw: no row has a value of {value!r}")
     figure = _canvas([(_heading(name, part), len(part)) for name, part in parts], title)
     for row, (name, part) in enumerate(parts, start=1):
-        figure.add_trace(_trace(part, columns, SIDE_NAMES.get(name, name)), row=row, col=1)
-        figure.update_yaxes(_labels(part["__label"]), row=row, col=1)
+        trace = _trace(part, columns, SIDE_NAMES.get(name, name), _hovers(part, columns, effects))
+        figure.add_trace(trace, row=row, col=1)
+        figure.update_yaxes(_labels(part[LABEL]), row=row, col=1)
     figure.update_xaxes(title_text=value_name(value, effects), row=len(parts), col=1)
     figure.update_xaxes(range=_reach(parts, columns), matches="x")
-    return figure
+    return carrying(figure, _frame(pd.concat([part for _, part in parts]), effects, value))
+
+
+def _frame(drawn: DataFrame, effects: Effects | DataFrame, value: str) -> DataFrame:
+    """The rows that are drawn: all columns of a table, of a result's those that a figure tells."""
+    if isinstance(effects, Effects):
+        return drawn[["place", "side", *shown(effects, value)]]
+    named = any(name is not None for name in drawn.index.names)
+    return drawn.drop(columns=LABEL).reset_index(drop=not named)
 
 
 def shortened(label: str, most: int = LONG) -> str:
@@ -111,7 +123,7 @@ def _largest(part: DataFrame, n: int, columns: _Columns) -> DataFrame:
     order = np.argsort(-sizes, kind="stable")  # NaN comes last
     rows = part.iloc[order[: min(n, int((~np.isnan(sizes)).sum()))]]
     labels = rows[columns.name] if columns.name else rows.index
-    return rows.assign(__label=[escape(str(label), quote=False) for label in labels])
+    return rows.assign(**{LABEL: [escape(str(label), quote=False) for label in labels]})
 
 
 def _heading(name: str, part: DataFrame) -> str:
@@ -124,13 +136,13 @@ def _range(counts: Series) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _canvas(panels: Sequence[tuple[str, int]], title: str) -> go.Figure:
+def _canvas(panels: Sequence[tuple[str, int]], title: str) -> Figure:
     """Panels one above the other, as high as their bars, so that labels have the room of the whole width."""
     headed = any(heading for heading, _ in panels)
     top, gap = (36 if title else 10) + (HEAD if headed else 0), HEAD + 34
     inner = [LINE * max(count, 2) for _, count in panels]
     room = sum(inner) + gap * (len(panels) - 1)
-    figure = make_subplots(
+    figure = subplots(
         rows=len(panels), cols=1, row_heights=inner, vertical_spacing=gap / room if len(panels) > 1 else None,
         subplot_titles=[heading for heading, _ in panels] if headed else None,
     )  # fmt: skip
@@ -143,7 +155,7 @@ def _canvas(panels: Sequence[tuple[str, int]], title: str) -> go.Figure:
     return figure
 
 
-def _trace(part: DataFrame, columns: _Columns, name: str) -> go.Bar:
+def _trace(part: DataFrame, columns: _Columns, name: str, told: list[str]) -> go.Bar:
     values = part[columns.value].to_numpy(dtype=float)
     bounds = None
     if columns.lower and columns.upper:
@@ -152,24 +164,24 @@ def _trace(part: DataFrame, columns: _Columns, name: str) -> go.Bar:
             "type": "data", "symmetric": False, "array": high - values, "arrayminus": values - low,
             "color": LIGHT.ink, "thickness": 1.2, "width": 3,
         }  # fmt: skip
-    told, details = _hover(part, columns)
     return go.Bar(
-        x=values, y=np.arange(len(part)), orientation="h", name=name, error_x=bounds, hovertext=list(part["__label"]),
+        x=values, y=np.arange(len(part)), orientation="h", name=name, error_x=bounds, hovertext=list(part[LABEL]),
         marker={"color": [LIGHT.positive if number >= 0 else LIGHT.negative for number in values]},
-        customdata=details, hovertemplate=f"<b>%{{hovertext}}</b>{told}<extra></extra>",
+        customdata=told, hovertemplate="<b>%{hovertext}</b>%{customdata}<extra></extra>",
     )  # fmt: skip
 
 
-def _hover(part: DataFrame, columns: _Columns) -> tuple[str, np.ndarray]:
-    """What hovering tells: all of a result's numbers, or the value of a table with its interval and number of pairs."""
-    if set(SHOWN) <= set(part):
-        return HOVER, part[list(SHOWN)].to_numpy(dtype=float)
-    shown = [column for column in columns[:3] if column]
-    told = f"<br>{escape(columns.value)} <b>%{{customdata[0]:.3f}}</b>"
-    told += " [%{customdata[1]:.3f}, %{customdata[2]:.3f}]" if len(shown) == 3 else ""
+def _hovers(part: DataFrame, columns: _Columns, effects: Effects | DataFrame) -> list[str]:
+    """What hovering tells of each bar: all of a result's numbers, or the value of a table with its interval and number
+    of pairs."""
+    if isinstance(effects, Effects):
+        return hovers(part, effects, columns.value)
+    drawn = [name for name in columns[:3] if name]
+    numbers = part[drawn].to_numpy(dtype=float)
+    told = [f"<br>{escape(columns.value)} {bold(*line)}" for line in numbers]
     if "n" in part and api.types.is_numeric_dtype(part["n"]):
-        told, shown = f"{told}<br>%{{customdata[{len(shown)}]:d}} pairs", [*shown, "n"]
-    return told, part[shown].to_numpy(dtype=float)
+        told = [f"{words}<br>{counted(int(n), 'pair')}" for words, n in zip(told, part["n"], strict=True)]
+    return told
 
 
 def _labels(labels: Series) -> dict[str, Any]:

@@ -4,50 +4,84 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
-import torch
 from pandas import DataFrame, api
-from plotly.subplots import make_subplots
 
-from clip_lens.core.effects import SIDES, Effects
+from clip_lens.core.effects import Effects
+from clip_lens.core.grid import one_side
+from clip_lens.core.table import SIDES
 from clip_lens.model.site import label
-from clip_lens.show.figures.heatmap import SIDE_NAMES, value_name
+from clip_lens.show.figures.figure import Figure, carrying, subplots
 from clip_lens.show.figures.style import LIGHT, SIDE_COLOURS, faded, template, under
+from clip_lens.show.figures.words import BOUNDS, SIDE_NAMES, bold, value_name
+from clip_lens.words import close
 
 DASHES = ("solid", "dash", "dot", "dashdot")  # a second turn through the colours
 MARKED = 20  # points of a line; of more each is too close to the next to be marked
 
 
 def curve(
-    frame: DataFrame,
-    x: str,
-    y: str,
+    drawn: Effects | DataFrame,
+    x: str = "layer",
+    y: str = "effect",
     *,
     lower: str | None = None,
     upper: str | None = None,
     by: str | None = None,
     log: bool = False,
     title: str = "",
-) -> go.Figure:
+    **how: Any,
+) -> Figure:
     """A plotly figure of the column y over the column x, a line for each entry of `by`, with bands from lower to upper.
 
-    Lines run in the order of x; rows without an x, a y or a `by` are left out. `log=True` has a logarithmic x axis.
+    Of a table, lines run in the order of x; rows without an x, a y or a `by` are left out. `log=True` has a logarithmic
+    x axis. Of a result, such as the logit lens, it is a value of its table over the layers, a line with its interval
+    for each side; its places are of one kind, with one place a layer, and `how` goes to `Effects.table`.
 
     Raises:
         ValueError: no such column, one that holds no numbers, only one of lower and upper, x <= 0 on a logarithmic
-            axis, or nothing to draw.
+            axis, two places of a result at one x, or nothing to draw.
 
     Example:
         >>> frame = DataFrame({"edges": [100, 10], "f": [0.9, 0.4], "low": [0.8, 0.3], "high": [1.0, 0.5]})
         >>> figure = curve(frame, "edges", "f", lower="low", upper="high", log=True)
         >>> figure.data[-1].x.tolist(), figure.data[-1].y.tolist()
         ([10.0, 100.0], [0.4, 0.9])
+        >>> from clip_lens.core.effects import toy_effects
+        >>> curve(toy_effects().where(slot="eot")).data[-1].y.tolist()
+        [0.0, 1.75]
     """
+    if isinstance(drawn, Effects):
+        return _of_result(drawn, x, y, title, how)
+    if how:
+        raise ValueError(f"a table is drawn as it is, {', '.join(how)} is for a result")
     if (lower is None) != (upper is None):
         raise ValueError(f"a band needs both lower and upper, got lower={lower!r} and upper={upper!r}")
+    columns = _Columns(x, y, lower, upper, by)
+    return _lines(_checked(drawn, columns, log), columns, log, title)
+
+
+class _Columns(NamedTuple):
+    """Which columns of a table are drawn."""
+
+    x: str
+    y: str
+    lower: str | None
+    upper: str | None
+    by: str | None
+
+    @property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(name for name in (self.by, self.x, self.y, self.lower, self.upper) if name))
+
+
+def _checked(frame: DataFrame, columns: _Columns, log: bool) -> DataFrame:
+    """The rows that can be drawn."""
+    x, y, lower, upper, by = columns
     need(frame, [x, y, *filter(None, (lower, upper))], [by] if by else [])
     frame = frame.dropna(subset=[x, y, *([by] if by else [])])
     if frame.empty:
@@ -56,50 +90,46 @@ def curve(
         raise ValueError(
             f"a logarithmic axis has no place for {frame[x].min()}; give rows with {x!r} > 0, or log=False"
         )
+    return frame
+
+
+def _lines(frame: DataFrame, columns: _Columns, log: bool, title: str) -> Figure:
+    x, y, by = columns.x, columns.y, columns.by
     figure = _canvas(title, 390)
     series = list(dict.fromkeys(frame[by])) if by else [""]
     for number, name in enumerate(series):
         part = (frame[frame[by] == name] if by else frame).sort_values(x, kind="stable")
         colour, dash = _look(number, name if by == "side" else None)
-        for trace in _line(part, (x, y, lower, upper), colour, dash):
+        for trace in _line(part, columns, colour, dash):
             shown = SIDE_NAMES.get(str(name), str(name)) if by == "side" else str(name)
             figure.add_trace(trace.update(name=escape(shown, quote=False), legendgroup=str(name)))
     figure.update_layout(showlegend=len(series) > 1)
     figure.update_xaxes(title_text=escape(x), type="log" if log else "linear", **_whole(frame[x], log))
     figure.update_yaxes(title_text=value_name(y))
-    return figure
+    return carrying(figure, frame[columns.names])
 
 
-def lens_lines(effects: Effects, value: str = "effect", **how: Any) -> go.Figure:
-    """A plotly figure of one value over the layers, a line with its interval for each side: the logit lens, for one.
-
-    The places are of one kind, with one place a layer; `how` goes to `Effects.table`.
-
-    Raises:
-        ValueError: two places are in one layer, or the table has no such value.
-
-    Example:
-        >>> from clip_lens.core.effects import toy_effects
-        >>> lens_lines(toy_effects().where(slot="eot")).data[-1].y.tolist()
-        [0.0, 1.75]
-    """
-    layers = list(effects.index["layer"])
-    twice = [number for number, layer in enumerate(layers) if layers.index(layer) != number]
-    if twice:
-        first, second = (label(effects.places[number]) for number in (layers.index(layers[twice[0]]), twice[0]))
-        raise ValueError(f"one line has one place a layer, got {first} and {second}; choose with where(...)")
+def _of_result(effects: Effects, x: str, y: str, title: str, how: dict[str, Any]) -> Figure:
+    """A value of a result over the layers."""
     table = effects.table(**how)
-    need(table, [value], [])
-    bounds = {"fraction": ("lower", "upper"), "effect": ("effect_lower", "effect_upper")}.get(value, (None, None))
-    figure = curve(table, "layer", value, lower=bounds[0], upper=bounds[1], by="side")
-    resid = set(effects.index["kind"]) == {"resid"}
-    figure.update_xaxes(title_text="layer (0: embedding, l: after l blocks)" if resid else "block, counted from 0")
-    figure.update_yaxes(title_text=value_name(value, effects))
+    need(table, [x, y], [])
+    twice = table.drop_duplicates("place").duplicated(x)
+    if twice.any():
+        both = [place for place, at in zip(table["place"], table[x], strict=True) if at == table[x][twice.idxmax()]]
+        first, second = list(dict.fromkeys(both))[:2]
+        raise ValueError(f"one line has one place a {x}, got {first} and {second}; choose with where(...)")
+    lower, upper = BOUNDS.get(y, (None, None))
+    columns = _Columns(x, y, lower, upper, "side")
+    figure = _lines(_checked(table, columns, log=False), columns, False, title)
+    if x == "layer":
+        resid = set(effects.index["kind"]) == {"resid"}
+        figure.update_xaxes(title_text="layer (0: embedding, l: after l blocks)" if resid else "block, counted from 0")
+    figure.update_yaxes(title_text=value_name(y, effects))
     figure.add_hline(y=0, line={"color": LIGHT.soft, "width": 1})
     return figure
 
 
-def scatter(exact: Effects, estimate: Effects, side: str | None = None) -> go.Figure:
+def scatter(exact: Effects, estimate: Effects, side: str | None = None) -> Figure:
     """A plotly figure of the mean signed effect of each place in two results, a panel for each side, with Pearson's r.
 
     Across the first result, upwards the second; the thin line is where both are equal. Places are found by what they
@@ -118,11 +148,11 @@ def scatter(exact: Effects, estimate: Effects, side: str | None = None) -> go.Fi
     """
     sides = _common_sides(exact, estimate, side)
     panels = [(name, *_matched(exact, estimate, name)) for name in sides]
-    headings = [_agreement(name, across, up, left_out) for name, _, across, up, left_out in panels]
-    figure = make_subplots(rows=len(panels), cols=1, subplot_titles=headings, vertical_spacing=0.2 / len(panels))
+    headings = [_agreement(name, points, left_out) for name, points, left_out in panels]
+    figure = subplots(rows=len(panels), cols=1, subplot_titles=headings, vertical_spacing=0.2 / len(panels))
     figure.update_annotations(font_size=13)
-    for row, (name, places, across, up, _) in enumerate(panels, start=1):
-        for trace in _cloud(name, places, across, up):
+    for row, (name, points, _) in enumerate(panels, start=1):
+        for trace in _cloud(name, points):
             figure.add_trace(trace, row=row, col=1)
     figure.update_layout(
         template=template(), height=20 + 400 * len(panels), showlegend=False, hovermode="closest",
@@ -131,7 +161,7 @@ def scatter(exact: Effects, estimate: Effects, side: str | None = None) -> go.Fi
     figure.update_xaxes(title_text=_source(exact, "exact"), row=len(panels), col=1)
     figure.update_xaxes(nticks=7)
     figure.update_yaxes(title_text=_source(estimate, "estimate"), nticks=7)
-    return figure
+    return carrying(figure, pd.concat([points for _, points, _ in panels]))
 
 
 def need(frame: DataFrame, numbers: Sequence[str], further: Sequence[str]) -> None:
@@ -145,14 +175,14 @@ def need(frame: DataFrame, numbers: Sequence[str], further: Sequence[str]) -> No
     """
     for name in (*numbers, *further):
         if name not in frame:
-            raise ValueError(f"no column {name!r} in the table; it has {', '.join(map(str, frame.columns))}")
+            raise ValueError(f"no column {name!r} in the table{close(name, frame.columns)}")
     for name in numbers:
         if not api.types.is_numeric_dtype(frame[name]):
             raise ValueError(f"the column {name!r} holds no numbers, but {frame[name].iloc[:1].tolist()}")
 
 
-def _canvas(title: str, height: int) -> go.Figure:
-    figure = go.Figure()
+def _canvas(title: str, height: int) -> Figure:
+    figure = Figure()
     figure.update_layout(
         template=template(), height=height, margin={"t": 40 if title else 14, "b": 76, "l": 10, "r": 14},
         title={"text": escape(title)} if title else None, legend=under(46, height - 90), hovermode="closest",
@@ -169,14 +199,12 @@ def _look(number: int, side: str | None) -> tuple[str, str]:
     return colours[number % len(colours)], DASHES[number // len(colours) % len(DASHES)]
 
 
-def _line(
-    part: DataFrame, columns: tuple[str, str, str | None, str | None], colour: str, dash: str
-) -> list[go.Scatter]:
+def _line(part: DataFrame, columns: _Columns, colour: str, dash: str) -> list[go.Scatter]:
     """The line, and before it the band, one closed outline that goes with it when the legend hides it."""
-    x, y, lower, upper = columns
-    traces, told = [], f"{escape(x)} %{{x}}<br>{escape(y)} <b>%{{y:.3f}}</b>"
-    details = None
+    x, y, lower, upper, _ = columns
+    traces, drawn = [], [y]
     if lower and upper:
+        drawn += [lower, upper]
         bounded = part.dropna(subset=[lower, upper])
         across, low, high = (bounded[name].to_numpy(dtype=float) for name in (x, lower, upper))
         traces.append(
@@ -185,13 +213,13 @@ def _line(
                 mode="lines", line_width=0, fillcolor=faded(colour), hoverinfo="skip", showlegend=False,
             )
         )  # fmt: skip
-        details = part[[lower, upper]].to_numpy(dtype=float)
-        told += " [%{customdata[0]:.3f}, %{customdata[1]:.3f}]"
     traces.append(
         go.Scatter(
-            x=part[x].to_numpy(dtype=float), y=part[y].to_numpy(dtype=float), customdata=details,
-            mode="lines+markers" if len(part) <= MARKED else "lines", marker_size=6,
-            line={"color": colour, "width": 2, "dash": dash}, hovertemplate=told,
+            x=part[x].to_numpy(dtype=float), y=part[y].to_numpy(dtype=float), marker_size=6,
+            mode="lines+markers" if len(part) <= MARKED else "lines",
+            customdata=[bold(*line) for line in part[drawn].to_numpy(dtype=float)],
+            line={"color": colour, "width": 2, "dash": dash},
+            hovertemplate=f"{escape(x)} %{{x}}<br>{escape(y)} %{{customdata}}",
         )
     )  # fmt: skip
     return traces
@@ -213,8 +241,8 @@ def _common_sides(exact: Effects, estimate: Effects, side: str | None) -> list[s
     return [name for name in SIDES if name in both and side in (None, name)]
 
 
-def _matched(exact: Effects, estimate: Effects, side: str) -> tuple[list[str], np.ndarray, np.ndarray, int]:
-    """The places that both results have, the mean signed effect of each in either, and how many places do not match."""
+def _matched(exact: Effects, estimate: Effects, side: str) -> tuple[DataFrame, int]:
+    """The mean signed effect in either result of the places that both have, and how many places do not match."""
     one, two = (_means(effects, side) for effects in (exact, estimate))
     shared = [place for place in one if place in two]
     if len(shared) < 2:
@@ -222,34 +250,33 @@ def _matched(exact: Effects, estimate: Effects, side: str) -> tuple[list[str], n
             f"{len(shared)} places are in both results, such as {label(next(iter(exact.places)))} in the first and "
             f"{label(next(iter(estimate.places)))} in the second; give the same places to both methods"
         )
-    across, up = (np.array([means[place] for place in shared]) for means in (one, two))
-    return [label(place) for place in shared], across, up, len({*one, *two}) - len(shared)
+    columns = {"place": [label(place) for place in shared], "side": side}
+    means = {"exact": [one[place] for place in shared], "estimate": [two[place] for place in shared]}
+    return DataFrame({**columns, **means}), len({*one, *two}) - len(shared)
 
 
 def _means(effects: Effects, side: str) -> dict[Any, float]:
-    means = effects.where(side=side).signed().double().nanmean(1)
-    return {
-        place: float(mean) for place, mean in zip(effects.places, means, strict=True) if not bool(torch.isnan(mean))
-    }
+    effect = one_side(effects.fraction(), side)["effect"]
+    return {place: float(mean) for place, mean in zip(effects.places, effect, strict=True) if mean == mean}
 
 
-def _agreement(side: str, across: np.ndarray, up: np.ndarray, left_out: int) -> str:
-    constant = np.ptp(across) == 0 or np.ptp(up) == 0
-    r = "not defined, one side is constant" if constant else f"{np.corrcoef(across, up)[0, 1]:.3f}"
+def _agreement(side: str, points: DataFrame, left_out: int) -> str:
+    constant = (points[["exact", "estimate"]].nunique() == 1).any()
+    r = "not defined, one side is constant" if constant else f"{points['exact'].corr(points['estimate']):.3f}"
     missing = f", {left_out} only in one result" if left_out else ""
-    return f"{SIDE_NAMES[side]}<br>Pearson r = {r}, {len(across)} places{missing}"
+    return f"{SIDE_NAMES[side]}<br>Pearson r = {r}, {len(points)} places{missing}"
 
 
-def _cloud(side: str, places: list[str], across: np.ndarray, up: np.ndarray) -> list[go.Scatter]:
-    both = np.concatenate([across, up])
+def _cloud(side: str, points: DataFrame) -> list[go.Scatter]:
+    both = points[["exact", "estimate"]].to_numpy()
     ends = [float(both.min()), float(both.max())]
     return [
         go.Scatter(
             x=ends, y=ends, mode="lines", name="equal", hoverinfo="skip", line={"color": LIGHT.soft, "width": 1}
         ),
         go.Scatter(
-            x=across, y=up, mode="markers", name=SIDE_NAMES[side],
-            hovertext=[escape(place, quote=False) for place in places],
+            x=points["exact"], y=points["estimate"], mode="markers", name=SIDE_NAMES[side],
+            hovertext=[escape(place, quote=False) for place in points["place"]],
             marker={"color": LIGHT.series[SIDE_COLOURS[side]], "size": 6, "opacity": 0.6},
             hovertemplate="<b>%{hovertext}</b><br>%{x:.4f} exact, %{y:.4f} estimated<extra></extra>",
         ),
@@ -257,5 +284,5 @@ def _cloud(side: str, places: list[str], across: np.ndarray, up: np.ndarray) -> 
 
 
 def _source(effects: Effects, role: str) -> str:
-    method = effects.meta.get("method", "")
-    return f"{role}, mean signed effect" + (f"<br>{escape(method)}" if 0 < len(method) <= 40 else "")
+    title = effects.record.method.title
+    return f"{role}, mean signed effect" + (f"<br>{escape(title)}" if 0 < len(title) <= 40 else "")

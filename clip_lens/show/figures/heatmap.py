@@ -1,62 +1,44 @@
-"""Pictures of results: Effects -> plotly Figure."""
+"""Heat maps: one value of a result, laid out by two columns of its index."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from math import ceil
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 from pandas import DataFrame
-from plotly.subplots import make_subplots
 
-from clip_lens.core.effects import SHOWN, Effects, one_side, pivot
+from clip_lens.core.effects import Effects
+from clip_lens.core.grid import one_side, pivot
+from clip_lens.show.figures.figure import Figure, carrying, subplots
 from clip_lens.show.figures.style import LARGE, LIGHT, scale, template
+from clip_lens.show.figures.words import SIDE_NAMES, hovers, shown, slot_name, value_name
+from clip_lens.words import decimals
 
-SLOT_NAMES = {
-    "sot": "start of text",
-    "be": "is / are",
-    "subject_rest": "subject, rest",
-    "stop": "full stop",
-    "eot": "end of text",
-}
-SIDE_NAMES = {
-    "caption": "negation in the caption",
-    "foil": "negation in the foil",
-    "none": "no negation side",
-    "pooled": "both sides pooled",
-}
-VALUE_NAMES = {
-    "fraction": "recovered fraction",
-    "lower": "recovered fraction, lower bound",
-    "upper": "recovered fraction, upper bound",
-    "effect": "mean signed effect (metric units)",
-    "effect_lower": "mean signed effect, lower bound",
-    "effect_upper": "mean signed effect, upper bound",
-    "n": "pairs",
-    "dropped": "pairs dropped",
-}
 SCALE = scale(LIGHT.diverging)
 GREY = LIGHT.gap
 CELLS = {"xgap": 1, "ygap": 1, "hoverongaps": False}
-HOVER = (  # customdata holds SHOWN
-    "<br>recovered fraction <b>%{customdata[0]:.3f}</b> [%{customdata[1]:.3f}, %{customdata[2]:.3f}]"
-    "<br>mean signed effect <b>%{customdata[3]:.3f}</b> [%{customdata[4]:.3f}, %{customdata[5]:.3f}]"
-    "<br>%{customdata[6]:d} pairs, %{customdata[7]:d} dropped"
-)
 BESIDE = 10  # columns
 BELOW = 128  # pixels for the x axis' labels and title and for the colour bar
 
 
 class Panel(NamedTuple):
-    """A grid, mostly of one side, and, cell by cell, what hovering tells of it."""
+    """A grid, mostly of one side; the table that it was laid out from, and cell by cell what hovering tells of it."""
 
     name: str
     grid: DataFrame
-    details: dict[str, DataFrame]
+    table: DataFrame
+    told: np.ndarray | None = None
+
+    def on(self, axes: Mapping[str, Sequence[Any]]) -> Panel:
+        """The panel with these rows and columns: a line without a value where it has none."""
+        rows, columns = (pd.Index(entries, name=name) for name, entries in axes.items())
+        told = DataFrame(self.told, self.grid.index, self.grid.columns, dtype=object)
+        words = None if self.told is None else told.reindex(index=rows, columns=columns, fill_value="").to_numpy()
+        return self._replace(grid=self.grid.reindex(index=rows, columns=columns), told=words)
 
 
 def heatmap(
@@ -69,7 +51,7 @@ def heatmap(
     *,
     limit: float | None = None,
     **how: Any,
-) -> go.Figure:
+) -> Figure:
     """A plotly figure of one value of the table, laid out by two columns of the index; a panel for each side.
 
     Colours run from -limit to limit, white at 0; without `limit` it is the largest absolute value of all panels. Cells
@@ -97,12 +79,12 @@ def assemble(
     *,
     title: str | None = None,
     limit: float | None = None,
-) -> go.Figure:
+) -> Figure:
     """One figure of panels that share their axes' meaning and their colours.
 
     Example:
         >>> grid = DataFrame([[1.0, -2.0]])
-        >>> assemble([Panel("one", grid, {}), Panel("two", grid, {})], "effect", grid).layout.coloraxis.cmin
+        >>> assemble([Panel("one", grid, grid), Panel("two", grid, grid)], "effect", grid).layout.coloraxis.cmin
         -2.0
     """
     limit = limit or max((largest(panel.grid) for panel in panels), default=0.0) or 1.0
@@ -114,44 +96,13 @@ def assemble(
         text=value_name(value, effects), font={"size": 12}, showarrow=False, xref="paper", x=0.5, yref="paper", y=0,
         yshift=-BELOW + 4, yanchor="bottom",
     )  # fmt: skip
+    carrying(figure, pd.concat([panel.table for panel in panels], ignore_index=True))
     figure.update_layout(
         coloraxis={"colorscale": SCALE, "cmin": -limit, "cmax": limit, "colorbar": _colour_bar(figure.layout.height)},
         title={"text": heading, "font": {"size": LARGE}} if heading else None,
         template=template(),
     )
     return figure
-
-
-def value_name(value: str, effects: Effects | DataFrame | None = None) -> str:
-    """A column of the table as an axis names it, with the unit of a result's metric where that is known.
-
-    Example:
-        >>> from dataclasses import replace
-        >>> from clip_lens.core.effects import toy_effects
-        >>> value_name("effect"), value_name("effect", replace(toy_effects(), meta={"metric": "logit"}))
-        ('mean signed effect (metric units)', 'mean signed effect (logits)')
-    """
-    metric = effects.meta.get("metric", "") if isinstance(effects, Effects) else ""
-    if metric == "attention weight" and value in ("fraction", "effect"):
-        selective = "selectivity" in effects.meta.get("method", "")  # type: ignore[union-attr]
-        return "mean extra attention weight" if selective else "mean attention weight"
-    method = effects.meta.get("method", "") if isinstance(effects, Effects) else ""
-    if value == "fraction" and method in ("direct logit attribution", "logit lens"):
-        return "share of the total"
-    name = VALUE_NAMES.get(value, escape(value))
-    return name.replace("metric units", "logits") if metric == "logit" else name
-
-
-def slot_name(slot: str | int | None) -> str:
-    """A token slot as an axis or a sentence names it.
-
-    Example:
-        >>> slot_name("eot"), slot_name(3), slot_name(None)
-        ('end of text', 'position 3', 'all tokens')
-    """
-    if slot is None or slot is pd.NA:
-        return "all tokens"
-    return SLOT_NAMES.get(slot, slot) if isinstance(slot, str) else f"position {slot}"
 
 
 def largest(grid: DataFrame) -> float:
@@ -169,14 +120,39 @@ def _panels(
     effects: Effects | DataFrame, rows: str, columns: str, value: str, side: str | None, how: dict[str, Any]
 ) -> list[Panel]:
     if isinstance(effects, DataFrame):
-        return [Panel("", effects, {})]
+        return [Panel("", effects, _long(effects, value))]
     table, ends = effects.table(**how), effects.ends()
-    panels = []
-    for name in dict.fromkeys(table["side"]) if side is None else [side]:
-        chosen = one_side(table, name)
-        details = {found: pivot(chosen, rows, columns, found, ends) for found in SHOWN}
-        panels.append(Panel(name, pivot(chosen, rows, columns, value, ends), details))
-    return panels
+    parts = {name: one_side(table, name) for name in (dict.fromkeys(table["side"]) if side is None else [side])}
+    return [laid_out(name, part, rows, columns, value, effects, ends) for name, part in parts.items()]
+
+
+def laid_out(
+    name: str,
+    table: DataFrame,
+    rows: str,
+    columns: str,
+    value: str,
+    effects: Effects,
+    known: Mapping[str, Sequence[str]],
+) -> Panel:
+    """A panel of the rows of one side of a result's table, laid out by two of its columns.
+
+    Example:
+        >>> from clip_lens.core.effects import toy_effects
+        >>> table = one_side(toy_effects().table(), "foil")
+        >>> laid_out("foil", table, "slot", "layer", "effect", toy_effects(), {}).told[0][0][:30]
+        '<br>recovered fraction <b>1.00'
+    """
+    grid = pivot(table, rows, columns, value, known)
+    words = np.array([*hovers(table, effects, value), ""], dtype=object)
+    row = pivot(table.assign(row=np.arange(len(table))), rows, columns, "row", known).fillna(-1).to_numpy(dtype=int)
+    return Panel(name, grid, table[["place", "side", *shown(effects, value)]], words[row])
+
+
+def _long(grid: DataFrame, value: str) -> DataFrame:
+    """A grid as a table with a row for each cell that has a value."""
+    named = grid.rename_axis(index=grid.index.name or "row", columns=grid.columns.name or "column")
+    return named.stack().dropna().rename(value).reset_index()
 
 
 def _stacked(panels: Sequence[Panel]) -> bool:
@@ -184,7 +160,7 @@ def _stacked(panels: Sequence[Panel]) -> bool:
     return sum(panel.grid.shape[1] for panel in panels) > BESIDE
 
 
-def _canvas(panels: Sequence[Panel], title: str | None) -> tuple[go.Figure, str]:
+def _canvas(panels: Sequence[Panel], title: str | None) -> tuple[Figure, str]:
     """An empty figure whose height follows from the rows, and its heading."""
     n_rows = max(len(panel.grid) for panel in panels)
     several, stacked = len(panels) > 1, _stacked(panels)
@@ -194,7 +170,7 @@ def _canvas(panels: Sequence[Panel], title: str | None) -> tuple[go.Figure, str]
     top = (44 if heading else 12) + (34 if several else 0)
     down = len(panels) if stacked else 1
     height = top + inner * down + gap * (down - 1) + BELOW
-    figure = make_subplots(
+    figure = subplots(
         rows=down,
         cols=1 if stacked else len(panels),
         subplot_titles=[_describe(panel, "<br>") for panel in panels] if several else None,
@@ -209,31 +185,28 @@ def _canvas(panels: Sequence[Panel], title: str | None) -> tuple[go.Figure, str]
 
 def _describe(panel: Panel, between: str) -> str:
     """What a panel shows and on how many pairs."""
-    if not panel.details:
+    if "n" not in panel.table or panel.told is None:
         return escape(panel.name)
-    counts = panel.details["n"].to_numpy()
-    counts = counts[counts > 0]
-    low, high = (int(counts.min()), int(counts.max())) if counts.size else (0, 0)
+    counts = panel.table["n"][panel.table["n"] > 0]
+    low, high = (int(counts.min()), int(counts.max())) if len(counts) else (0, 0)
     pairs = f"n = {high} pairs" if low == high else f"n = {low} to {high} pairs"
     return f"{SIDE_NAMES.get(panel.name, panel.name)}{between}{pairs}"
 
 
-def _draw(figure: go.Figure, panel: Panel, value: str, where: dict[str, int]) -> None:
+def _draw(figure: Figure, panel: Panel, value: str, where: dict[str, int]) -> None:
     """A panel's cells, and over the gaps a second, grey trace: a place without a counterpart is not a 0."""
     grid = panel.grid.to_numpy(dtype=float)
     gaps = np.isnan(grid)
     printed = grid.shape[0] <= 24 and grid.shape[1] <= 14
-    spot, details = _spot(panel.grid, printed), None
-    if panel.details:
-        details = np.stack([panel.details[name].to_numpy(dtype=float) for name in SHOWN], -1).astype(np.float32)
+    spot = _spot(panel.grid, printed)
     figure.add_heatmap(
         z=grid,
         text=[[_number(cell, value) for cell in line] for line in grid] if printed else _spots(panel.grid),
         texttemplate="%{text}" if printed else None,
         coloraxis="coloraxis",
         name=SIDE_NAMES.get(panel.name, panel.name),
-        customdata=details,
-        hovertemplate=spot + (HOVER if panel.details else "<br>%{z:.3f}") + "<extra></extra>",
+        hovertext=panel.told,
+        hovertemplate=spot + ("<br>%{z:.3f}" if panel.told is None else "%{hovertext}") + "<extra></extra>",
         **CELLS,
         **where,
     )
@@ -269,10 +242,10 @@ def _spots(grid: DataFrame) -> list[list[str]]:
 def _number(cell: float, value: str) -> str:
     if np.isnan(cell):
         return ""
-    return f"{cell:.0f}" if value in ("n", "dropped") else f"{cell:.2f}".replace("-0.00", "0.00")
+    return f"{cell:.0f}" if value in ("n", "dropped") else decimals(cell)
 
 
-def _axes(figure: go.Figure, panels: Sequence[Panel], effects: Effects | DataFrame) -> None:
+def _axes(figure: Figure, panels: Sequence[Panel], effects: Effects | DataFrame) -> None:
     """Rows from top to bottom, labels of at least 11 pixels that don't overlap, the axes' meaning in words."""
     grid = panels[0].grid
     across, down = str(grid.columns.name), str(grid.index.name)

@@ -1,4 +1,4 @@
-"""Edges as a layered picture: a circuit, or the strongest paths of a result, from the embedding to the output."""
+"""Edges as a layered diagram: a circuit, or the strongest edges of a result, from the embedding to the output."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from pandas import DataFrame
-from plotly.subplots import make_subplots
 
-from clip_lens.core.effects import SHOWN, SIDES, Effects, one_side
+from clip_lens.core.effects import Effects
+from clip_lens.core.grid import one_side
+from clip_lens.core.table import SIDES
 from clip_lens.methods.circuits.circuit import Circuit
 from clip_lens.model.site import Edge, Site, label
-from clip_lens.show.figures.heatmap import HOVER, SIDE_NAMES, slot_name
+from clip_lens.show.figures.figure import Figure, carrying, subplots
 from clip_lens.show.figures.style import LIGHT, SMALL, template, under
+from clip_lens.show.figures.words import SIDE_NAMES, bold, hovers, shown, slot_name
+from clip_lens.words import counted
 
 READS = {"q": "queries", "k": "keys", "v": "values"}
 KINDS = {**READS, "mlp": "into MLPs", "out": "into the output"}
@@ -34,12 +37,13 @@ TOP, BELOW, GAP = 56, 80, 100  # pixels: the heading, the axis with the legend, 
 
 
 class Part(NamedTuple):
-    """One diagram: its edges, a row each with `edge`, `effect` and the columns `shown`, which `told` tells."""
+    """One diagram: its edges, a row each with `edge` and `effect`, what hovering tells of each, and the table that it
+    shows."""
 
     heading: str
     table: DataFrame
-    shown: tuple[str, ...]
-    told: str
+    told: list[str]
+    frame: DataFrame
 
 
 def network(
@@ -48,7 +52,7 @@ def network(
     *,
     n: int | None = None,
     side: str | None = None,
-) -> go.Figure:
+) -> Figure:
     """A plotly figure of a circuit's edges in the layers of the tower, as wide as their effects are large.
 
     Blocks run from left to right, between the embedding and the output, heads one below the other with the block's MLP
@@ -67,7 +71,7 @@ def network(
     Example:
         >>> edges = [Edge(Site("embed"), Site("v", 0, 1)), Edge(Site("head", 0, 1), Site("out"))]
         >>> figure = network(edges, {edges[0]: 0.5, edges[1]: -1.0})
-        >>> [(trace.name, trace.line.width) for trace in figure.data if trace.meta]
+        >>> [(trace.name, trace.line.width) for trace in figure.data if trace.name in set(figure.frame["edge"])]
         [('embed -> v 0.1', 5.0), ('head 0.1 -> out', 9.0)]
     """
     if n is not None and n < 1:
@@ -89,41 +93,27 @@ def network(
     return _drawn([_of_scores(edges, scores, n, name)], layout)
 
 
-def path_diagram(effects: Effects, n: int = 30, side: str | None = None) -> go.Figure:
-    """The `network` of the n edges of the largest absolute mean signed effect; a diagram for each side.
-
-    Raises:
-        ValueError: a place is not a single edge, n is not positive, or no such side.
-
-    Example:
-        >>> from clip_lens.core.effects import toy_effects
-        >>> edges = tuple(Edge(Site("embed"), Site("v", 0, head)) for head in range(4))
-        >>> figure = path_diagram(replace(toy_effects(), places=edges), n=2, side="foil")
-        >>> [trace.name for trace in figure.data if trace.meta]
-        ['embed -> v 0.3', 'embed -> v 0.0']
-    """
-    return network(effects, n=n, side=side)
-
-
 def _of_effects(effects: Effects, n: int | None, side: str | None) -> list[Part]:
-    one_side(effects.fraction(), side) if side is not None else None
-    sides = [name for name in SIDES if name in set(effects.pairs["side"])] if side is None else [side]
+    fractions = effects.fraction()
+    one_side(fractions, side) if side is not None else None
+    sides = [name for name in SIDES if name in set(fractions["side"])] if side is None else [side]
     parts = []
     for name in sides:
         table = strongest(effects, len(effects.places) if n is None else n, name)
-        all_drawn = len(table) == len(effects.places)
-        count = f"{len(table)} edges" if all_drawn else f"the {len(table)} largest of {len(effects.places)} effects"
-        told = HOVER.replace("customdata", "meta")
-        parts.append(Part(f"{SIDE_NAMES[name]}<br>{count}", table, SHOWN, told))
+        count = _count(len(table), len(effects.places), "effects")
+        frame = table[["place", "side", *shown(effects)]]
+        parts.append(Part(f"{SIDE_NAMES[name]}<br>{count}", table, hovers(table, effects), frame))
     return parts
 
 
+def _count(drawn: int, there: int, what: str) -> str:
+    return counted(there, "edge") if drawn == there else f"the {drawn} largest of {there} {what}"
+
+
 def _only(effects: Effects, edges: Sequence[Edge]) -> Effects:
-    """The part of a result that has a circuit's edges, in their order."""
-    row: dict[Any, int] = {place: number for number, place in enumerate(effects.places)}
-    _scored(edges, row)
-    rows = [row[edge] for edge in edges]
-    return replace(effects, values=effects.values[rows], places=tuple(edges))
+    """The part of a result that has a circuit's edges."""
+    _scored(edges, set(single_edges(effects)))
+    return effects.where(place=[str(edge) for edge in edges])
 
 
 def _of_scores(edges: Sequence[Edge], scores: Mapping[Edge, float] | None, n: int | None, name: str) -> Part:
@@ -133,9 +123,11 @@ def _of_scores(edges: Sequence[Edge], scores: Mapping[Edge, float] | None, n: in
     effects = [float("nan") if scores is None else float(scores[edge]) for edge in edges]
     table = DataFrame({"edge": pd.Series(list(edges), dtype=object), "effect": effects})
     order = table["effect"].abs().sort_values(ascending=False, kind="stable", na_position="last").index[:n]
-    count = f"{len(edges)} edges" if len(order) == len(edges) else f"the {len(order)} largest of {len(edges)} edges"
-    told = "" if scores is None else "<br>score <b>%{meta[0]:.4f}</b>"
-    return Part(f"{escape(name)}<br>{count}" if name else count, table.loc[order], ("effect",) if told else (), told)
+    count = _count(len(order), len(edges), "edges")
+    table = table.loc[order].reset_index(drop=True)
+    frame = DataFrame({"edge": table["edge"].map(str), **({} if scores is None else {"score": table["effect"]})})
+    told = ["" if scores is None else f"<br>score <b>{score:.4f}</b>" for score in table["effect"]]
+    return Part(f"{escape(name)}<br>{count}" if name else count, table, told, frame)
 
 
 def _scored(edges: Sequence[Edge], scores: Container[Edge]) -> None:
@@ -146,7 +138,7 @@ def _scored(edges: Sequence[Edge], scores: Container[Edge]) -> None:
         )
 
 
-def _drawn(parts: Sequence[Part], layout: _Layout) -> go.Figure:
+def _drawn(parts: Sequence[Part], layout: _Layout) -> Figure:
     effects = np.concatenate([part.table["effect"].to_numpy(dtype=float) for part in parts])
     largest = float(np.nanmax(np.abs(effects), initial=0.0)) or 1.0
     figure = _canvas(layout, [part.heading for part in parts], max(len(part.table) for part in parts))
@@ -154,7 +146,7 @@ def _drawn(parts: Sequence[Part], layout: _Layout) -> go.Figure:
     for number, part in enumerate(parts, start=1):
         for trace in [*_lines(part, layout, largest), _nodes(part.table, layout)]:
             figure.add_trace(trace, row=number, col=1)
-    return figure
+    return carrying(figure, pd.concat([part.frame for part in parts]))
 
 
 def single_edges(effects: Effects) -> list[Edge]:
@@ -174,12 +166,9 @@ def single_edges(effects: Effects) -> list[Edge]:
 
 def strongest(effects: Effects, n: int, side: str) -> DataFrame:
     """The rows of `Effects.table` of the n largest absolute mean signed effects of a side, with their `edge`."""
-    chosen = effects.where(side=side)
-    sizes = chosen.fraction()["effect"].abs().dropna().sort_values(ascending=False, kind="stable")
-    rows = sizes.index[:n].tolist()
-    places = tuple(effects.places[row] for row in rows)
-    table = replace(chosen, values=chosen.values[rows], places=places).table()
-    return table.assign(edge=pd.Series(places, dtype=object))
+    table = effects.where(side=side).top(n).dropna(subset="effect")
+    edges = dict(zip(effects.index["place"], effects.places, strict=True))
+    return table.assign(edge=table["place"].map(edges))
 
 
 class _Layout(NamedTuple):
@@ -229,11 +218,11 @@ class _Layout(NamedTuple):
         return [*("all heads" if unit == ALL_HEADS else f"head {unit}" for unit in self.units), "MLP"]
 
 
-def _canvas(layout: _Layout, headings: Sequence[str], n_edges: int) -> go.Figure:
+def _canvas(layout: _Layout, headings: Sequence[str], n_edges: int) -> Figure:
     room = 30 if n_edges <= FEW else 45 if n_edges <= 3 * FEW else 90 if layout.bottom <= DEEP else 60
     each = max(260, room * (layout.bottom + 1))  # more edges need more room between the heads
     inner = each * len(headings) + GAP * (len(headings) - 1)
-    figure = make_subplots(
+    figure = subplots(
         rows=len(headings), cols=1, subplot_titles=headings,
         vertical_spacing=GAP / inner if len(headings) > 1 else None,
     )  # fmt: skip
@@ -275,7 +264,7 @@ def _lines(part: Part, layout: _Layout, largest: float) -> list[go.Scatter]:
     widest = max(THIN, WIDE * min(1.0, sqrt(FEW / max(1, len(part.table)))))
     between: Counter[tuple[Any, Any]] = Counter()
     lines = []
-    for row in part.table.itertuples():
+    for row, told in zip(part.table.itertuples(), part.told, strict=True):
         ends = layout.at(row.edge.sender), layout.at(row.edge.receiver)
         x, y = _curve(*ends, between[ends], layout.bottom)
         between[ends] += 1
@@ -283,8 +272,7 @@ def _lines(part: Part, layout: _Layout, largest: float) -> list[go.Scatter]:
             go.Scatter(
                 x=x, y=y, mode="lines", name=str(row.edge), **_look(row.effect, row.edge, largest, widest),
                 legendgroup=KINDS[row.edge.receiver.kind], showlegend=False,
-                meta=[float(getattr(row, name)) for name in part.shown] or [float("nan")],
-                hovertemplate=f"{_name(row.edge)}{part.told}<extra></extra>",
+                hovertemplate=f"{_name(row.edge)}{told}<extra></extra>",
             )
         )  # fmt: skip
     return lines[::-1]
@@ -323,7 +311,7 @@ def _nodes(part: DataFrame, layout: _Layout) -> go.Scatter:
     sends, receives = ({}, {})  # type: tuple[dict[Site, list[Any]], dict[Site, list[Any]]]
     for row in part.itertuples():
         sends.setdefault(row.edge.sender, []).append(row)
-        receives.setdefault(_reader(row.edge.receiver), []).append(row)
+        receives.setdefault(_receiving(row.edge.receiver), []).append(row)
     nodes = list(dict.fromkeys([*sends, *receives]))
     spots = [layout.at(node) for node in nodes]
     return go.Scatter(
@@ -340,22 +328,16 @@ def _nodes(part: DataFrame, layout: _Layout) -> go.Scatter:
     )  # fmt: skip
 
 
-def _reader(receiver: Site) -> Site:
-    """The node that an edge ends in: a head for its q, k and v."""
+def _receiving(receiver: Site) -> Site:
+    """The node that receives an edge: a head for its q, k and v."""
     return replace(receiver, kind="head" if receiver.kind in READS else receiver.kind, slot=None)
 
 
 def _told(verb: str, rows: list[Any] | None) -> str:
     if not rows:
         return ""
-    edges = "1 drawn edge" if len(rows) == 1 else f"{len(rows)} drawn edges"
-    effect = sum(row.effect for row in rows)
-    if isnan(effect):
-        return f"<br>{verb} in {edges}"
-    if not hasattr(rows[0], "fraction"):
-        return f"<br>{verb} {effect:.3f} in {edges}"
-    share, n = sum(row.fraction for row in rows), max(row.n for row in rows)
-    return f"<br>{verb} {effect:.3f} in {edges}, recovered fraction {share:.3f}, {n} pairs"
+    edges, effect = counted(len(rows), "drawn edge"), sum(row.effect for row in rows)
+    return f"<br>{verb} in {edges}" if isnan(effect) else f"<br>{verb} {bold(effect)} in {edges}"
 
 
 def _short(node: Site, deep: bool) -> str:

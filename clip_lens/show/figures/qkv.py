@@ -1,23 +1,27 @@
-"""Pictures of edges: what heads read through q, k and v; the strongest paths are in `network`."""
+"""Edges into heads: what each head reads through its queries, keys and values, as heat maps on one scale."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 from pandas import DataFrame
 
-from clip_lens.core.effects import SHOWN, Effects, one_side, pivot
+from clip_lens.core.effects import Effects
+from clip_lens.core.grid import one_side
 from clip_lens.model.site import Edge
-from clip_lens.show.figures.heatmap import SIDE_NAMES, Panel, assemble
-from clip_lens.show.figures.network import READS, path_diagram, single_edges
+from clip_lens.show.figures.figure import Figure
+from clip_lens.show.figures.heatmap import Panel, assemble, laid_out
+from clip_lens.show.figures.network import READS, single_edges
+from clip_lens.show.figures.words import SIDE_NAMES
+from clip_lens.words import some
 
-__all__ = ["path_diagram", "qkv"]
+HEAD = "receiving head"
 
 
-def qkv(effects: Effects, value: str = "effect", side: str | None = None, **how: Any) -> go.Figure:
+def qkv(effects: Effects, value: str = "effect", side: str | None = None, **how: Any) -> Figure:
     """A plotly figure of edges into heads: senders by receiving heads, a panel each for q, k and v, on one scale.
 
     Both axes run in the order of the tower; grey cells are no path. Edges into MLPs and the output are left out. `how`
@@ -42,34 +46,31 @@ def qkv(effects: Effects, value: str = "effect", side: str | None = None, **how:
     }
     read = [edge for edge in edges if edge.receiver.kind in READS]
     if not read:
-        raise ValueError(f"no edge ends in the q, k or v of a head, only in {_some(e.receiver.kind for e in edges)}")
+        raise ValueError(
+            f"no edge ends in the q, k or v of a head, only in {some(sorted({e.receiver.kind for e in edges}))}"
+        )
     table = effects.table(**how)
     rows = pd.Series([heads[edge] for edge in edges])
     kinds = pd.Series([edge.receiver.kind for edge in edges])
-    order = {**effects.ends(), "receiving head": _in_order(heads[edge] for edge in sorted(read, key=_receiver))}
+    order = {**effects.ends(), HEAD: _in_order(heads[edge] for edge in sorted(read, key=_receiver))}
     panels = []
     for name in dict.fromkeys(table["side"]) if side is None else [side]:
-        part = one_side(table, name).assign(**{"receiving head": rows.to_numpy()})
-        panels += _readers(part, kinds.to_numpy(), value, name, order)
+        part = one_side(table, name).assign(**{HEAD: rows.to_numpy()})
+        panels += _receiving(part, kinds.to_numpy(), value, name, effects, order)
     return assemble(panels, value, effects, title="")
 
 
-def _readers(part: DataFrame, kinds: Any, value: str, side: str, order: dict[str, list[str]]) -> list[Panel]:
+def _receiving(
+    part: DataFrame, kinds: Any, value: str, side: str, effects: Effects, order: dict[str, list[str]]
+) -> list[Panel]:
     """A side's panels; those that lack a sender or a head have a grey line there, so that all are laid out alike."""
+    everything = part[np.isin(kinds, list(READS))]
+    there = set(everything["sender"])
+    axes = {"sender": [name for name in order["sender"] if name in there], HEAD: order[HEAD]}
     panels = []
-    everything = part[pd.Series(kinds).isin(list(READS)).to_numpy()]
-    senders = [name for name in order["sender"] if name in set(everything["sender"])]
     for kind in (kind for kind in READS if kind in kinds):
-        lines = part[kinds == kind]
-
-        def grid(found: str, lines: DataFrame = lines) -> DataFrame:
-            cells = pivot(lines, "sender", "receiving head", found, order)
-            return cells.reindex(
-                index=pd.Index(senders, name="sender"), columns=pd.Index(order["receiving head"], name="receiving head")
-            )
-
         name = f"{READS[kind]}; {SIDE_NAMES.get(side, side)}"
-        panels.append(Panel(name, grid(value), {found: grid(found) for found in SHOWN}))
+        panels.append(laid_out(name, part[kinds == kind], "sender", HEAD, value, effects, order).on(axes))
     return panels
 
 
@@ -79,7 +80,3 @@ def _receiver(edge: Edge) -> tuple[int, int]:
 
 def _in_order(entries: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(entries))
-
-
-def _some(entries: Iterable[str]) -> str:
-    return ", ".join(sorted(set(entries)))

@@ -16,9 +16,10 @@ import plotly.graph_objects as go
 from pandas import DataFrame
 
 from clip_lens.show.figures.curves import need
-from clip_lens.show.figures.heatmap import SIDE_NAMES
+from clip_lens.show.figures.figure import Figure, carrying
 from clip_lens.show.figures.style import LIGHT, SIDE_COLOURS, template, under
 from clip_lens.show.figures.thumbnails import Pictures, picture_file, thumbnail
+from clip_lens.show.figures.words import SIDE_NAMES
 
 MOST = 400  # small copies in one figure, of at most some 8 kB each
 SCRIPT = """
@@ -45,7 +46,7 @@ SCRIPT = """
 """
 
 
-class PictureFigure(go.Figure):
+class PictureFigure(Figure):
     """A plotly figure whose points show pictures wherever it is shown as HTML; otherwise it is a figure like others."""
 
     def to_html(self, *args: Any, post_script: Any = None, **kwargs: Any) -> str:
@@ -109,7 +110,8 @@ def scatter_pairs(
     )  # fmt: skip
     figure.update_xaxes(title_text=escape(x), nticks=7)
     figure.update_yaxes(title_text=escape(y), nticks=7)
-    return figure
+    known = ["key", image, "caption", "foil", *([by] if grouped else []), x, y]
+    return carrying(figure, rows[[name for name in dict.fromkeys(known) if name in rows]])
 
 
 def _points(part: DataFrame, columns: tuple[str, str], image: str, group: Any, number: int) -> go.Scatter:

@@ -7,9 +7,11 @@ apart with every common colour blindness. Nothing global is set: each figure car
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import plotly.graph_objects as go
+
+from clip_lens.show.figures.figure import Figure, carrying
 
 SMALL, NORMAL, LARGE = 11, 12, 15  # font sizes in pixels
 
@@ -78,10 +80,13 @@ SIDE_COLOURS = {"caption": 0, "foil": 1, "pooled": 2, "overall": 2, "none": 6}
 """The number in a theme's `series` of each side of a pair."""
 
 
-def themed(figure: go.Figure, theme: str = "light") -> go.Figure:
+FigureT = TypeVar("FigureT", bound=go.Figure)
+
+
+def themed(figure: FigureT, theme: str = "light") -> FigureT:
     """A copy of a figure of this package in the colours of a theme: "light", "dark" or "transparent".
 
-    Every colour of the palette is replaced by that of the same role; other colours, a reader's own, stay. A transparent
+    Every colour of the palette is replaced by that of the same role; other colours, one's own, stay. A transparent
     figure shows the page behind it and is readable on a white as on a black one.
 
     Raises:
@@ -99,7 +104,8 @@ def themed(figure: go.Figure, theme: str = "light") -> go.Figure:
     colours = swaps(theme)
     parts = [trace.to_plotly_json() for trace in figure.data], figure.layout.to_plotly_json()
     data, layout = _swapped(list(parts), colours, coloured=False)
-    return type(figure)(data=data, layout=layout)
+    copied = type(figure)(data=data, layout=layout)
+    return carrying(copied, figure.frame) if isinstance(figure, Figure) else copied
 
 
 def swaps(theme: str) -> dict[str, str]:

@@ -9,12 +9,15 @@ from typing import Any, NamedTuple
 import pandas as pd
 from pandas import DataFrame
 
-from clip_lens.core.effects import SHOWN, SIDES, Effects
+from clip_lens.core.effects import Effects
+from clip_lens.core.table import SIDES
 from clip_lens.model.site import Edge
-from clip_lens.show.figures.heatmap import SIDE_NAMES, heatmap, largest, slot_name
-from clip_lens.show.figures.network import path_diagram, strongest
+from clip_lens.show.figures.heatmap import heatmap, largest
+from clip_lens.show.figures.network import network
+from clip_lens.show.figures.words import SHARES, SIDE_NAMES, slot_name, value_name
 from clip_lens.show.report.section import Picture, Section, Table
-from clip_lens.show.report.words import gap, is_share, noun, reading, unit, value_name, verb, what_is_shown, whole
+from clip_lens.show.report.words import gap, reading, what_is_shown, whole
+from clip_lens.words import capital, counted, decimals, interval, minus
 
 NEGATION_IN = {"caption": "the caption", "foil": "the foil", "none": "neither"}
 MOST_FIGURES = 12  # per result
@@ -49,7 +52,8 @@ def section_of(name: str, effects: Effects) -> Section:
     """
     if not effects.places or not len(effects.pairs):
         raise ValueError(f"the result {name!r} is empty: {effects!r}")
-    views, table, data = _views(effects), effects.table(), re.sub(r"[^\w.]+", "-", name).strip("-") + ".csv"
+    table = effects.table()  # before its parts are taken, which are read off it
+    views, data = _views(effects), re.sub(r"[^\w.]+", "-", name).strip("-") + ".csv"
     sides = [side for side in SIDES if side in set(effects.pairs["side"])]
     shown = [(view, side) for view in views for side in sides]
     limit = max((largest(_grid(view, side)) for view, side in shown if not view.paths), default=0.0)
@@ -58,7 +62,7 @@ def section_of(name: str, effects: Effects) -> Section:
     return Section(
         name,
         findings=[_finding(views, effects, side) for side in sides],
-        pictures=[_picture(view, side, limit, table, data, wide) for view, side in shown[:MOST_FIGURES]],
+        pictures=[_picture(view, side, limit, data, wide) for view, side in shown[:MOST_FIGURES]],
         tables=[_largest_effects(effects, data)],
         meta=effects.meta,
         notes=[f"{left_out} further figures are left out; Effects.grid and heatmap give them."] if left_out > 0 else [],
@@ -73,14 +77,14 @@ def _largest_effects(effects: Effects, data: str) -> Table:
         "effect": "effect", "effect_lower": "effect, lower", "effect_upper": "effect, upper",
         "n": "pairs", "dropped": "dropped",
     }  # fmt: skip
-    if not is_share(effects):
-        names = {key: name for key, name in names.items() if key not in ("fraction", "lower", "upper")}
+    if not effects.record.shares:
+        names = {key: name for key, name in names.items() if key not in SHARES}
     top = effects.top(TOP).assign(side=lambda table: table["side"].map(NEGATION_IN))
     return Table(
         top[list(names)].rename(columns=names),
         "The largest effects",
-        f"The largest {noun(effects)}s on each side, in {unit(effects)}; lower and upper are the bounds of 95 % "
-        "bootstrap intervals over pairs.",
+        f"The largest {effects.record.method.noun}s on each side, in {effects.record.unit}; lower and upper are the "
+        "bounds of 95 % bootstrap intervals over pairs.",
         rows=len(top),
         data=data,
     )
@@ -142,49 +146,38 @@ def _grid(view: _View, side: str) -> DataFrame:
 
 
 def _value(effects: Effects) -> str:
-    return "fraction" if is_share(effects) else "effect"
+    return "fraction" if effects.record.shares else "effect"
 
 
-def _picture(view: _View, side: str, limit: float, table: DataFrame, data: str, wide: bool) -> Picture:
+def _picture(view: _View, side: str, limit: float, data: str, wide: bool) -> Picture:
     chosen = view.effects.where(side=side)
     value = _value(view.effects)
     if view.paths:
-        figure = path_diagram(chosen, MOST_PATHS)
+        figure = network(chosen, n=MOST_PATHS)
     else:
         figure = heatmap(chosen, view.rows, view.columns, value, title="", limit=limit)
     words = ", ".join(filter(None, (view.name, SIDE_NAMES[side])))
-    count = _counted(chosen.pairs["key"].nunique())
+    count = counted(chosen.pairs["key"].nunique(), "pair")
     gaps = bool(_grid(view, side).isna().any(axis=None))
     return Picture(
         figure,
-        f"{words[0].upper()}{words[1:]} ({count})",
+        f"{capital(words)} ({count})",
         _caption(view, gaps),
         _alt(view, f"{words}, {count}", chosen.fraction().dropna(subset=value)),
         data,
-        _numbers(view, side, table),
-        wide,
+        wide=wide,
     )
 
 
 def _alt(view: _View, words: str, values: DataFrame) -> str:
     """A figure in a sentence or two."""
     value = _value(view.effects)
-    number = value_name(view.effects, value)
+    number = value_name(value, view.effects)
     what = "Path diagram" if view.paths else f"Heat map of the {number} by {view.rows} and {view.columns}"
     if values.empty:
         return f"{what}: {words}."
     peak = values.loc[values[value].abs().idxmax()]
     return f"{what}: {words}. The largest, {peak[value]:.2f}, is at {peak['place']}."
-
-
-def _numbers(view: _View, side: str, table: DataFrame) -> DataFrame:
-    """The rows of the table that a figure shows, with the columns that a reader of the figure asks for."""
-    if view.paths:
-        rows = strongest(view.effects, MOST_PATHS, side)
-    else:
-        rows = table[(table["side"] == side) & table["place"].isin(set(view.effects.index["place"]))]
-    shown = SHOWN if is_share(view.effects) else SHOWN[SHOWN.index("effect") :]
-    return rows[["place", *shown]].rename(columns={"n": "pairs"})
 
 
 def _caption(view: _View, gaps: bool) -> str:
@@ -212,28 +205,28 @@ def _caption(view: _View, gaps: bool) -> str:
 def _finding(views: list[_View], effects: Effects, side: str) -> str:
     """One side's numbers as a sentence: the slot of the largest share at each layer, else the largest effect of all."""
     count = effects.pairs.loc[effects.pairs["side"] == side, "key"].nunique()
-    start = f"{SIDE_NAMES[side].capitalize()} ({_counted(count)}): "
-    by_slot = len(views) == 1 and views[0].rows == "slot" and is_share(effects)
+    start = f"{SIDE_NAMES[side].capitalize()} ({counted(count, 'pair')}): "
+    by_slot = len(views) == 1 and views[0].rows == "slot" and effects.record.shares
     runs = _runs(_grid(views[0], side)) if by_slot else []
     if 0 < len(runs) <= 4 and len(views[0].effects.index["slot"].drop_duplicates()) > 1:
         layer = "layer" if set(effects.index["kind"]) == {"resid"} else "block"
         steps = [f'"{slot_name(slot)}" {_span(layer, cells)}' for slot, cells in runs]
-        return f"{start}the largest share of {whole(effects)} {verb(effects)} at {', then at '.join(steps)}."
+        return (
+            f"{start}the largest share of {whole(effects)} {effects.record.method.verb} at {', then at '.join(steps)}."
+        )
     top = effects.where(side=side).top(1)
     if top["effect"].isna().all():
         return f"{start}no place has a value."
     row = next(top.itertuples())
-    share = (
-        f", {_number(row.fraction)} of {whole(effects)} (95 % interval {_interval(row.lower, row.upper)})"
-        if row.fraction == row.fraction and is_share(effects)
-        else ""
-    )
-    effect = f"{_number(row.effect)} {_interval(row.effect_lower, row.effect_upper)}"
-    return f"{start}the largest {noun(effects)} in size is that of {row.place}: {effect}{share}."
-
-
-def _interval(lower: float, upper: float) -> str:
-    return f"[{_number(lower)}, {_number(upper)}]"
+    share = ""
+    if effects.record.shares and row.fraction == row.fraction:
+        bounds = minus(interval(row.lower, row.upper, 3))
+        share = (
+            f", {minus(decimals(row.fraction, 3))} of {whole(effects)}{f' (95 % interval {bounds})' if bounds else ''}"
+        )
+    effect = minus(f"{decimals(row.effect, 3)} {interval(row.effect_lower, row.effect_upper, 3)}".rstrip())
+    noun = effects.record.method.noun
+    return f"{start}the largest {noun} in size is that of {row.place}: {effect}{share}."
 
 
 def _runs(grid: DataFrame) -> list[tuple[Any, list[tuple[Any, float]]]]:
@@ -250,11 +243,3 @@ def _span(layer: str, cells: list[tuple[Any, float]]) -> str:
     if first == last:
         return f"in {layer} {first} ({100 * share:.0f} %)"
     return f"from {layer} {first} ({100 * share:.0f} %) to {layer} {last} ({100 * end:.0f} %)"
-
-
-def _counted(count: int) -> str:
-    return f"{count} pair" if count == 1 else f"{count} pairs"
-
-
-def _number(value: float) -> str:
-    return "" if value != value else f"{value:.3f}".replace("-", "\N{MINUS SIGN}")

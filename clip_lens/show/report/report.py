@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,21 +15,24 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from jinja2 import Environment
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from pandas import DataFrame
 from plotly.offline import get_plotlyjs
 
-from clip_lens.core.effects import SEGMENTS, SIDES, Effects
-from clip_lens.core.store import written_whole
-from clip_lens.show.figures.heatmap import SIDE_NAMES
+from clip_lens.core.effects import SEGMENTS, Effects
+from clip_lens.core.table import SIDES
+from clip_lens.files import written_whole
+from clip_lens.show.figures.figure import Figure
 from clip_lens.show.figures.style import swaps
 from clip_lens.show.figures.thumbnails import Pictures
+from clip_lens.show.figures.words import SIDE_NAMES
+from clip_lens.show.report.cautions import cautions_of
 from clip_lens.show.report.effects_section import NEGATION_IN, section_of
 from clip_lens.show.report.examples import examples
-from clip_lens.show.report.numbers import numbers
 from clip_lens.show.report.packed import File, as_json, pack
-from clip_lens.show.report.section import Data, Picture, Section, Table
+from clip_lens.show.report.section import PROBABILITY, Data, Picture, Section, Table
 from clip_lens.show.report.words import methods_of
+from clip_lens.words import formatted, minus, probability
 
 WHAT = (
     "method",
@@ -38,12 +42,17 @@ WHAT = (
     "scale",
     "model",
     "weights",
+    "tower",
+    "hooks of yours that were on",
+    "notes",
     "data",
     "images",
+    "held out",
     "pairs",
     "selected",
     "versions",
 )
+"""What of a record stands in "What was run"; the details have all of it."""
 DROPPED = ("pairs dropped", "dropped")
 LARGEST = 6_000_000  # bytes of a page: what mail and previews still take
 WORDS = 300_000  # bytes of it kept for words and tables
@@ -60,17 +69,20 @@ def report(
     warnings: Sequence[str] = (),
     methods: Mapping[str, str] | Iterable[tuple[str, str]] | None = None,
     data: Mapping[str, Data] | None = None,
+    name: str = "",
 ) -> Path:
     """The path of one HTML file that shows named results and sections, and loads nothing from anywhere.
 
     An `Effects` becomes a section that states in words which places move the largest share, with a figure per side, the
     largest effects with their intervals and its whole table as a file to save. The names stand in the page's contents.
-    Every figure and table gives its numbers, as a table and as CSV; example pairs come from the first section that has
-    pairs. `summary` is a sentence of yours, put first, `warnings` what a reader must know before any number.
+    Every table gives its numbers as CSV, and every figure that carries its own (see `Picture`) as a table too; example
+    pairs come from the first section that has pairs. `summary` is a sentence of yours, put first. `warnings` are what
+    must be known before any number; what follows from the results themselves (hooks that were on, few pairs) is added.
     `methods` are headings and texts, shown folded (those of `Effects` where it is None); `data` are further files to
     save, by name: tables, paths or bytes. `pictures` is a folder that holds the image ids, or maps an image id to a
-    file; a pair without a picture shows its texts. A file that would bring the page over 6 MB is left out and the page
-    says so. An interrupted call leaves an existing file as it was.
+    file; a pair without a picture shows its texts. `name` is what the page calls itself, for `page_in`. A file that
+    would bring the page over 6 MB is left out and the page says so. In a CSV, an apostrophe stands before a text that a
+    spreadsheet would run as a formula. An interrupted call leaves an existing file as it was.
 
     Raises:
         ValueError: no results, an `Effects` without places or pairs, or a picture or table whose `data` is not there.
@@ -84,20 +96,45 @@ def report(
     if not results:
         raise ValueError("no results to report on; give a mapping from a name to an Effects or a Section")
     sections = {name: item if isinstance(item, Section) else section_of(name, item) for name, item in results.items()}
-    if methods is None:
-        methods = methods_of(item for item in results.values() if isinstance(item, Effects))
+    effects = [item for item in results.values() if isinstance(item, Effects)]
+    methods = methods_of(effects) if methods is None else methods
+    given = [warnings] if isinstance(warnings, str) else warnings
     page = _Page(dict(data or {}))
-    for number, (name, section) in enumerate(sections.items(), start=1):
-        page.add(f"part-{number}", name, section)
+    for number, (heading, section) in enumerate(sections.items(), start=1):
+        page.add(f"part-{number}", heading, section)
     words = {
+        "name": name,
         "title": title,
         "summary": summary,
-        "warnings": [warnings] if isinstance(warnings, str) else list(warnings),
+        "warnings": list(dict.fromkeys([*given, *cautions_of(effects)])),
         "methods": list(methods.items() if isinstance(methods, Mapping) else methods),
         **_what_was_run(sections),
         "examples": _examples(sections.values(), pictures),
     }
     return _write(Path(out), page.render(words))
+
+
+HEAD = 4096  # bytes of a page in which its name stands
+
+
+def page_in(folder: str | os.PathLike[str], name: str) -> Path:
+    """Where a report of this name goes: to report.html, or to NAME.html where report.html is another page already.
+
+    Example:
+        >>> from clip_lens.core.effects import toy_effects
+        >>> folder = getfixture("tmp_path")
+        >>> for name in ("heads", "streams", "heads"):
+        ...     print(report({"toy": toy_effects()}, page_in(folder, name), name=name).name)
+        report.html
+        streams.html
+        report.html
+    """
+    page = Path(folder) / "report.html"
+    if not page.exists():
+        return page
+    with page.open("rb") as file:
+        found = re.search(rb'<meta name="clip-lens" content="([^"]*)">', file.read(HEAD))
+    return page if found and found[1].decode() == str(escape(name)) else page.with_name(f"{name}.html")
 
 
 def _write(path: Path, text: str) -> Path:
@@ -141,11 +178,11 @@ class _Page:
         number = len(self.figures) + 1
         name = f"figure-{number}"
         self.figures[name] = {**json.loads(str(picture.figure.to_json())), "columns": _columns(picture.figure)}
-        shown = picture.numbers if picture.numbers is not None else numbers(picture.figure)
-        self.files[f"{name}-numbers"] = pack(f"{name}.csv", shown)
+        if (shown := numbers_of(picture)) is not None:
+            self.files[f"{name}-numbers"] = pack(f"{name}.csv", shown)
         height = picture.figure.layout.height or HEIGHT
         return {
-            "id": name, "number": number, "picture": picture, "height": height, "rows": len(shown),
+            "id": name, "number": number, "picture": picture, "height": height, "numbers": shown is not None,
             "data": self._behind(key, picture.data),
         }  # fmt: skip
 
@@ -192,6 +229,20 @@ class _Page:
                 css=_own("report.css"), js=_own("report.js"), paragraphs=paragraphs,
             )
         )  # fmt: skip
+
+
+def numbers_of(picture: Picture) -> DataFrame | None:
+    """The table that a picture shows: the one it was given, else the one that its figure carries; None without either.
+
+    Example:
+        >>> from clip_lens.core.effects import toy_effects
+        >>> from clip_lens.show.figures.heatmap import heatmap
+        >>> len(numbers_of(Picture(heatmap(toy_effects(), side="foil"), "Places", "A cell is a place.")))
+        4
+    """
+    if picture.numbers is not None:
+        return picture.numbers
+    return picture.figure.frame if isinstance(picture.figure, Figure) else None
 
 
 def _own(name: str) -> Markup:
@@ -242,10 +293,11 @@ def _cell(value: Any, how: str | None) -> str:
         return ""
     if isinstance(value, (bool, np.bool_)):
         return "yes" if value else "no"
-    if isinstance(value, (int, float, np.number)):
-        shape = how or (".3f" if isinstance(value, (float, np.floating)) else "")
-        return format(value, shape).replace("-", "\N{MINUS SIGN}")
-    return format(value, how) if how else str(value)
+    if not isinstance(value, (int, float, np.number)):
+        return format(value, how) if how else str(value)
+    if how == PROBABILITY:
+        return probability(float(value))
+    return minus(formatted(value, how or (".3f" if isinstance(value, (float, np.floating)) else "")))
 
 
 # What was run, on which pairs

@@ -10,6 +10,8 @@ import plotly.graph_objects as go
 from pandas import DataFrame
 
 PAIRS = ("key", "caption", "foil", "image", "side", "d", "segment")
+PROBABILITY = "p"
+"""The format of a column of p values."""
 Data = DataFrame | bytes | str | os.PathLike[str]  # a str is a path
 
 
@@ -17,10 +19,11 @@ Data = DataFrame | bytes | str | os.PathLike[str]  # a str is a path
 class Picture:
     """A figure of a report, with what a reader needs who cannot hover, or cannot see it.
 
-    `caption` says how to read it; `alt` says in a sentence what is seen, for a screen reader. `numbers` are what
-    the page shows on "show as table" and saves as CSV; without it they are read from the figure's traces. `data` names
-    an entry of the section's or the report's data that holds more than the figure shows. A `wide` one takes the whole
-    width of the page. Colours follow the page, light or dark; a background of the figure's own is dropped.
+    `caption` says how to read it; `alt` says in a sentence what is seen, for a screen reader. `numbers` are what the
+    page shows on "show as table" and saves as CSV: by default the `frame` that this package's figures carry; a figure
+    of your own has none, and without `numbers` the page says so. `data` names an entry of the section's or the report's
+    data that holds more than the figure shows. A `wide` one takes the whole width of the page. Colours follow the page,
+    light or dark; a background of the figure's own is dropped.
 
     Raises:
         TypeError: no plotly figure.
@@ -52,9 +55,9 @@ class Picture:
 class Table:
     """A table of a report: the first column names the rows, a named index is a column before it.
 
-    `formats` maps a column to a format specification (".1f", "+.3f", ".0%"); other floats get three decimals, missing
-    entries stay empty. The page shows the first `rows` rows and saves all of them, unrounded, as CSV. `data` is as a
-    `Picture`'s.
+    `formats` maps a column to a format specification (".1f", "+.3f", ".0%"), or to "p" where it holds p values: three
+    decimals, or "< .001". Other floats get three decimals, missing entries stay empty. The page shows the first `rows`
+    rows and saves all of them, unrounded, as CSV. `data` is as a `Picture`'s.
 
     Raises:
         ValueError: no title, or a format for a column that is not there.

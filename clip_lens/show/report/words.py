@@ -1,11 +1,15 @@
-"""What a result's numbers mean, in words: each method of the package gives an `Effects`, and each reads otherwise."""
+"""What a result's numbers mean, in words: what its record says of method, source and metric, filled into sentences."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
 
 from clip_lens.core.effects import Effects
-from clip_lens.show.figures.heatmap import VALUE_NAMES, slot_name
+from clip_lens.methods.registry import EFFECTS
+from clip_lens.show.figures.words import slot_name
 
 KIND_NAMES = {
     "embed": "the embedding",
@@ -26,12 +30,6 @@ D = (
     "pair d = S(caption, image) \N{MINUS SIGN} S(foil, image); the model is right where d > 0. By two thresholds on d, "
     "pairs are incorrect, ambiguous or correct.",
 )
-EFFECT = (
-    "Effects",
-    "One text of the pair is run. At a place, what it computes is replaced by what the source gives there, and "
-    "everything that reads it is computed again. The effect is the change of the metric. Its sign is turned so that it "
-    "counts with d whichever text is run: only then can pairs be averaged.",
-)
 SHARE = (
     "Recovered fractions",
     "Where the source is the other text of the pair, the recovered fraction is the sum of the effects over the sum of "
@@ -40,148 +38,40 @@ SHARE = (
 )
 INTERVAL = (
     "Intervals",
-    "All intervals are 95 % percentile bootstrap intervals: 1000 resamples of whole pairs, drawn with a fixed seed.",
-)
-
-WRITTEN = (
-    "Direct contributions",
-    "The logit is linear in what the parts of the tower write into the residual stream at the position that is pooled, "
-    "once the standard deviation of the final LayerNorm and the norm of the embedding are frozen at the text's own. "
-    "What each part writes is its direct contribution; together they are the logit exactly. What a part does by way of "
-    "later parts counts for those.",
-)
-ATTENDED = (
-    "Attention to a slot",
-    "A head's attention weights to the tokens of the slot are added up, and the largest of the later positions counts. "
-    "Selectivity is this in the text with the negation minus the same in the text without, at matched positions.",
-)
-ESTIMATED = (
-    "Estimates",
-    "Attribution patching does not patch: it multiplies the difference that a patch would make at its place by the "
-    "gradient of the metric there. It is right where the metric is nearly linear, and most wrong where patches "
-    "are large.",
+    "All intervals are 95 % percentile bootstrap intervals: 1000 resamples of whole pairs, drawn with a fixed seed. "
+    "Below five pairs there is none.",
 )
 
 
 def methods_of(results: Iterable[Effects]) -> list[tuple[str, str]]:
-    """What a reader must know of these results' numbers: headings and texts.
+    """What must be known of these results' numbers: headings and texts.
 
     Example:
         >>> from clip_lens.core.effects import toy_effects
         >>> [heading for heading, _ in methods_of([toy_effects()])]
         ['The logit difference d', 'Effects', 'Recovered fractions', 'Intervals']
     """
-    given = list(results)
-    if not given:
+    records = [effects.record for effects in results]
+    if not records:
         return []
-    there = {
-        EFFECT: any(is_patched(effects) for effects in given),
-        SHARE: any(is_patched(effects) and is_share(effects) for effects in given),
-        ESTIMATED: any(is_estimated(effects) for effects in given),
-        WRITTEN: any(_method(effects) in ("direct", "logit") for effects in given),
-        ATTENDED: any(_method(effects) == "attention" for effects in given),
-    }
-    return [D, *(method for method, shown in there.items() if shown), INTERVAL]
-
-
-def _method(effects: Effects) -> str:
-    """The first word of the method."""
-    return (effects.meta.get("method", "").split() or [""])[0]
-
-
-def is_patched(effects: Effects) -> bool:
-    """Whether places were patched, or a gradient estimates what patching them would do; other methods only read.
-
-    Example:
-        >>> from clip_lens.core.effects import toy_effects
-        >>> is_patched(toy_effects())
-        True
-    """
-    return _method(effects) not in ("direct", "logit", "attention")
-
-
-def is_estimated(effects: Effects) -> bool:
-    """Whether a gradient estimates what patching would do.
-
-    Example:
-        >>> from clip_lens.core.effects import toy_effects
-        >>> is_estimated(toy_effects())
-        False
-    """
-    return "gradient" in effects.meta
-
-
-def is_share(effects: Effects) -> bool:
-    """Whether fractions mean something: with the counterpart everywhere, the run becomes the other text's.
-
-    Example:
-        >>> from clip_lens.core.effects import toy_effects
-        >>> is_share(toy_effects())
-        True
-    """
-    return effects.meta.get("source", "counterpart") == "counterpart"
-
-
-def unit(effects: Effects) -> str:
-    """The unit of a result's effects.
-
-    Example:
-        >>> from clip_lens.core.effects import toy_effects
-        >>> unit(toy_effects())
-        'logits'
-    """
-    metric = effects.meta.get("metric", "logit")
-    return "logits" if metric.startswith("logit") else metric if metric == "attention weight" else "metric units"
+    patching = [record for record in records if record.method.patches]
+    own = [record.method.definition for record in records]
+    shares = any(record.shares for record in patching)
+    said = [D, *([EFFECTS] if patching else []), *([SHARE] if shares else []), *own, INTERVAL]
+    return [(heading, text) for heading, text in dict.fromkeys(said) if heading]
 
 
 def whole(effects: Effects) -> str:
-    """What the fractions are shares of.
+    """What the fractions are shares of: d, where the totals are the pairs' own logit differences.
 
     Example:
         >>> from clip_lens.core.effects import toy_effects
         >>> whole(toy_effects())
         'd'
     """
-    return "d" if is_share(effects) and unit(effects) == "logits" else "the total effect"
-
-
-def noun(effects: Effects) -> str:
-    """What a mean of the values is.
-
-    Example:
-        >>> from clip_lens.core.effects import toy_effects
-        >>> noun(toy_effects())
-        'mean signed effect'
-    """
-    names = {"direct": "mean contribution", "logit": "mean reading", "attention": "mean difference"}
-    if effects.meta.get("method") == "attention":
-        return "mean weight"
-    return names.get(_method(effects), "mean estimated effect" if is_estimated(effects) else "mean signed effect")
-
-
-def value_name(effects: Effects, value: str) -> str:
-    """What a figure of a value shows.
-
-    Example:
-        >>> from clip_lens.core.effects import toy_effects
-        >>> value_name(toy_effects(), "fraction")
-        'recovered fraction'
-    """
-    if value == "effect":
-        return f"{noun(effects)} ({unit(effects)})"
-    return VALUE_NAMES[value] if is_patched(effects) else f"share of {whole(effects)}"
-
-
-def verb(effects: Effects) -> str:
-    """What a share of the whole does at a place.
-
-    Example:
-        >>> from clip_lens.core.effects import toy_effects
-        >>> verb(toy_effects())
-        'moves'
-    """
-    names = {"direct": "is written", "logit": "is read"}
-    return names.get(_method(effects), "would move" if is_estimated(effects) else "moves")
+    totals = (effects.total * effects.orientation).double().numpy()
+    is_d = effects.record.shares and np.allclose(totals, effects.pairs["d"], rtol=1e-2, atol=1e-3)
+    return "d" if is_d else "the total effect"
 
 
 def gap(effects: Effects) -> str:
@@ -194,71 +84,44 @@ def gap(effects: Effects) -> str:
     """
     if set(effects.index["kind"]) == {"edge"}:
         return "no such path"
-    return "no pair has a counterpart there" if is_patched(effects) else "no such place, or no pair has a value there"
+    patches = effects.record.method.patches
+    return "no pair has a counterpart there" if patches else "no such place, or no pair has a value there"
+
+
+class _Fields(dict[str, Any]):
+    """What a method's caption may name; what is not known stands as its name."""
+
+    def __missing__(self, name: str) -> str:
+        return name.replace("_", " ")
 
 
 def what_is_shown(effects: Effects) -> str:
-    """What was done at each place, in a sentence.
+    """What was done at each place, in the sentence of the result's method.
 
     Example:
         >>> from clip_lens.core.effects import toy_effects
         >>> what_is_shown(toy_effects())[:53]
         'Each cell replaces the residual stream at one place ('
     """
-    read = {"direct": _written, "logit": _read, "attention": _attended}.get(_method(effects))
-    if read is not None:
-        return read(effects)
-    done = _patched(effects)
-    if not is_estimated(effects):
-        return f"Each cell {done}."
-    return f"Each cell estimates from a gradient ({effects.meta.get('method', '')}) what comes of a patch that {done}."
+    record = effects.record
+    texts = "in the other text minus in the run" if record.shares else "in the run"
+    source = "source" if record.source is None else record.source.name
+    known = {"place": _place(effects), "source": source, "texts": texts, "slot": _slot(record.settings)}
+    return record.method.caption.format_map(_Fields({**record.settings, **known}))
 
 
-def _patched(effects: Effects) -> str:
-    source, kinds = effects.meta.get("source", "counterpart"), set(effects.index["kind"])
-    if kinds == {"edge"}:
-        through = " and through MLPs" if "MLP" in effects.meta.get("method", "") else ""
-        return f"patches what a sender gives a receiver directly{through}, from the {source}"
-    if kinds == {"circuit"}:
-        return f"replaces every edge outside of a circuit by what the {source} gives there"
-    names = [KIND_NAMES.get(kind, kind) for kind in dict.fromkeys(effects.index["kind"].dropna())]
+def _place(effects: Effects) -> str:
+    kinds = dict.fromkeys(effects.index["kind"].dropna())
+    if set(kinds) == {"edge"}:
+        return "what a sender gives a receiver directly"
+    names = " and ".join(KIND_NAMES.get(kind, kind) for kind in kinds) or "several activations"
     tokens = "single tokens, averaged over pairs and tokens" if "token" in effects.pairs else "a slot's tokens together"
-    slots = f" ({tokens})" if effects.index["slot"].notna().any() else ""
-    return (
-        f"replaces {' and '.join(names) or 'several activations'} at one place{slots} by what the {source} gives there"
-    )
+    return f"{names} at one place{f' ({tokens})' if effects.index['slot'].notna().any() else ''}"
 
 
-def _texts(effects: Effects) -> str:
-    return "in the other text minus in the run" if is_share(effects) else "in the run"
-
-
-def _written(effects: Effects) -> str:
-    return (
-        "Nothing is patched: each cell is what one part of the tower writes into the logit at the position that is "
-        f"pooled, with the norms frozen, {_texts(effects)}."
-    )
-
-
-def _read(effects: Effects) -> str:
-    norms = effects.meta.get("norms", "")
-    return (
-        "Nothing is patched: each cell is the logit as it would be read from the residual stream at that layer, at the "
-        f"position that is pooled, {_texts(effects)}{f' ({norms})' if norms else ''}."
-    )
-
-
-def _attended(effects: Effects) -> str:
-    texts = "in the text with the negation"
-    if effects.meta.get("method") != "attention":
-        texts += " minus in the text without"
-    slot = effects.meta.get("slot")
-    paid = f"the attention that a head pays to {_quoted(slot)}, at the later position where that is largest"
-    return f"Nothing is patched: each cell is {paid}, {texts}."
-
-
-def _quoted(slot: str | None) -> str:
-    return "a slot" if slot is None else f"position {slot}" if slot.isdigit() else f'"{slot_name(slot)}"'
+def _slot(settings: Mapping[str, Any]) -> str:
+    slot = settings.get("slot")
+    return "a slot" if slot is None else slot_name(slot) if isinstance(slot, int) else f'"{slot_name(slot)}"'
 
 
 def reading(effects: Effects) -> str:
@@ -269,9 +132,10 @@ def reading(effects: Effects) -> str:
         >>> reading(toy_effects()).split(":")[0]
         'Its number is the share of d that this alone moves, a ratio of means over pairs'
     """
-    if not is_share(effects):
-        return f"Its number is the {noun(effects)} in {unit(effects)}: {_signs(effects)} 0, without colour, is nothing."
-    alone = f"that this alone {verb(effects)}" if is_patched(effects) else f"that {verb(effects)} there"
+    record, method = effects.record, effects.record.method
+    if not record.shares:
+        return f"Its number is the {method.noun} in {record.unit}: {_signs(effects)} 0, without colour, is nothing."
+    alone = f"that this alone {method.verb}" if method.patches else f"that {method.verb} there"
     return (
         f"Its number is the share of {whole(effects)} {alone}, a ratio of means over pairs: "
         f"0, without colour, is nothing and 1 all of it; {_signs(effects)}"
@@ -280,8 +144,9 @@ def reading(effects: Effects) -> str:
 
 def _signs(effects: Effects) -> str:
     """What blue and red mean: an effect times sigma counts with d, whichever text is run."""
-    if is_share(effects):
+    record = effects.record
+    if record.shares:
         return "blue counts the way the whole does, red the other way."
-    if is_patched(effects) and unit(effects) == "logits":
+    if record.method.patches and record.metric.oriented:
         return "blue lowers the caption's lead over the foil by that much, red raises it."
     return "blue is positive, red negative."

@@ -1,0 +1,109 @@
+"""Words that all floors say alike: lists cut short, near misses, counts, and numbers as people write them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from math import isnan
+from typing import Any
+
+TINY = 0.001
+"""Probabilities below it are said to be below it: their digits say more than resampling or a normal tail can."""
+
+
+def some(values: Iterable[Any], most: int = 5, *, quote: bool = False) -> str:
+    """The first few values, and how many more there are.
+
+    Example:
+        >>> some(["a", "b", "c"], 2), some(["a", 3], quote=True)
+        ('a, b and 1 more', "'a', 3")
+    """
+    every = [value.item() if hasattr(value, "item") else value for value in values]
+    rest = f" and {len(every) - most} more" if len(every) > most else ""
+    return ", ".join(repr(value) if quote else str(value) for value in every[:most]) + rest
+
+
+def close(name: str, names: Iterable[Any], most: int = 20) -> str:
+    """What a name may have been meant to be, as the end of an error: the one that is spelt alike, else those there are.
+
+    Example:
+        >>> close("fractoin", ["fraction", "effect"]), close("x", ["fraction", "effect"])
+        ("; did you mean 'fraction'?", '; there are fraction, effect')
+    """
+    every = [str(each) for each in names]
+    alike = difflib.get_close_matches(name, every, n=1)
+    return f"; did you mean {alike[0]!r}?" if alike else f"; there are {some(every, most) or 'none'}"
+
+
+def counted(count: int, noun: str, nouns: str = "") -> str:
+    """A number of things.
+
+    Example:
+        >>> counted(1, "pair"), counted(2, "pair"), counted(2, "axis", "axes")
+        ('1 pair', '2 pairs', '2 axes')
+    """
+    return f"{count} {noun if count == 1 else nouns or noun + 's'}"
+
+
+def decimals(number: float, digits: int = 2, *, sign: bool = False) -> str:
+    """A number with so many decimals, with no sign before nothing; empty where there is none.
+
+    Example:
+        >>> decimals(-0.001), decimals(0.5, sign=True), decimals(float("nan")), decimals(-1.25, 1)
+        ('0.00', '+0.50', '', '-1.2')
+    """
+    return formatted(number, f"{'+' if sign else ''}.{digits}f")
+
+
+def formatted(number: Any, how: str) -> str:
+    """A number as a format specification has it, with no sign before nothing; empty where there is none.
+
+    Example:
+        >>> formatted(-0.001, ".1%"), formatted(-0.001, ".0e"), formatted(float("nan"), ".2f")
+        ('-0.1%', '-1e-03', '')
+    """
+    text = "" if isnan(number) else format(number, how)
+    return text if re.search("[1-9]", text) else text.lstrip("+-")
+
+
+def interval(lower: float, upper: float, digits: int = 2, *, sign: bool = False) -> str:
+    """The bounds in brackets; empty where there are none, as below five pairs.
+
+    Example:
+        >>> interval(-0.001, 0.5), interval(float("nan"), float("nan"))
+        ('[0.00, 0.50]', '')
+    """
+    if isnan(lower) or isnan(upper):
+        return ""
+    return f"[{decimals(lower, digits, sign=sign)}, {decimals(upper, digits, sign=sign)}]"
+
+
+def minus(numbers: str) -> str:
+    r"""Numbers with a minus sign instead of a hyphen, as pages show them.
+
+    Example:
+        >>> ascii(minus("[-0.50, 0.50]"))
+        "'[\\u22120.50, 0.50]'"
+    """
+    return numbers.replace("-", "\N{MINUS SIGN}")
+
+
+def probability(p: float) -> str:
+    """A p value with three decimals; what they would round to nothing is said to be smaller.
+
+    Example:
+        >>> probability(0.0123), probability(1e-9), probability(float("nan"))
+        ('0.012', '< .001', '')
+    """
+    return "< .001" if p < TINY else decimals(p, 3)
+
+
+def capital(words: str) -> str:
+    """The words with a capital letter first, the others as they are.
+
+    Example:
+        >>> capital("the MLP's output")
+        "The MLP's output"
+    """
+    return words[:1].upper() + words[1:]
