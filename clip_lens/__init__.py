@@ -47,7 +47,7 @@ _HOME = {
     "patch_effects": "methods.patching",
     "path_effects": "methods.paths",
     "direct_effects": "methods.direct",
-    "logit_lens": "methods.direct",
+    "logit_lens": "methods.lens",
     "components": "methods.direct",
     "labels": "methods.labels",
     "acdc": "methods.circuits.acdc",
@@ -67,7 +67,7 @@ _HOME = {
     "confounds": "methods.confounds",
     "probe": "methods.probes.probe",
     "probe_effects": "methods.probes.probe",
-    "steer": "methods.probes.probe",
+    "steer": "methods.steering",
     "heatmap": "show.figures.heatmap",
     "qkv": "show.figures.qkv",
     "network": "show.figures.network",
@@ -79,7 +79,7 @@ _HOME = {
     "save_figure": "show.figures.export",
     "report": "show.report.report",
     "study": "show.questions.study",
-    "circuit_report": "show.questions.circuit_report",
+    "circuit_report": "show.questions.circuits",
     "explore": "show.explore.shell",
 }
 __all__ = sorted(_HOME)
@@ -119,16 +119,16 @@ if TYPE_CHECKING:
     from clip_lens.methods.confounds import confounds as confounds
     from clip_lens.methods.direct import components as components
     from clip_lens.methods.direct import direct_effects as direct_effects
-    from clip_lens.methods.direct import logit_lens as logit_lens
     from clip_lens.methods.gradient import gradient_effects as gradient_effects
     from clip_lens.methods.labels import labels as labels
+    from clip_lens.methods.lens import logit_lens as logit_lens
     from clip_lens.methods.patching import patch_effects as patch_effects
     from clip_lens.methods.paths import path_effects as path_effects
     from clip_lens.methods.probes.probe import probe as probe
     from clip_lens.methods.probes.probe import probe_effects as probe_effects
-    from clip_lens.methods.probes.probe import steer as steer
     from clip_lens.methods.scores import scores as scores
     from clip_lens.methods.statistics import correlations as correlations
+    from clip_lens.methods.steering import steer as steer
     from clip_lens.model.encoder import HookedTextEncoder as HookedTextEncoder
     from clip_lens.model.load import load as load
     from clip_lens.model.site import Edge as Edge
@@ -145,7 +145,7 @@ if TYPE_CHECKING:
     from clip_lens.show.figures.network import network as network
     from clip_lens.show.figures.qkv import qkv as qkv
     from clip_lens.show.figures.scatter import scatter_pairs as scatter_pairs
-    from clip_lens.show.questions.circuit_report import circuit_report as circuit_report
+    from clip_lens.show.questions.circuits import circuit_report as circuit_report
     from clip_lens.show.questions.study import study as study
     from clip_lens.show.report.report import report as report
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from math import isnan
 from typing import Any
@@ -52,10 +53,18 @@ def decimals(number: float, digits: int = 2, *, sign: bool = False) -> str:
         >>> decimals(-0.001), decimals(0.5, sign=True), decimals(float("nan")), decimals(-1.25, 1)
         ('0.00', '+0.50', '', '-1.2')
     """
-    if isnan(number):
-        return ""
-    text = f"{number:{'+' if sign else ''}.{digits}f}"
-    return text if float(text) else f"{0:.{digits}f}"
+    return formatted(number, f"{'+' if sign else ''}.{digits}f")
+
+
+def formatted(number: Any, how: str) -> str:
+    """A number as a format specification has it, with no sign before nothing; empty where there is none.
+
+    Example:
+        >>> formatted(-0.001, ".1%"), formatted(-0.001, ".0e"), formatted(float("nan"), ".2f")
+        ('-0.1%', '-1e-03', '')
+    """
+    text = "" if isnan(number) else format(number, how)
+    return text if re.search("[1-9]", text) else text.lstrip("+-")
 
 
 def interval(lower: float, upper: float, digits: int = 2, *, sign: bool = False) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from html import escape
 from itertools import compress
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -46,6 +46,8 @@ SPREAD = ["kind", "layer", "unit"]
 SHOWN = ("fraction", "lower", "upper", "effect", "effect_lower", "effect_upper", "n", "dropped")
 
 Of = Literal["means", "ratios"]
+_Asked: TypeAlias = tuple[Draws | None, str, float, bool]
+"""What a table depends on: how pairs are drawn (None = no intervals), of, floor, pooled."""
 
 
 @runtime_checkable
@@ -167,7 +169,7 @@ class Effects:
             6  resid 1 @negator  foil       0.3    0.75  2        0
             7      resid 1 @eot  foil       0.7    1.75  2        0
         """
-        return tabulate(self._sample, of, floor, pooled, draws=None)
+        return self._tabulated((None, of, floor, pooled))
 
     def table(
         self,
@@ -197,15 +199,38 @@ class Effects:
             raise ValueError(f"interval must lie between 0 and 1, as .95 does. Got {interval}")
         if resamples < 1:
             raise ValueError(f"resamples must be at least 1. Got {resamples}")
-        how = (interval, of, floor, pooled, resamples, seed)
-        if how not in self._tables:
-            self._tables[how] = tabulate(self._sample, of, floor, pooled, draws=Draws(interval, resamples, seed))
-        return self._tables[how].copy()
+        return self._tabulated(_asked(interval, of, floor, pooled, resamples, seed))
 
     @cached_property
-    def _tables(self) -> dict[tuple[Any, ...], DataFrame]:
+    def _tables(self) -> dict[_Asked, DataFrame]:
         """The tables that were asked for: the bootstrap is run once for each."""
         return {}
+
+    def _tabulated(self, asked: _Asked) -> DataFrame:
+        """A table, computed once; points are read off one that has intervals."""
+        draws, of, floor, pooled = asked
+        if draws is None:
+            for known, table in self._tables.items():
+                if known[1:] == asked[1:]:
+                    return table.drop(columns=[name for name in BOUNDS if name in table])
+        if asked not in self._tables:
+            self._tables[asked] = tabulate(self._sample, of, floor, pooled, draws)
+        return self._tables[asked].copy()
+
+    def _tables_of(self, rows: np.ndarray, columns: np.ndarray) -> dict[_Asked, DataFrame]:
+        """What the tables that are known say of some places and pairs, where each side keeps all its pairs or none: a
+        place's numbers on a side depend on nothing else."""
+        sides = self.pairs["side"]
+        kept = set(sides[columns])
+        if not kept or (sides.isin(kept).to_numpy() != columns).any():
+            return {}
+        found = {}
+        for asked, table in self._tables.items():
+            if columns.all() or not asked[-1]:  # pooled pairs are those of all sides
+                chosen = np.tile(rows, len(table) // len(rows)) if len(rows) else np.zeros(0, bool)
+                chosen &= (table["side"].isin(kept) | (table["side"] == "pooled")).to_numpy()
+                found[asked] = table[chosen].reset_index(drop=True)
+        return found
 
     def by_slot(self, batch: Slotted) -> Effects:
         """Positions regrouped as named slots, a column per (pair, token): the k-th token of that slot in that pair.
@@ -339,10 +364,15 @@ class Effects:
             1  resid 0 @negator     foil     2.5
         """
         points = self._table_for(by, how)
+        whole = self._tables.get(_asked(**how))
         found = []
         for side in sides_of(self.pairs, how.get("pooled", False)):
             rows = points.index[points["side"] == side]
-            largest = points.loc[rows, by].abs().sort_values(ascending=False, kind="stable").index[:n] - rows[0]
+            largest = points.loc[rows, by].abs().sort_values(ascending=False, kind="stable").index[:n]
+            if whole is not None:
+                found.append(whole.loc[largest])
+                continue
+            largest -= rows[0]
             chosen = self if side == "pooled" else self.where(side=side)
             chosen = replace(chosen, values=chosen.values[largest], places=tuple(self.places[row] for row in largest))
             found.append(chosen.table(**how))
@@ -382,6 +412,7 @@ class Effects:
             record=self.record if columns.all() else _selected(self, filters, int(columns.sum())),
         )
         found.__dict__["index"] = self.index[rows].reset_index(drop=True)
+        found._tables.update(self._tables_of(rows, columns))
         return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -488,6 +519,18 @@ def toy_effects() -> Effects:
         pairs=pairs,
         record=Record(model="toy", source=SourceRecord(swaps=True)),
     )
+
+
+def _asked(
+    interval: float = 0.95,
+    of: str = "means",
+    floor: float = 0.0,
+    pooled: bool = False,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> _Asked:
+    """What `Effects.table` was asked for, with its defaults."""
+    return Draws(interval, resamples, seed), of, floor, pooled
 
 
 def _check_shapes(effects: Effects) -> None:

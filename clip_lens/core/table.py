@@ -154,7 +154,7 @@ def _points(sums: _Sums, n_keys: int) -> dict[str, Tensor]:
 
 def _bounds(sums: _Sums, counts: Tensor | None, draws: Draws) -> dict[str, Tensor]:
     """The intervals' bounds; NaN where fewer than `FEWEST` pairs entered, of which a resample says next to nothing."""
-    if counts is None:
+    if counts is None or not len(sums.effect):
         return dict.fromkeys(BOUNDS, torch.full((len(sums.effect),), torch.nan, dtype=torch.float64))
     few = (sums.entered > 0).sum(1) < FEWEST
     tail = (1 - draws.interval) / 2

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clip_lens.model.convert import Pool
 from clip_lens.model.site import LAYOUTS, Edge, Kind, Site, order, precedes, readers, writers
-from clip_lens.model.tower import HookedTextTower
+from clip_lens.model.tower import Block, HookedTextTower
 from clip_lens.originals.original import digest
 
 Hook: TypeAlias = tuple[str, Callable[..., Tensor | None]]
@@ -90,7 +90,7 @@ class HookedTextEncoder:
             '4 heads, QuickGELU(), causal, eps 1e-05, pooled at argmax'
         """
         cfg, end = self.tower.cfg, "" if self.pool.eos_id is None else f" {self.pool.eos_id}"
-        activations = sorted({repr(block.mlp.act) for block in self.tower.blocks})
+        activations = sorted({repr(block.mlp.act) for block in cast(Any, self.tower.blocks)})
         return (
             f"{cfg.n_heads} heads, {', '.join(activations)}, {cfg.attention_dir}, eps {cfg.eps:g}, "
             f"pooled at {self.pool.type}{end}"

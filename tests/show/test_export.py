@@ -7,6 +7,7 @@ import sys
 from types import ModuleType
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import plotly.io
 import pytest
@@ -46,6 +47,24 @@ def test_html_is_one_offline_page(figure, tmp_path):
     assert json.dumps("negation in the foil, n = 6 pairs") in page
 
 
+def test_csv_is_the_table_that_was_drawn(figure, tmp_path):
+    path = save_figure(figure, tmp_path / "figure.csv")
+    pd.testing.assert_frame_equal(pd.read_csv(path), figure.frame, check_dtype=False, rtol=1e-15)
+    with pytest.raises(ValueError, match=r"own\.csv is for a figure of clip_lens, which carries its table"):
+        save_figure(go.Figure(), tmp_path / "own.csv")
+    assert [file.name for file in tmp_path.iterdir()] == ["figure.csv"]
+
+
+def test_an_interrupted_call_leaves_the_file_as_it_was(figure, tmp_path, monkeypatch):
+    path = save_figure(figure, tmp_path / "figure.json")
+    before = path.read_bytes()
+    monkeypatch.setattr("pathlib.Path.write_bytes", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    for name in ("figure.json", "other.html"):
+        with pytest.raises(OSError, match="disk full"):
+            save_figure(figure, tmp_path / name)
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["figure.json"]
+
+
 @pytest.mark.parametrize("ending", DRAWN)
 def test_without_kaleido_the_message_says_what_to_install(figure, tmp_path, monkeypatch, ending):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -81,6 +100,8 @@ def test_sizes_are_handed_on(figure, tmp_path, monkeypatch, kaleido):
 
 def test_other_endings_are_refused(figure, tmp_path):
     for name in ("figure.gif", "figure"):
-        with pytest.raises(ValueError, match=r"does not say what to write; the endings are \.html, \.json, \.png"):
+        with pytest.raises(
+            ValueError, match=r"does not say what to write; the endings are \.html, \.json, \.csv, \.png"
+        ):
             save_figure(figure, tmp_path / name)
     assert clip_lens.save_figure is save_figure

@@ -1,8 +1,11 @@
 """The page of a report as those use it who can't see it, can't hover, print it or take its numbers elsewhere."""
 
+import csv
 import io
 import json
 import re
+from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -11,12 +14,16 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from test_report import EVIL, Page, files_of, make, own_part
+from test_report import EVIL, RECORD, Page, files_of, make, own_part
 
 import clip_lens.show
+from clip_lens.core import effects as core
 from clip_lens.core.effects import toy_effects
+from clip_lens.methods.registry import PATHS
+from clip_lens.model.site import Edge, Site
 from clip_lens.show.figures.heatmap import heatmap
 from clip_lens.show.figures.style import DARK, LIGHT
+from clip_lens.show.report.cautions import few_pairs
 from clip_lens.show.report.report import report
 from clip_lens.show.report.section import Picture, Section, Table
 
@@ -293,3 +300,61 @@ def test_a_figure_without_numbers_has_no_table_and_says_so(tmp_path):
         assert ("This figure came without its numbers" in Page(path).text) != there
     given = report({"it": study(pictures=[Picture(own, "It", "A bar.", numbers=FRAME)])}, tmp_path / "g.html")
     pd.testing.assert_frame_equal(read(files_of(given)["figure-1-numbers"]), FRAME, rtol=1e-8)
+
+
+FORMULA = '=HYPERLINK("http://example.org","click")'
+
+
+def test_no_file_of_a_page_holds_a_formula(tmp_path):
+    frame = pd.DataFrame({"caption": [FORMULA, "-x"], "d": [-1.5, 2.0]})
+    table, picture = Table(frame, "Pairs"), Picture(BARS, "Bars", "A bar.", numbers=frame)
+    effects = make([Site("resid", layer, slot=FORMULA) for layer in (0, 1)], [0.0, 1.0])
+    section = study(tables=[table], pictures=[picture], data={"all.csv": frame})
+    path = report({"it": section, "that": effects}, tmp_path / "r.html", data={"more": frame})
+    tables = {name: content for name, content in files_of(path).values() if name.endswith(".csv")}
+    assert len(tables) == 8  # of a given figure, two results, three tables, and what is behind
+    for content in tables.values():
+        for row in csv.reader(io.StringIO(content.decode())):
+            for cell in row:
+                assert not cell.startswith(("=", "+", "-", "@")) or float(cell)
+    assert [row[0] for row in csv.reader(io.StringIO(tables["more.csv"].decode()))] == ["caption", f"'{FORMULA}", "'-x"]
+    assert FORMULA in Page(path).text  # a page is no spreadsheet
+
+
+def test_small_numbers_are_not_said_to_be_nothing(tmp_path):
+    frame = pd.DataFrame({"term": ["a", "b", "c"], "slope": [-0.0001, -0.001, np.nan], "p": [1e-9, 0.0499, np.nan]})
+    path = report({"it": study(tables=[Table(frame, "Terms", formats={"p": "p"})])}, tmp_path / "r.html")
+    cells = [cell["text"] for cell in Tree(own_part(path)).all("th", "td") if "tbody" in cell["in"]]
+    assert cells[cells.index("a") :][:9] == ["a", "0.000", "< .001", "b", "\N{MINUS SIGN}0.001", "0.050", "c", "", ""]
+    pd.testing.assert_frame_equal(read(files_of(path)["table-1-numbers"]), frame)
+
+
+def test_warnings_that_follow_from_the_results_are_shown_once(tmp_path):
+    record = replace(RECORD, hooks=("blocks.1.hook_mlp_out", "ln_final"), notes=("run in bfloat16",))
+    few, many = make(record=record), make(n_pairs=40)
+    given = [few_pairs(10), "The tower is random."]
+    path = report({"few": few, "again": replace(few), "many": many}, tmp_path / "r.html", warnings=given)
+    shown = [e["text"].strip() for e in Tree(own_part(path)).elements if e.get("class") == "warning"]
+    assert shown == [
+        *given,
+        "The tower had hooks of yours on, at blocks.1.hook_mlp_out, ln_final: the numbers are those under them.",
+        "run in bfloat16",
+    ]
+    assert not re.search('class="warning"', own_part(report({"many": many}, tmp_path / "m.html")))
+    three = make(n_pairs=10).where(side="foil", key=["pair-1", "pair-3", "pair-5"])
+    text = Page(report({"it": three}, tmp_path / "f.html")).text
+    assert "Only 3 pairs" in text and "[" not in text.split("In short")[2].split("What was run")[0]
+
+
+def test_a_report_of_edges_computes_its_table_once(tmp_path, monkeypatch):
+    counts = Counter()
+    for name in ("tabulate", "index_rows"):
+        own = getattr(core, name)
+        counted = lambda *given, own=own, name=name: counts.update([name]) or own(*given)
+        monkeypatch.setattr(core, name, counted)
+    edges = [Edge(Site("embed"), Site(kind, layer, head)) for layer in range(3) for head in range(20) for kind in "qkv"]
+    edges += [Edge(Site("head", 0, head), Site("mlp", layer)) for layer in (1, 2) for head in range(50)]
+    shares = np.random.default_rng(0).normal(size=len(edges)).tolist()
+    path = report({"edges": make(edges, shares, replace(RECORD, method=PATHS))}, tmp_path / "r.html")
+    assert counts == {"tabulate": 1, "index_rows": 1}
+    assert len(Page(path).all("figure")) == 4

@@ -1,4 +1,4 @@
-"""`save_figure`: a picture as a file, and what to install where that can't be."""
+"""`save_figure`: a picture, or its numbers, as a file, and what to install where that can't be."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
+from clip_lens.core.spreadsheet import to_csv
+from clip_lens.core.store import written_whole
+from clip_lens.show.figures.figure import Figure
+
 DRAWN = (".png", ".svg", ".pdf", ".jpg", ".webp")
-KINDS = (".html", ".json", *DRAWN)
+KINDS = (".html", ".json", ".csv", *DRAWN)
 
 
 def save_figure(
@@ -17,12 +21,13 @@ def save_figure(
 ) -> Path:
     """The path of the file that a figure was written to; its ending says how.
 
-    `.html` is one page that works offline, `.json` what `plotly.io.read_json` reads. `.png`, `.svg`, `.pdf`, `.jpg` and
+    `.html` is one page that works offline, `.json` what `plotly.io.read_json` reads, `.csv` the table that the figure
+    was drawn from. `.png`, `.svg`, `.pdf`, `.jpg` and
     `.webp` are drawn by kaleido, which needs Chrome or Chromium; `width`, `height` (pixels, by default the figure's
     own) and `scale` are theirs.
 
     Raises:
-        ValueError: another ending.
+        ValueError: another ending, or `.csv` of a figure that carries no table.
         ModuleNotFoundError: kaleido is not installed.
         RuntimeError: kaleido could not draw, mostly because it finds no browser.
 
@@ -41,23 +46,33 @@ def save_figure(
             f"{ending[1:]} files are drawn by kaleido and Chrome or Chromium, and kaleido is not installed: "
             f"pip install 'clip_lens[export]', and a browser; or write {file.stem}.html, which needs neither"
         )
+    content = _content(figure, file, width, height, scale)
     file.parent.mkdir(parents=True, exist_ok=True)
-    if ending == ".html":
-        figure.write_html(file, include_plotlyjs=True)
-    elif ending == ".json":
-        figure.write_json(file)
-    else:
-        _draw(figure, file, ending[1:], width, height, scale)
+    with written_whole(file) as temporary:
+        temporary.write_bytes(content)
     return file
 
 
-def _draw(figure: go.Figure, file: Path, kind: str, width: int, height: int | None, scale: float) -> None:
+def _content(figure: go.Figure, file: Path, width: int, height: int | None, scale: float) -> bytes:
+    ending = file.suffix.lower()
+    if ending == ".html":
+        return str(figure.to_html(include_plotlyjs=True)).encode()
+    if ending == ".json":
+        return str(figure.to_json()).encode()
+    if ending != ".csv":
+        return _drawn(figure, file, width, height, scale)
+    if not isinstance(figure, Figure) or figure.frame is None:
+        raise ValueError(f"{file.name} is for a figure of clip_lens, which carries its table; this one carries none")
+    return to_csv(figure.frame).encode()
+
+
+def _drawn(figure: go.Figure, file: Path, width: int, height: int | None, scale: float) -> bytes:
+    kind, height = file.suffix.lower()[1:], height or figure.layout.height
     try:
-        picture = figure.to_image(format=kind, width=width, height=height or figure.layout.height, scale=scale)
+        return bytes(figure.to_image(format=kind, width=width, height=height, scale=scale))
     except Exception as error:  # kaleido's own errors differ from version to version
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RuntimeError(
             f"kaleido could not draw {file.name}: {said.rstrip('.')}. It needs Chrome or Chromium: install one "
             f"(`plotly_get_chrome` fetches one, BROWSER_PATH names one), or write {file.stem}.html, which needs neither"
         ) from None
-    file.write_bytes(picture)

@@ -111,11 +111,9 @@ def _count(drawn: int, there: int, what: str) -> str:
 
 
 def _only(effects: Effects, edges: Sequence[Edge]) -> Effects:
-    """The part of a result that has a circuit's edges, in their order."""
-    row: dict[Any, int] = {place: number for number, place in enumerate(effects.places)}
-    _scored(edges, row)
-    rows = [row[edge] for edge in edges]
-    return replace(effects, values=effects.values[rows], places=tuple(edges))
+    """The part of a result that has a circuit's edges."""
+    _scored(edges, set(single_edges(effects)))
+    return effects.where(place=[str(edge) for edge in edges])
 
 
 def _of_scores(edges: Sequence[Edge], scores: Mapping[Edge, float] | None, n: int | None, name: str) -> Part:

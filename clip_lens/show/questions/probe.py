@@ -9,7 +9,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from pandas import DataFrame, Series
 
-from clip_lens.methods.probes.probe import RANDOM, TooFewTexts, probe
+from clip_lens.methods.probes.probe import probe
+from clip_lens.methods.probes.split import TooFewTexts
+from clip_lens.methods.probes.used import RANDOM
 from clip_lens.methods.registry import PROBE
 from clip_lens.show.figures.curves import curve
 from clip_lens.show.figures.words import SIDE_NAMES

@@ -69,8 +69,8 @@ def percentage(row: Series, name: str, lower: str = "lower", upper: str = "upper
         >>> percentage(Series({"accuracy": 0.5, "lower": 0.25, "upper": 0.75}), "accuracy")
         '50 % [25, 75]'
     """
-    number, *bounds = (100 * row[end] for end in (name, lower, upper))
-    return f"{decimals(number, digits)} % {interval(*bounds, digits)}".rstrip()
+    number, low, high = (100 * row[end] for end in (name, lower, upper))
+    return f"{decimals(number, digits)} % {interval(low, high, digits)}".rstrip()
 
 
 def clear(table: DataFrame, at: float = 0.0) -> Series:

@@ -52,7 +52,8 @@ def section_of(name: str, effects: Effects) -> Section:
     """
     if not effects.places or not len(effects.pairs):
         raise ValueError(f"the result {name!r} is empty: {effects!r}")
-    views, table, data = _views(effects), effects.table(), re.sub(r"[^\w.]+", "-", name).strip("-") + ".csv"
+    table = effects.table()  # before its parts are taken, which are read off it
+    views, data = _views(effects), re.sub(r"[^\w.]+", "-", name).strip("-") + ".csv"
     sides = [side for side in SIDES if side in set(effects.pairs["side"])]
     shown = [(view, side) for view in views for side in sides]
     limit = max((largest(_grid(view, side)) for view, side in shown if not view.paths), default=0.0)

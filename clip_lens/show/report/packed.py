@@ -11,6 +11,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 from pandas import DataFrame
 
+from clip_lens.core.spreadsheet import to_csv
 from clip_lens.show.report.section import Data
 
 TYPES = {".csv": "text/csv", ".json": "application/json", ".js": "text/javascript", ".txt": "text/plain"}
@@ -47,7 +48,7 @@ def pack(name: str, content: Data) -> File:
     """
     if isinstance(content, DataFrame):
         name = name if name.endswith(".csv") else f"{name}.csv"
-        content = content.to_csv(index=False, lineterminator="\n", float_format="%.9g").encode()
+        content = to_csv(content, float_format="%.9g").encode()
     elif not isinstance(content, bytes):
         content = Path(content).read_bytes()
     return File(Path(name).name, len(content), base64.b64encode(gzip.compress(content, 9, mtime=0)).decode())

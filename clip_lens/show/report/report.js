@@ -28,15 +28,16 @@ document.addEventListener("click", async event => {
 
 const lines = csv => {
   const found = [[]];
-  for (const [whole, cell, end] of csv.matchAll(/("(?:[^"]|"")*"|[^,\n]*)(,|\n|$)/g)) {
+  for (const [whole, cell, end] of csv.matchAll(/("(?:[^"]|"")*"|[^,\r\n]*)(,|\r?\n|$)/g)) {
     if (!whole) break;
     found.at(-1).push(cell.startsWith('"') ? cell.slice(1, -1).replaceAll('""', '"') : cell);
-    if (end === "\n") found.push([]);
+    if (end.endsWith("\n")) found.push([]);
   }
   return found.filter(line => line.length);
 };
 
-const short = cell => {
+const short = text => {
+  const cell = text.replace(/^'(?=[=+\-@\t\r\n])/, ""); // the file says by an apostrophe that this is no formula
   const number = Number(cell);
   if (cell === "" || Number.isNaN(number)) return cell;
   return (Number.isInteger(number) ? cell : String(Number(number.toPrecision(4)))).replace("-", "\u2212");

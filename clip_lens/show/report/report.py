@@ -25,11 +25,13 @@ from clip_lens.show.figures.figure import Figure
 from clip_lens.show.figures.style import swaps
 from clip_lens.show.figures.thumbnails import Pictures
 from clip_lens.show.figures.words import SIDE_NAMES
+from clip_lens.show.report.cautions import cautions_of
 from clip_lens.show.report.effects_section import NEGATION_IN, section_of
 from clip_lens.show.report.examples import examples
 from clip_lens.show.report.packed import File, as_json, pack
-from clip_lens.show.report.section import Data, Picture, Section, Table
+from clip_lens.show.report.section import PROBABILITY, Data, Picture, Section, Table
 from clip_lens.show.report.words import methods_of
+from clip_lens.words import formatted, minus, probability
 
 WHAT = (
     "method",
@@ -66,12 +68,14 @@ def report(
 
     An `Effects` becomes a section that states in words which places move the largest share, with a figure per side, the
     largest effects with their intervals and its whole table as a file to save. The names stand in the page's contents.
-    Every figure and table gives its numbers, as a table and as CSV; example pairs come from the first section that has
-    pairs. `summary` is a sentence of yours, put first, `warnings` what a reader must know before any number.
+    Every table gives its numbers as CSV, and every figure that carries its own (see `Picture`) as a table too; example
+    pairs come from the first section that has pairs. `summary` is a sentence of yours, put first. `warnings` are what
+    must be known before any number; what follows from the results themselves (hooks that were on, few pairs) is added.
     `methods` are headings and texts, shown folded (those of `Effects` where it is None); `data` are further files to
     save, by name: tables, paths or bytes. `pictures` is a folder that holds the image ids, or maps an image id to a
     file; a pair without a picture shows its texts. A file that would bring the page over 6 MB is left out and the page
-    says so. An interrupted call leaves an existing file as it was.
+    says so. In a CSV, an apostrophe stands before a text that a spreadsheet would run as a formula. An interrupted call
+    leaves an existing file as it was.
 
     Raises:
         ValueError: no results, an `Effects` without places or pairs, or a picture or table whose `data` is not there.
@@ -85,15 +89,16 @@ def report(
     if not results:
         raise ValueError("no results to report on; give a mapping from a name to an Effects or a Section")
     sections = {name: item if isinstance(item, Section) else section_of(name, item) for name, item in results.items()}
-    if methods is None:
-        methods = methods_of(item for item in results.values() if isinstance(item, Effects))
+    effects = [item for item in results.values() if isinstance(item, Effects)]
+    methods = methods_of(effects) if methods is None else methods
+    given = [warnings] if isinstance(warnings, str) else warnings
     page = _Page(dict(data or {}))
     for number, (name, section) in enumerate(sections.items(), start=1):
         page.add(f"part-{number}", name, section)
     words = {
         "title": title,
         "summary": summary,
-        "warnings": [warnings] if isinstance(warnings, str) else list(warnings),
+        "warnings": list(dict.fromkeys([*given, *cautions_of(effects)])),
         "methods": list(methods.items() if isinstance(methods, Mapping) else methods),
         **_what_was_run(sections),
         "examples": _examples(sections.values(), pictures),
@@ -257,10 +262,11 @@ def _cell(value: Any, how: str | None) -> str:
         return ""
     if isinstance(value, (bool, np.bool_)):
         return "yes" if value else "no"
-    if isinstance(value, (int, float, np.number)):
-        shape = how or (".3f" if isinstance(value, (float, np.floating)) else "")
-        return format(value, shape).replace("-", "\N{MINUS SIGN}")
-    return format(value, how) if how else str(value)
+    if not isinstance(value, (int, float, np.number)):
+        return format(value, how) if how else str(value)
+    if how == PROBABILITY:
+        return probability(float(value))
+    return minus(formatted(value, how or (".3f" if isinstance(value, (float, np.floating)) else "")))
 
 
 # What was run, on which pairs

@@ -10,6 +10,8 @@ import plotly.graph_objects as go
 from pandas import DataFrame
 
 PAIRS = ("key", "caption", "foil", "image", "side", "d", "segment")
+PROBABILITY = "p"
+"""The format of a column of p values."""
 Data = DataFrame | bytes | str | os.PathLike[str]  # a str is a path
 
 
@@ -53,9 +55,9 @@ class Picture:
 class Table:
     """A table of a report: the first column names the rows, a named index is a column before it.
 
-    `formats` maps a column to a format specification (".1f", "+.3f", ".0%"); other floats get three decimals, missing
-    entries stay empty. The page shows the first `rows` rows and saves all of them, unrounded, as CSV. `data` is as a
-    `Picture`'s.
+    `formats` maps a column to a format specification (".1f", "+.3f", ".0%"), or to "p" where it holds p values: three
+    decimals, or "< .001". Other floats get three decimals, missing entries stay empty. The page shows the first `rows`
+    rows and saves all of them, unrounded, as CSV. `data` is as a `Picture`'s.
 
     Raises:
         ValueError: no title, or a format for a column that is not there.
