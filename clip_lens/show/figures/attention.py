@@ -174,7 +174,7 @@ def _ticks(tokens: list[str], across: bool) -> dict[str, object]:
 
 def _bar(title: str, x: float, height: int) -> dict[str, object]:
     return {
-        "orientation": "h", "thickness": 10, "ypad": 0, "len": 0.4, "x": x, "yref": "container", "y": 54 / height,
+        "orientation": "h", "thickness": 10, "ypad": 0, "len": 0.4, "x": x, "yref": "container", "y": 58 / height,
         "yanchor": "top", "tickfont": {"size": SMALL}, "outlinewidth": 0, "nticks": 4,
         "title": {"text": title, "side": "bottom", "font": {"size": NORMAL}},
     }  # fmt: skip

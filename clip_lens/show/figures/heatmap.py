@@ -302,7 +302,7 @@ def _axis_name(name: str, kinds: set[Any], short: bool) -> str:
 def _colour_bar(title: str, height: int) -> dict[str, Any]:
     """A flat bar at the figure's foot: beside the cells it would take a fifth of a narrow screen."""
     return {
-        "orientation": "h", "thickness": 10, "ypad": 0, "len": 0.7, "x": 0.5, "yref": "container", "y": 54 / height,
+        "orientation": "h", "thickness": 10, "ypad": 0, "len": 0.7, "x": 0.5, "yref": "container", "y": 58 / height,
         "yanchor": "top", "tickfont": {"size": 11}, "outlinewidth": 0,
         "title": {"text": title, "side": "bottom", "font": {"size": 12}},
     }  # fmt: skip

@@ -5,7 +5,7 @@ const darkened = read("dark");
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const MOST_ROWS = 500; // of a figure's table; the file has them all
 const READABLE = 29; // pixels of a cell that holds a number of 11 pixels' height
-const TICK = 11, FEW_TICKS = 16; // pixels that an upright label needs; so many are always shown
+const TICK = 15, FEW_TICKS = 16; // pixels that an upright label needs; so many are always shown
 let printing = false;
 
 const unpack = id => {
@@ -41,7 +41,7 @@ const short = text => {
   const cell = text.replace(/^'(?=[=+\-@\t\r\n])/, ""); // the file says by an apostrophe that this is no formula
   const number = Number(cell);
   if (cell === "" || Number.isNaN(number)) return cell;
-  return (Number.isInteger(number) ? cell : String(Number(number.toPrecision(4)))).replace("-", "\u2212");
+  return (Number.isInteger(number) ? cell : String(Number(number.toPrecision(4)))).replaceAll("-", "\u2212");
 };
 
 const make = (tag, text, attributes = {}) => {
