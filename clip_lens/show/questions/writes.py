@@ -9,6 +9,7 @@ from typing import get_args
 from clip_lens.core.effects import Effects
 from clip_lens.methods.direct import Norms, components, direct_effects, direct_record, lens_record, logit_lens
 from clip_lens.methods.labels import labels
+from clip_lens.methods.registry import DIRECT
 from clip_lens.model.site import Site
 from clip_lens.show.figures.bars import bars
 from clip_lens.show.figures.curves import curve
@@ -43,13 +44,6 @@ LABELS = (
     "component of what the head writes points to and from, in the joint space. The column share is the part of its "
     "variance on that line: labels of a small share say little."
 )
-METHODS = (
-    (
-        "Direct logit attribution",
-        "C(a) = <W^T (gamma (a - mean a) / std), w> / norm for what a component writes; std and norm are the text's "
-        "own, w is the scale times the image's embedding. All components, biases and a constant sum to S.",
-    ),
-)
 
 
 def writes(case: Case) -> Section:
@@ -78,7 +72,7 @@ def writes(case: Case) -> Section:
     )
 
 
-WRITES = Question("Parts that write", writes, METHODS)
+WRITES = Question("Parts that write", writes, (DIRECT.definition,))
 
 
 def written(effects: Effects) -> list[str]:
