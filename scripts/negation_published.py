@@ -5,7 +5,7 @@ the package's own verbs, `verdicts` says of each table whether it agrees. `repro
 them. The study's conventions (Quantmeyer, Mosteiro, Gatt 2024) that are not the package's defaults are kept here:
 causal tracing is the mean over pairs of the ratio of single pairs (`of="ratios"`), on the model's own correct segment,
 several further subject tokens weighing by their number (`by_slot`); in attention by position a pair without further
-subject tokens counts as 0.
+subject tokens counts as 0. There the positions behind the negator are compared.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from pandas import DataFrame, Index
+from pandas import DataFrame, Index, Series
 
 from clip_lens.core.effects import segments
 from clip_lens.data.batch import Batch, align
@@ -51,7 +51,8 @@ APART = "Ours less theirs in each cell. White: no difference; grey: no number of
 VERDICTS = (
     "For each table how many of its cells are within the tolerance, the largest difference and where it is, and the "
     "correlation of ours with theirs. Cells that hold in any tower, such as all of d at the last layer's end of text, "
-    "are not counted."
+    "are not counted. Selectivity does not depend on images: where it agrees and d does not, the images were embedded "
+    "otherwise."
 )
 
 
@@ -80,12 +81,16 @@ class Published:
     def heads_and_layers(self) -> tuple[int, ...]:
         return np.shape(self.arrays["selectivity"]["caption"])
 
+    def count(self, **wanted: str) -> int:
+        """How many pairs have these values: all of them without any."""
+        return int((self.pairs[list(wanted)] == Series(wanted)).all(axis=1).sum())
+
     def sized(self, keys: Sequence[str]) -> Pairs:
         """Published pairs with the published sizes of their subjects."""
         chosen = self.pairs.loc[list(keys)]
-        columns = [chosen[name].tolist() for name in ("caption", "foil", "image_file")]
+        caption, foil, image = (chosen[name].tolist() for name in ("caption", "foil", "image_file"))
         info = DataFrame({"negation": chosen["negation"], "subject_size": chosen["subject_area"]})
-        return Pairs(chosen.index.tolist(), *columns, info=info, name="published")
+        return Pairs(chosen.index.tolist(), caption, foil, image, info=info, name="published")
 
     def confounds(self, keys: Sequence[str]) -> Confounds:
         """What goes along with the published d, by the package's own functions."""
@@ -148,6 +153,7 @@ def _cells(
     table: str,
     ours: DataFrame,
     theirs: DataFrame,
+    pairs: tuple[int, int],
     *,
     side: str = "",
     axes: tuple[str, str] = ("", ""),
@@ -156,7 +162,7 @@ def _cells(
 ) -> DataFrame:
     """The published cells of one table, each with ours; `given` says which (row, column) hold in any causal tower.
 
-    `axes` are what rows and columns are, of a table that is a map.
+    `pairs` are how many of ours and of theirs it is of; `axes` what rows and columns are, of a table that is a map.
     """
     own = ours.reindex(index=theirs.index, columns=theirs.columns)
     places = [(row, column) for row in theirs.index for column in theirs]
@@ -164,6 +170,7 @@ def _cells(
     found = DataFrame({"row": [row for row, _ in places], "column": [column for _, column in places]}, dtype=object)
     found = found.assign(**values, given=[given(*place) for place in places])
     known = {"table": table, "weights": weights, "side": side, "rows": axes[0], "columns": axes[1]}
+    known |= {"pairs": pairs[0], "their_pairs": pairs[1]}
     for number, (name, value) in enumerate(known.items()):
         found.insert(number, name, value)
     return found[found["theirs"].notna()]
@@ -173,7 +180,8 @@ def _data(batch: Batch, published: Published) -> Iterator[DataFrame]:
     """The texts, sides and images of the pairs, as they were read and rephrased: without a model."""
     theirs = published.pairs.loc[list(batch.pairs.key), ["caption", "foil", "negation", "image_file"]]
     theirs.columns = Index(["caption", "foil", "side", "image"])
-    yield _cells("texts, sides, images", batch.pairs.to_frame().set_index("key"), theirs, weights=False)
+    ours, count = batch.pairs.to_frame().set_index("key"), (len(batch), published.count())
+    yield _cells("texts, sides, images", ours, theirs, count, weights=False)
 
 
 def _scores(encoder: HookedTextEncoder, batch: Batch, published: Published) -> Iterator[DataFrame]:
@@ -185,11 +193,12 @@ def _scores(encoder: HookedTextEncoder, batch: Batch, published: Published) -> I
     logits = pair_scores(encoder, batch)
     found = found.assign(logit_caption=logits.caption.numpy(), logit_foil=logits.foil.numpy())
     known = known.drop(columns="segment").join(published.pairs[["logit_caption", "logit_foil", "segment"]])
-    yield _cells("tokens", found, known[["tokens"]], weights=False)
+    count = len(batch), published.count()
+    yield _cells("tokens", found, known[["tokens"]], count, weights=False)
     for name, title in SCORES.items():
-        yield _cells(title, found, known[[name]])
+        yield _cells(title, found, known[[name]], count)
     for title, view in VIEWS.items():
-        yield _cells(title, view(ours), view(theirs))
+        yield _cells(title, view(ours), view(theirs), count)
 
 
 def _accuracy(found: Confounds) -> DataFrame:
@@ -221,13 +230,14 @@ def _tracing(
     """Causal tracing of each published side and segment, over the pairs that are in it by our own d."""
     last = encoder.n_layers
     given = lambda slot, layer: slot in BEFORE or layer in (0, last)
-    segment_of = segments(pair_scores(encoder, batch).d)
+    found = segments(pair_scores(encoder, batch).d)
     for name, array in published.arrays["causal_tracing"].items():
         side, segment = name.split(", ")
-        own = [row for row, of in enumerate(zip(batch.pairs.side, segment_of, strict=True)) if of == (side, segment)]
+        rows_of = [row for row, it in enumerate(zip(batch.pairs.side, found, strict=True)) if it == (side, segment)]
+        count = len(rows_of), published.count(negation=side, segment=segment)
         theirs = DataFrame(array, index=published.arrays["positions"], columns=range(last + 1))
-        ours = traced(encoder, batch[own], rows, progress) if own else DataFrame()
-        yield _cells(f"causal tracing, {segment}", ours, theirs, side=side, axes=("slot", "layer"), given=given)
+        ours = traced(encoder, batch[rows_of], rows, progress) if rows_of else DataFrame()
+        yield _cells(f"causal tracing, {segment}", ours, theirs, count, side=side, axes=("slot", "layer"), given=given)
 
 
 def traced(encoder: HookedTextEncoder, batch: Batch, rows: int = 256, progress: bool = False) -> DataFrame:
@@ -245,7 +255,9 @@ def _attention(encoder: HookedTextEncoder, batch: Batch, published: Published) -
         r = along[along["side"] == side].pivot(index="unit", columns="layer", values="r")
         ours = {"selectivity": whole.grid("unit", "layer", side=side), "selectivity_correlation": r}
         for name, title in {"selectivity": "selectivity", "selectivity_correlation": "selectivity and d"}.items():
-            yield _cells(title, ours[name], DataFrame(published.arrays[name][side]), side=side, axes=("head", "block"))
+            theirs = DataFrame(published.arrays[name][side])
+            count = batch.pairs.side.count(side), published.count(negation=side)
+            yield _cells(title, ours[name], theirs, count, side=side, axes=("head", "block"))
     for name in published.arrays:
         if name.startswith(BY_POSITION):
             yield from _by_position(encoder, batch, published, int(name.removeprefix(BY_POSITION)))
@@ -260,12 +272,15 @@ def _by_position(encoder: HookedTextEncoder, batch: Batch, published: Published,
     for side in SIDES:
         theirs = DataFrame(published.arrays[f"{BY_POSITION}{block}"][side], columns=positions)
         ours = effects.grid("unit", "slot", side=side)
-        yield _cells(f"attention by position, block {block}", ours, theirs[later], side=side, axes=("head", "slot"))
+        title = f"attention by position, block {block}"
+        count = batch.pairs.side.count(side), published.count(negation=side)
+        yield _cells(title, ours, theirs[later], count, side=side, axes=("head", "slot"))
 
 
 def verdicts(cells: DataFrame, tolerance: float = 1e-4) -> DataFrame:
-    """A row per table and side: cells, within (the tolerance), missing (of ours), largest (difference), where it is, r
-    (of ours with theirs), verdict: "agrees", "close" (within 100 times the tolerance) or "differs".
+    """A row per table and side: the pairs that it is of, ours and theirs, its cells, how many are within the tolerance
+    and how many missing of ours, the largest difference and where it is, r of ours with theirs, and the verdict:
+    "agrees", "close" (within 100 times the tolerance) or "differs".
 
     Cells that hold in any tower are left out of the counts; a table that differs in one of them differs.
     """
@@ -284,6 +299,8 @@ def _verdict(table: str, side: str, part: DataFrame, tolerance: float) -> dict[s
         "table": table,
         "side": side,
         "weights": bool(part["weights"].all()),
+        "pairs": int(part["pairs"].iloc[0]),
+        "their_pairs": int(part["their_pairs"].iloc[0]),
         "cells": len(telling),
         "within": int((apart <= tolerance).sum()),
         "missing": int(telling["ours"].isna().sum()),
@@ -294,10 +311,10 @@ def _verdict(table: str, side: str, part: DataFrame, tolerance: float) -> dict[s
     }
 
 
-def summary(found: DataFrame, tolerance: float, published: Published) -> list[str]:
+def summary(found: DataFrame, tolerance: float) -> list[str]:
     """What the verdicts come to, in sentences: of the data, and of what depends on the weights."""
     data, model = found[~found["weights"]], found[found["weights"]]
-    compared = f"{found.loc[found['table'] == 'd', 'cells'].item()} of {len(published.pairs)} published pairs"
+    compared = f"{data['pairs'].iloc[0]} of {data['their_pairs'].iloc[0]} published pairs"
     other = ", ".join(data.loc[data["verdict"] != "agrees", "table"])
     said = [f"{compared} are compared; {f'these differ in: {other}' if other else 'their texts and tokens are equal'}."]
     counts = model["verdict"].value_counts()

@@ -122,7 +122,7 @@ def against(given: argparse.Namespace, store: Path, published: Published) -> int
     pairs, images = clip_lens.read_pairs(given.pairs).rephrased(), clip_lens.ImageStore.open(store)
     cells = published_results.compare(encoder, images, pairs, published)
     found = published_results.verdicts(cells, given.tolerance)
-    said = published_results.summary(found, given.tolerance, published)
+    said = published_results.summary(found, given.tolerance)
     write(given.out, f"{encoder.full_name} and the published results", cells, found, said)
     print("\n".join(["", published_results.markdown(found), *said]))
     print(f"Every number is in {given.out / 'against-cells.csv'}, the report is {given.out / 'against.html'}.")

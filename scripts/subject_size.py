@@ -70,8 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         said, failed = run(options)
-    except (Refused, ValueError, FileNotFoundError) as reason:
-        print(f"error: {reason}", file=sys.stderr)
+    except (Refused, ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     for key, reason in failed.items():
         print(f"no size for {key}: {reason}", file=sys.stderr)

@@ -11,10 +11,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from hypothesis.errors import UnsatisfiedAssumption
+from hypothesis.errors import StopTest, UnsatisfiedAssumption
 
 CALLS = ("assert", "raises", "warns", "fail")
-LEFT = (UnsatisfiedAssumption, pytest.skip.Exception)
+LEFT = (UnsatisfiedAssumption, StopTest, pytest.skip.Exception)
 FOLDER = str(Path(__file__).parent)
 
 

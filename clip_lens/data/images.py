@@ -71,11 +71,11 @@ class ImageStore:
 
     @classmethod
     def open(cls, path: PathLike = "tiny") -> ImageStore:
-        """The store in a file; "tiny" is the embedded one. Embeddings are read when they are asked for.
+        """The store in a file; "tiny" is the embedded one. Embeddings are read, and checked, when they are asked for.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is truncated, or no store of images, or of a later version of the format.
+            ValueError: the file is truncated or damaged, or no store of images, or of a later version of the format.
 
         Example:
             >>> ImageStore.open("tiny").model

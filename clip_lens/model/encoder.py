@@ -90,7 +90,7 @@ class HookedTextEncoder:
             '4 heads, QuickGELU(), causal, eps 1e-05, pooled at argmax'
         """
         cfg, end = self.tower.cfg, "" if self.pool.eos_id is None else f" {self.pool.eos_id}"
-        activations = sorted({repr(block.mlp.act) for block in self.tower.blocks})
+        activations = sorted({repr(block.mlp.act) for block in cast(Any, self.tower.blocks)})
         return (
             f"{cfg.n_heads} heads, {', '.join(activations)}, {cfg.attention_dir}, eps {cfg.eps:g}, "
             f"pooled at {self.pool.type}{end}"

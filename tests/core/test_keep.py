@@ -209,7 +209,7 @@ def test_another_table_is_refused(tmp_path, name):
 
 def test_a_table_that_keep_did_not_write_is_refused(tmp_path):
     table().to_parquet(tmp_path / "table.parquet")
-    with pytest.raises(ValueError, match=r"table\.parquet is there"):
+    with pytest.raises(ValueError, match=r"table\.parquet is a Parquet file, but not one that Keep.*--overwrite"):
         Keep(tmp_path).frame("table", RECORD, table)
 
 

@@ -12,7 +12,7 @@ from clip_lens.core.effects import Effects
 from clip_lens.core.metric import Readout, as_metric, cosine, kl, logit, metric
 from clip_lens.data.batch import align
 from clip_lens.data.images import ImageStore
-from clip_lens.data.pairs import read_pairs
+from clip_lens.data.read import read_pairs
 from clip_lens.methods.patching import patch_effects
 from clip_lens.model.load import load
 from clip_lens.model.site import Edge, Site

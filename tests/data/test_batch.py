@@ -400,6 +400,20 @@ def test_texts_that_are_the_same_to_the_tokenizer_stay_together(causal):
         assert {part.pairs.key for part in parts} == {("pair 0", "pair 1"), ("pair 2",)}
 
 
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)],
+)
+def test_the_direction_has_the_precision_that_the_encoder_scores_in(dtype, precision):
+    """In half precision a logit of 100 is rounded to .06 or .5: no direction is, whatever the tower runs in."""
+    encoder, pairs = random_encoder(dtype=dtype, **SMALL), make(REPHRASED, INSERTED)
+    store = random_store(pairs, 8)
+    batch = align(pairs, store, encoder)
+    exact = encoder.scale * store[["0.png", "1.png"]].double()
+    assert batch.direction.dtype == precision == batch.along(torch.arange(8)).direction.dtype
+    assert (batch.direction.double() - exact).abs().max() <= encoder.scale * torch.finfo(precision).eps
+
+
 # Slots
 
 VALSE_LIKE = [

@@ -808,7 +808,11 @@ REFUSED = [
 
 @pytest.mark.parametrize(("made", "needed"), ACCEPTED)
 def test_a_store_that_fits_is_accepted(rows, made, needed):
-    ImageStore.from_tensors(IDS, rows, **made).require(**needed)
+    """And refused for one thing more, its width."""
+    store = ImageStore.from_tensors(IDS, rows, **made)
+    store.require(**needed)
+    with pytest.raises(ValueError, match="have 4 dimensions"):
+        store.require(**needed | {"d_embed": 5})
 
 
 @pytest.mark.parametrize(("made", "needed", "message"), REFUSED)

@@ -56,6 +56,36 @@ def owner(receiver):
     return Site("head", receiver.layer, receiver.unit) if receiver.kind in ("q", "k", "v") else receiver
 
 
+def test_nothing_of_a_circuit_or_a_graph_is_shared_with_what_it_was_made_of():
+    graph, scores = Graph.of(LAYERS, HEADS), torch.zeros(Graph.of(LAYERS, HEADS).edges.shape, dtype=torch.float64)
+    circuit = Circuit(graph.edges, LAYERS, HEADS, scores)
+    n = len(circuit)
+    graph.edges[:], graph.node_of[:], scores[:] = False, 0, 7.0
+    assert len(circuit) == n and circuit.scores[circuit.keep].abs().max() == 0
+    circuit.keep[:] = False
+    circuit.graph.edges[:], circuit.graph.node_of[:] = False, 0
+    again = Graph.of(LAYERS, HEADS)
+    assert int(again.edges.sum()) == n and again.node_of.any()
+    assert len(Circuit(again.edges, LAYERS, HEADS).pruned()) == n
+    with pytest.raises(TypeError):
+        again.sender_at[Site("mlp", 0)] = 3
+
+
+def test_pruning_is_said_with_what_was_asked_for():
+    circuit = replace(drawn(1, 0.3), selection=Selection("above", "signed", threshold=0.1, of=46))
+    pruned = circuit.pruned()
+    assert pruned.selection == Selection("above", "signed", None, len(circuit), True, 46, 0.1)
+    assert pruned.pruned().selection == pruned.selection and not circuit.selection.pruned
+
+
+def test_the_baseline_of_a_pruned_circuit_is_drawn_as_large_and_pruned():
+    like = drawn(1, 0.3, model="tiny", batch="of these pairs")
+    whole, pruned = (random_circuit(one, 4) for one in (like, like.pruned()))
+    assert len(whole) == len(like) > len(like.pruned()) and pruned.keep.equal(whole.pruned().keep)
+    assert whole.scores is None and whole.record == Record(model="tiny") and whole.name == "random(4)"
+    assert whole.selection == Selection("drawn", asked=len(like), of=len(Circuit(like.graph.edges, LAYERS, HEADS)))
+
+
 def test_pruned_keeps_scores_of_what_stays():
     circuit = drawn(1, 0.3)
     pruned = circuit.pruned()
@@ -186,6 +216,13 @@ def damaged(change):
         (lambda path: path.write_bytes(b"\xff\xfe\x00"), "no whole JSON"),
         (lambda path: path.write_text("[1, 2]"), "not a circuit"),
         (lambda path: path.write_text('{"format": "other"}'), "not a circuit"),
+        (
+            lambda path: path.write_text('{"format": "clip_lens circuit 1", "meta": {}}'),
+            "0.1, .*find the circuit again",
+        ),
+        (damaged(lambda content: content.pop("selection")), "damaged"),
+        (damaged(lambda content: content["selection"].update(ruel="top")), "damaged"),
+        (damaged(lambda content: content.update(record={"modle": "tiny"})), "damaged"),
         (damaged(lambda content: content.pop("layers")), "damaged: KeyError 'layers'"),
         (damaged(lambda content: content.update(edges=[1])), "damaged"),
         (damaged(lambda content: content["edges"].update({"embed -> out": "much"})), "damaged"),

@@ -13,6 +13,7 @@ from towers import random_encoder, random_store
 import clip_lens
 from clip_lens.core.effects import Effects
 from clip_lens.core.keep import Keep
+from clip_lens.core.record import Method
 from clip_lens.data.pairs import Pairs
 from clip_lens.methods.circuits import discover as module
 from clip_lens.methods.circuits.circuit import Circuit, Graph, random_circuit
@@ -33,12 +34,12 @@ def fewer(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tower():
-    """A small random tower and twelve pairs of six images, split."""
+    """A small random tower and twelve pairs of six images, split; of each noun both orders, not at the same image."""
     encoder = random_encoder(layers=2, heads=2, width=32, dtype=torch.float64)
     nouns = ("dogs", "cats", "cars", "trees", "birds", "boats")
     texts = [(f"There are no {noun}.", f"There are some {noun}.") for noun in nouns]
     captions, foils = zip(*(pair[::turn] for pair in texts for turn in (1, -1)), strict=True)
-    pairs = Pairs([str(n) for n in range(12)], captions, foils, [f"{n // 2}.png" for n in range(12)])
+    pairs = Pairs([str(n) for n in range(12)], captions, foils, [f"{n % 6}.png" for n in range(12)])
     batch = clip_lens.align(pairs, random_store(pairs, encoder.d_embed), encoder, run="caption")
     return encoder, *batch.split()
 
@@ -88,7 +89,8 @@ def test_its_parts_are_what_the_functions_give(tower, method, run, options):
         line = verdict[(verdict["side"] == "pooled") & (verdict["pruned"] == form)].iloc[0]
         chance = done.verdict.query(f"circuit != {done.name!r} and side == 'pooled' and pruned == {form}")["f"]
         ending = "_pruned" if form else ""
-        assert [row[f"{name}{ending}"] for name in ("f", "lower", "upper")] == line[["f", "lower", "upper"]].tolist()
+        for name in ("f", "lower", "upper"):
+            assert row[f"{name}{ending}"] == pytest.approx(line[name], rel=1e-9)
         assert row[f"random_f{ending}"] == pytest.approx(chance.mean()) and len(chance) == 2
     assert (
         row["CMD"] == done.areas[(done.areas["circuit"] == done.name) & (done.areas["side"] == "pooled")]["CMD"].item()
@@ -136,6 +138,57 @@ def first_edges(encoder, n):
     rows, columns = graph.edges.nonzero()[:n].T
     keep[rows, columns] = True
     return keep
+
+
+def test_a_result_says_how_the_pairs_were_held_out_and_which_judged_texts_were_found_on(tower):
+    encoder, found, judged = tower
+    nouns = [text.split()[-1] for text in judged.pairs.caption]
+    pairs = Pairs(
+        ["new", "again", "turned"],
+        ["There are no kites.", "There are no kites.", f"There are some {nouns[0]}"],
+        ["There are some kites.", found.pairs.foil[0], "There are some kites."],
+        ["k.png", "l.png", "m.png"],
+    )
+    batch = clip_lens.align(pairs, random_store(pairs, encoder.d_embed), encoder, run="caption")
+    assert nouns[0] not in " ".join(found.pairs.caption)
+    done = discover(encoder, found, batch, method="eap", edges=EDGES)
+    assert done.repeated == 1 and set(done.summary["repeated"]) == {1}
+    assert repr(done).endswith("judged on 3, 1 of them with a text that it was found on)")
+    halves = batch_of_both(tower).split(by="text")
+    apart = discover(encoder, *halves, method="eap", edges=EDGES)
+    assert (apart.repeated, apart.held_out) == (0, "by text") and set(apart.summary["held_out"]) == {"by text"}
+    assert apart.circuit.record.held_out == "by text" and repr(apart).endswith("held out by text)")
+
+
+def batch_of_both(tower):
+    encoder, found, judged = tower
+    texts = [
+        [*getattr(found.pairs, name), *getattr(judged.pairs, name)] for name in ("key", "caption", "foil", "image")
+    ]
+    pairs = Pairs(*texts)
+    return clip_lens.align(pairs, random_store(pairs, encoder.d_embed), encoder, run="caption")
+
+
+def test_a_finder_of_ones_own_is_one_entry(tower, monkeypatch):
+    encoder, found, judged = tower
+    everything = lambda setting, options: Circuit.full(setting.encoder).named("everything")
+    mine = module.Finder(Method("mine", "mine"), search=everything)
+    monkeypatch.setitem(module.FINDERS, "mine", mine)
+    done = discover(encoder, found, judged, method="mine", edges=EDGES)
+    assert done.name == "everything" and done.method is mine.method
+    assert done.summary["f"].to_numpy() == pytest.approx(1.0, abs=1e-9)
+
+
+def test_either_form_of_the_circuit_is_judged(tower):
+    """From zeros they part: a pruned circuit's f is another number."""
+    encoder, found, judged = tower
+    apart, same = (
+        discover(encoder, found, judged, method="random", edges=8, source=source).summary.iloc[-1]
+        for source in (clip_lens.zeros, clip_lens.counterpart)
+    )
+    assert apart["edges_pruned"] == same["edges_pruned"] < 8 == same["edges"]
+    assert abs(apart["f_pruned"] - apart["f"]) > 0.01
+    assert same["f_pruned"] == pytest.approx(same["f"], abs=1e-9)
 
 
 def test_acdc_has_a_circuit_and_no_areas(tower):

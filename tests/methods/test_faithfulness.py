@@ -10,12 +10,12 @@ from handmade import NAMES, handmade
 from oracle import TOWERS, agree, batch_of, texts_of, tower
 
 from clip_lens.core.effects import Effects
-from clip_lens.core.metric import kl
+from clip_lens.core.metric import cosine, kl
 from clip_lens.core.record import Record
 from clip_lens.core.setting import Setting
-from clip_lens.core.source import mean, resample, zeros
+from clip_lens.core.source import counterpart, mean, resample, zeros
 from clip_lens.methods.circuits.circuit import Circuit, Graph, Selection
-from clip_lens.methods.circuits.faithfulness import Faithfulness, completeness, faithfulness, minimality
+from clip_lens.methods.circuits.faithfulness import Faithfulness, _Trial, completeness, faithfulness, minimality
 from clip_lens.methods.circuits.removal import Removal
 from clip_lens.methods.patching import patch_effects
 from clip_lens.methods.registry import FAITHFULNESS
@@ -49,6 +49,23 @@ def test_with_zeros_it_is_what_is_left_when_they_give_nothing(name):
     nothing = [{site: torch.zeros_like(value) for site, value in text.run.items()} for text in texts]
     both = list(zip(texts, nothing, strict=True))
     agree(effects, [[text.effect(tuple(c.removed()), source) for text, source in both] for c in CIRCUITS])
+
+
+@pytest.mark.parametrize(("source", "equal", "parts"), [(None, True, False), (None, False, True), (zeros, True, True)])
+def test_a_pruned_circuit_is_another_one_unless_the_source_is_a_run_on_equal_lengths(source, equal, parts):
+    """Selected and pruned against two runs by hand: a head cut off from the embedding still computes, on what the
+    source gives it, and that is what the source has there only where the source is a run that passes no position by."""
+    encoder, batch, texts = tower("causal")[1], batch_of("causal", equal), texts_of("causal", equal)
+    selected = replace(drawn(21, 0.3, "mine"), selection=Selection("top", "absolute", asked=300))
+    both = [selected, selected.pruned()]
+    assert 0 < len(both[1]) < len(selected)
+    found = faithfulness(encoder, batch, both, source=source or counterpart)
+    given = [{site: torch.zeros_like(value) for site, value in text.run.items()} if source else None for text in texts]
+    each = list(zip(texts, given, strict=True))
+    agree(found.effects, [[text.effect(tuple(c.removed()), nothing) for text, nothing in each] for c in both])
+    apart = (found.effects.values[0] - found.effects.values[1]).abs().max() / found.effects.total.abs().max()
+    assert apart > 0.01 if parts else apart < 1e-10
+    assert [place.pruned for place in found.places] == [False, True]
 
 
 @pytest.mark.parametrize("source", [zeros, mean])
@@ -211,6 +228,27 @@ def test_intervals_are_of_pairs_drawn_anew():
     assert [line["CMD_lower"], line["CMD_upper"]] == pytest.approx(np.quantile(areas, [0.025, 0.975]))
 
 
+def test_metrics_that_are_not_oriented_are_averaged_as_they_are():
+    """By cosine both sides grow: `sigma * value` would cancel them in f and in the areas."""
+    encoder, batch = tower("causal")[1], batch_of("causal", True, run="affirmative")
+    assert len(set(batch.sigma.tolist())) == 2
+    sized = [
+        replace(drawn(3, 0.6, "a"), selection=Selection("top", ranking, 0.5)) for ranking in ("signed", "absolute")
+    ]
+    found = faithfulness(encoder, batch, sized, metric=cosine)
+    f = 1 - float(found.effects.values[0].sum() / found.effects.total.sum())
+    assert found.table(resamples=5).query("side == 'pooled'")["f"].tolist() == pytest.approx([f, f], abs=1e-12)
+    line = found.areas(resamples=5).query("side == 'pooled'").iloc[0]
+    assert line[["CPR", "CMD"]].tolist() == pytest.approx([(f + 1) / 4, abs(1 - f) / 4], abs=1e-12)
+
+
+def test_f_is_nan_where_the_source_moves_nothing():
+    places = tuple(curve("a", "signed", SHARES))
+    found = Faithfulness(judged(np.ones((3, 5)), [0.0] * 5, SIDE, places))
+    areas = found.areas(resamples=5)
+    assert areas[["CPR", "CPR_lower"]].isna().all().all() and found.table(resamples=5)["f"].isna().all()
+
+
 def test_a_measure_whose_ranking_is_missing_is_nan():
     effects, _ = made()
     signed = replace(effects, values=effects.values[:3], places=effects.places[:3])
@@ -242,6 +280,50 @@ class ByHand:
             return 0.0
         effects = [s * text.effect(tuple(removed)) for s, text in zip(self.sign, self.texts, strict=True)]
         return sum(effects) / len(effects)
+
+
+@pytest.mark.parametrize("by", ["node", "edge"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_edges_that_go_with_members_are_those_of_a_product_of_matrices(by, whole):
+    circuit = drawn(9, 0.1)
+    trial = _Trial.of(None, circuit, by)
+    members = members_of(circuit, by)
+    assert trial.members == list(members)
+    touching = torch.stack([Circuit.of(e, n_layers=LAYERS, n_heads=HEADS).keep for e in members.values()])
+    chosen = torch.rand(7, len(members), generator=torch.Generator().manual_seed(1)) < 0.3
+    chosen[0], chosen[1] = False, True
+    edges = (chosen.double() @ touching.flatten(1).double() > 0).unflatten(1, circuit.keep.shape)
+    expected = edges if whole else edges | (circuit.graph.edges & ~circuit.keep)
+    assert trial.removed(chosen, whole).equal(expected)
+
+
+@pytest.mark.parametrize("by", ["node", "edge"])
+def test_how_many_sets_are_held_at_once_changes_nothing(by, monkeypatch):
+    encoder, batch, circuit, held = tower("causal")[1], batch_of("causal", True)[:1], drawn(8, 0.2), []
+    whole = [f(encoder, batch, circuit, by=by, samples=3) for f in (completeness, minimality)]
+    means = Removal.means
+    monkeypatch.setattr(Removal, "means", lambda removal, sets: held.append(len(sets)) or means(removal, sets))
+    monkeypatch.setattr("clip_lens.methods.circuits.faithfulness.at_once", lambda graph: 2)
+    few = [f(encoder, batch, circuit, by=by, samples=3) for f in (completeness, minimality)]
+    assert max(held) == 2 and sum(held) > 20
+    for one, two in zip(whole, few, strict=True):
+        one, two = (frame.sort_values(list(frame)[:1], kind="stable").select_dtypes("number") for frame in (one, two))
+        assert one.abs().to_numpy().max() > 1e-3
+        np.testing.assert_allclose(one.to_numpy(), two.to_numpy(), atol=1e-10)
+
+
+def test_a_circuit_without_edges_has_no_members():
+    encoder, batch = tower("causal")[1], batch_of("causal", True)[:1]
+    assert minimality(encoder, batch, EMPTY).empty and minimality(encoder, batch, EMPTY, by="node").empty
+    assert completeness(encoder, batch, EMPTY, samples=2, greedy=3)["size"].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("call", [faithfulness, completeness, minimality])
+def test_hooks_of_the_users_are_refused(call):
+    encoder = tower("causal")[1]
+    hooks = encoder.tower.hooks([("blocks.0.hook_mlp_out", lambda value, hook: value * 0)])
+    with hooks, pytest.raises(ValueError, match=r"hooks of yours on, at blocks\.0\.hook_mlp_out"):
+        call(encoder, batch_of("causal", True), FULL)
 
 
 @pytest.mark.parametrize("by", ["node", "edge"])

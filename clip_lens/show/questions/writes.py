@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import get_args
 
 from clip_lens.core.effects import Effects
-from clip_lens.methods.direct import Norms, components, direct_effects, direct_record, lens_record, logit_lens
+from clip_lens.methods.direct import components, direct_effects, direct_record
 from clip_lens.methods.labels import labels
+from clip_lens.methods.lens import Norms, lens_record, logit_lens
 from clip_lens.methods.registry import DIRECT
 from clip_lens.model.site import Site
 from clip_lens.show.figures.bars import bars
