@@ -11,8 +11,10 @@ import clip_lens
 from clip_lens import Site
 from clip_lens.core import rows
 from clip_lens.core.effects import Effects
+from clip_lens.core.source import steered
 from clip_lens.data.pairs import Pairs
 from clip_lens.methods import direct, gradient
+from clip_lens.methods.probes.probe import probe_effects
 from clip_lens.model.load import load
 from clip_lens.model.site import LAYOUTS
 
@@ -69,7 +71,7 @@ SOURCES = {
     "mean": lambda encoder: clip_lens.mean,
     "noise": lambda encoder: clip_lens.noise(1.0, seed=0),
     "resample": lambda encoder: clip_lens.resample(seed=0),
-    "steered": lambda encoder: clip_lens.steered({Site("resid", 1, slot="eot"): vector(encoder)}),
+    "steered": lambda encoder: steered({Site("resid", 1, slot="eot"): vector(encoder)}),
     "via": lambda encoder: clip_lens.via(Site("head", 0, 0), freeze=("head",)),
 }
 METRICS = {
@@ -102,7 +104,7 @@ VERBS = {
     "scores": lambda e, b: clip_lens.scores(e, b),
     "confounds": lambda e, b: clip_lens.confounds(e, b).frame,
     "probe": lambda e, b: clip_lens.probe(e, b, test_share=0.5),
-    "probe_effects": lambda e, b: clip_lens.probe_effects(e, b, how="remove"),
+    "probe_effects": lambda e, b: probe_effects(e, b, how="remove"),
     "steer": lambda e, b: clip_lens.steer(
         e, b, {Site("resid", 1): vector(e)}, how="remove", origin={Site("resid", 1): vector(e, 1)}
     ),
