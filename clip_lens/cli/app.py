@@ -201,13 +201,14 @@ def circuit(
         source=_source(source, std, seed)[0], keep=job.keep, rows=job.rows, seed=seed, progress=job.progress,
     )  # fmt: skip
     file = FINDERS[method].file(Options(edges, steps, threshold, seed))
-    name = name_of("circuit", file, *(["exact"] if exact else []))
+    compared = f"{file}-exact" if exact else file
+    name = name_of("circuit", compared)
     page = circuit_report(
         discovery, page_in(job.out, name), pictures=job.pictures, warnings=cautions(job.encoder, batch), name=name
     )
     print_sides(discovery.summary.drop(columns="method").set_index("side"), repr(discovery))
     say(
-        f"\nThe report is {page}; circuit-{file}.json, summary-{file}.csv and the .parquet files beside it hold the "
+        f"\nThe report is {page}; circuit-{file}.json, summary-{compared}.csv and the .parquet files beside it hold the "
         "numbers."
     )
 
