@@ -39,6 +39,14 @@ def what_is_read() -> str:
     return "\n".join(pages + ["".join(cell["source"]) for notebook in notebooks for cell in notebook["cells"]])
 
 
+def test_sections_that_docstrings_cite_are_there() -> None:
+    method = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    sections = set(re.findall(r"^## (\d+)\.", method, re.M))
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "clip_lens").rglob("*.py"))
+    cited = set(re.findall(r"method,? sections? (\d+)", code))
+    assert len(cited) > 5 and cited <= sections
+
+
 def uses(name: str) -> re.Pattern[str]:
     """A public name as code: of the package, imported from it, called, or between backticks; no word of a sentence."""
     code = rf"clip_lens\.{name}\b|from clip_lens import [^\n]*\b{name}\b|`(?:[^`\n]*[^`\n\w.])?{name}\b[^`\n]*`"
@@ -54,6 +62,13 @@ def test_a_word_of_a_sentence_is_no_use_of_a_name() -> None:
     assert not uses("mean").search("the mean of what circuits mean, effects.mean() and `effects.mean()`")
     used = ("clip_lens.mean", "from clip_lens import Site, mean", "`zeros`, `mean`", "`patch(x, mean)`")
     assert all(uses("mean").search(text) for text in used)
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/method.md", "docs/mutation.md"])
+def test_links_of_pages_lead_somewhere(name: str) -> None:
+    page = ROOT / name
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
