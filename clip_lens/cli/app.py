@@ -208,8 +208,8 @@ def circuit(
     )
     print_sides(discovery.summary.drop(columns="method").set_index("side"), repr(discovery))
     say(
-        f"\nThe report is {page}; circuit-{file}.json, summary-{compared}.csv and the .parquet files beside it hold the "
-        "numbers."
+        f"\nThe report is {page}; circuit-{file}.json, summary-{compared}.csv and the .parquet files beside it hold "
+        "the numbers."
     )
 
 
