@@ -7,6 +7,7 @@ how they came about. Everything else here is a view of these: fractions, interva
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -409,7 +410,7 @@ class Effects:
             baseline=self.baseline[kept],
             places=tuple(compress(self.places, rows)),
             pairs=self.pairs[columns],
-            record=self.record if columns.all() else _selected(self, filters, int(columns.sum())),
+            record=self.record if columns.all() else _selected(self, filters, columns),
         )
         found.__dict__["index"] = self.index[rows].reset_index(drop=True)
         found._tables.update(self._tables_of(rows, columns))
@@ -585,12 +586,22 @@ def _matches(column: pd.Series, wanted: Any) -> np.ndarray:
     return np.array([entry in known for entry in plain(column)], dtype=bool)
 
 
-def _selected(effects: Effects, filters: Mapping[str, Any], kept: int) -> Record:
-    """The record with a line more on which pairs were taken, so that a report of a part says that it is one."""
-    words = []
-    for name in filters.keys() - set(INDEX):
+LISTED = 5
+"""Distinct values of a column up to which a selection by it says how many pairs had each."""
+
+
+def _selected(effects: Effects, filters: Mapping[str, Any], kept: np.ndarray) -> Record:
+    """The record with a line more on which pairs were taken, and of how many, so that a report of a part says that it
+    is one."""
+    words, before = [], []
+    pairs = effects.pairs.drop_duplicates("key")
+    for name in sorted(filters.keys() - set(INDEX)):
         wanted = filters[name]
         several = isinstance(wanted, Collection) and not isinstance(wanted, str) and len(wanted) > 3
         words.append(f"{name} filtered" if callable(wanted) or several else f"{name} = {wanted}")
-    line = f"{', '.join(sorted(words))}: {kept} of {len(effects.pairs)}"
+        counts = Counter(map(str, plain(pairs[name])))
+        if not callable(wanted) and len(counts) <= LISTED:
+            before.append(", ".join(f"{count} {value}" for value, count in counts.most_common()))
+    line = f"{', '.join(words)}: {effects.pairs['key'][kept].nunique()} of {len(pairs)}"
+    line += f" ({'; '.join(before)})" if before else ""
     return replace(effects.record, selected=(*effects.record.selected, line))

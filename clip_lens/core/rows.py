@@ -20,15 +20,15 @@ from clip_lens.core.address import Addresses
 from clip_lens.core.edges import EdgePatch, differences, sender_hook
 from clip_lens.core.metric import Metric, Readout
 from clip_lens.core.sites import patch_hooks, present, slot_positions
-from clip_lens.core.source import QUERY_BY_KEY, Fetch
+from clip_lens.core.source import Fetch
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import Cache, Hook, HookedTextEncoder
-from clip_lens.model.site import Kind, Site, hook_name
+from clip_lens.model.site import Kind, Site, hook_name, layout_at
 
 READ_ONLY_AT_POOL: tuple[Kind, ...] = ("mid", "attn", "mlp", "head", "q", "pattern", "neuron")
 """Kinds that in the last block matter at the pooled position only: nothing else reads them."""
 
-HELD = 2**26
+SENT_AT_ONCE = 2**26
 """Numbers that the senders of a chunk of pairs may write: 256 MB in float32."""
 
 WORTH_A_FORWARD = 64
@@ -76,9 +76,9 @@ class Chunk:
 
 
 def pairs_at_once(addresses: Addresses, encoder: HookedTextEncoder, batch: Batch, rows: int) -> int:
-    """How many pairs are prepared together: `rows`, or fewer where what all senders write would not fit into `HELD`."""
+    """How many pairs are prepared together: `rows`, or fewer where all that senders write would be too much to hold."""
     written = len(addresses.senders) * batch.tokens.shape[1] * encoder.tower.cfg.d_model
-    return max(1, min(rows, HELD // max(1, written)))
+    return max(1, min(rows, SENT_AT_ONCE // max(1, written)))
 
 
 def prepare(
@@ -128,7 +128,7 @@ def read_other(chunk: Chunk, fetch: Fetch) -> Float[Tensor, "pair d_embed"]:
 
 
 def _cut(name: str, value: Tensor, width: int) -> Tensor:
-    if name.endswith(QUERY_BY_KEY):
+    if layout_at(name).query_by_key:
         return value[:, :, :width, :width]
     return value[:, :width]
 

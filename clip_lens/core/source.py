@@ -22,14 +22,13 @@ from clip_lens.core.identity import adopt, identity_of_function
 from clip_lens.core.precision import precise
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import Cache, HookedTextEncoder
-from clip_lens.model.site import Kind, Site, hook_name
+from clip_lens.model.site import Kind, Site, hook_name, layout_at
 
 Fetch: TypeAlias = Callable[[Int[Tensor, "pair"], Iterable[str]], Cache]
 Function: TypeAlias = Callable[[HookedTextEncoder, Batch], Fetch]
 
 How = Literal["add", "remove"]
 
-QUERY_BY_KEY = ("hook_pattern", "hook_attn_scores")
 STEERABLE: tuple[Kind, ...] = ("embed", "resid", "mid", "attn", "mlp")
 CHUNK = 256
 """Texts that are run at a time where nothing but one activation of each is kept."""
@@ -142,7 +141,7 @@ counterpart = Source(_counterpart, "counterpart", swaps=True)
 
 
 def _realigned(name: str, value: Tensor, origin: Int[Tensor, "pair pos"]) -> Tensor:
-    if name.endswith(QUERY_BY_KEY):
+    if layout_at(name).query_by_key:
         return _realigned_pattern(value, origin)
     origin = torch.where(origin < value.shape[1], origin, -1)
     rows = torch.arange(len(value), device=value.device)[:, None]
@@ -227,7 +226,7 @@ class Mean:
 
     def __call__(self, pairs: Int[Tensor, "pair"], names: Iterable[str]) -> Cache:
         names = set(names)
-        if patterns := sorted(name for name in names if name.endswith(QUERY_BY_KEY)):
+        if patterns := sorted(name for name in names if layout_at(name).query_by_key):
             raise ValueError(
                 f"the mean of {', '.join(patterns)} is not defined: texts differ in length; ablate z instead"
             )
@@ -333,12 +332,12 @@ def noise(std: float, seed: int = 0) -> Source:
 
 
 def _noisy(name: str, value: Tensor, batch: Batch, pairs: Int[Tensor, "pair"], std: float, seed: int) -> Tensor:
-    result = value.clone()
+    result, layout = value.clone(), layout_at(name)
     for row, pair in enumerate(pairs.tolist()):
-        length = min(int(batch.length[pair]), value.shape[-2 if name.endswith(QUERY_BY_KEY) else 1])
+        length = min(int(batch.length[pair]), value.shape[layout.pos_axis])
         key = hashlib.sha256(f"{seed}|{batch.pairs.key[pair]}|{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
-        here = (slice(None), slice(length), slice(length)) if name.endswith(QUERY_BY_KEY) else (slice(length),)
+        here = (slice(None), slice(length), slice(length)) if layout.query_by_key else (slice(length),)
         own = value[row][here]
         drawn = torch.randn(own.shape, generator=generator, dtype=torch.float64).to(own)
         result[row][here] = own + std * own.std(correction=0) * drawn
@@ -437,7 +436,7 @@ def _own(encoder: HookedTextEncoder, batch: Batch, pairs: Int[Tensor, "pair"], n
 
 def _resized(name: str, value: Tensor, width: int) -> Tensor:
     """An activation cut or padded with NaN to `width` positions."""
-    if name.endswith(QUERY_BY_KEY):
+    if layout_at(name).query_by_key:
         value = _padded(_padded(value, 3, width).nan_to_num(0.0), 2, width)
         return value
     return _padded(value, 1, width)

@@ -56,7 +56,7 @@ UNALIGNED = "unaligned"
 SOURCES = "what a head reads from a source slot is Site('v', layer, head, slot=...)"
 STREAMS: tuple[Kind, ...] = ("embed", "resid", "mid", "attn", "mlp")
 FIXED: tuple[Kind, ...] = ("token", "position", "attn_bias", "mlp_bias", "constant")
-READABLE: tuple[Kind, ...] = (*FIXED, *STREAMS, "head", "v", "neuron")
+ATTRIBUTABLE: tuple[Kind, ...] = (*FIXED, *STREAMS, "head", "v", "neuron")
 
 
 def direct_effects(
@@ -268,8 +268,10 @@ def _site(member: Site | Edge) -> Site:
 
 
 def _check(site: Site, encoder: HookedTextEncoder, batch: Batch) -> None:
-    if site.kind not in READABLE:
-        raise ValueError(f"{site} writes nothing into what the output reads; {', '.join(READABLE)} do, and {SOURCES}")
+    if site.kind not in ATTRIBUTABLE:
+        raise ValueError(
+            f"{site} writes nothing into what the output reads; {', '.join(ATTRIBUTABLE)} do, and {SOURCES}"
+        )
     depth = 1 if site.kind in NO_LAYER else encoder.n_layers + (site.kind == "resid")
     if site.layer >= depth:
         raise ValueError(f"{site}: {encoder.name} has {site.kind} at layers 0..{depth - 1}")

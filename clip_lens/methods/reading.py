@@ -25,7 +25,7 @@ from clip_lens.progress import progress_bar
 
 Reader: TypeAlias = Callable[[Tensor], Tensor]
 PAIRS_AT_ONCE = 256
-HELD = 2**25
+LINES_AT_ONCE = 2**25
 """Numbers that one chunk of pairs may hold at a time: 256 MB in float64."""
 FROZEN = "each text's own std of the final LayerNorm and norm of its embedding, frozen"
 
@@ -81,7 +81,7 @@ def _at_once(encoder: HookedTextEncoder, batch: Batch, places: int) -> int:
     """How many pairs are read together: the widest activation of one forward, and every neuron's line, must fit."""
     width = max(batch.tokens.shape[1], batch.other.shape[1]) + encoder.n_layers
     held = places + width * encoder.tower.cfg.d_mlp
-    return max(1, min(PAIRS_AT_ONCE, HELD // held))
+    return max(1, min(PAIRS_AT_ONCE, LINES_AT_ONCE // held))
 
 
 def with_values(record: Record, contrast: bool) -> Record:

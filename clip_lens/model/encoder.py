@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clip_lens.model.convert import Pool
 from clip_lens.model.site import LAYOUTS, Edge, Kind, Site, order, precedes, readers, writers
-from clip_lens.model.tower import Block, HookedTextTower
+from clip_lens.model.tower import HookedTextTower
 from clip_lens.originals.original import digest
 
 Hook: TypeAlias = tuple[str, Callable[..., Tensor | None]]

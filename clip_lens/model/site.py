@@ -20,6 +20,7 @@ v, mlp, out).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias, get_args
@@ -43,6 +44,11 @@ class Layout(NamedTuple):
     unit_axis: int | None = None
     pos_axis: int = 1
 
+    @property
+    def query_by_key(self) -> bool:
+        """Whether it has two axes of positions, queries and behind them keys, as patterns have."""
+        return self.pos_axis == 2
+
 
 LAYOUTS: dict[Kind, Layout] = {
     "embed": Layout("blocks.{layer}.hook_resid_pre"),
@@ -59,6 +65,17 @@ LAYOUTS: dict[Kind, Layout] = {
 }
 """Every kind that can be patched as a site. A line more is a kind more: with
 `LAYOUTS["pre"] = Layout("blocks.{layer}.mlp.hook_pre", unit_axis=2)` the place `Site("pre", 3)` is like any other."""
+
+
+def layout_at(name: str) -> Layout:
+    """How the activation at a hook is laid out; one that no kind has is `pair pos ...`.
+
+    Example:
+        >>> layout_at("blocks.3.attn.hook_pattern").query_by_key, layout_at("blocks.0.hook_resid_post").pos_axis
+        (True, 1)
+    """
+    template = re.sub(r"^blocks\.\d+\.", "blocks.{layer}.", name)
+    return next((layout for layout in LAYOUTS.values() if layout.hook == template), Layout(template))
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,7 @@ def make(values, total, sides=None, sigma=None, keys=None, places=None, dtype=to
             "side": sides or ["foil"] * n,
             "sigma": sigma,
             "d": d,
-            "segment": ["correct"] * n,
-            **info,
+            **{"segment": ["correct"] * n, **info},
         }
     )
     places = places or tuple(Site("resid", 0, slot=p) for p in range(len(values)))
@@ -377,7 +376,11 @@ def test_where_filters_places_and_pairs():
     assert len(effects.where(slot=lambda slot: slot == "nowhere").fraction()) == 0
     assert effects.where(slot=3, key=lambda key: key == key).record.selected == ()
     twice = effects.where(slot=3, noun="x", d=lambda d: d > -9).where(key=["pair 3"])
-    assert twice.record.selected == ("d filtered, noun = x: 2 of 6", "key = ['pair 3']: 1 of 2")
+    assert twice.record.selected == (
+        "d filtered, noun = x: 2 of 6 (2 x, 2 y, 2 z)",
+        "key = ['pair 3']: 1 of 2 (1 pair 0, 1 pair 3)",
+    )
+    assert effects.where(key=["pair 3", "pair 1"]).record.selected == ("key = ['pair 3', 'pair 1']: 2 of 6",)
     assert effects.where(noun=lambda column: column.isin(["y"])).pairs["key"].tolist() == ["pair 1", "pair 4"]
     assert effects.where(slot=lambda slot: slot == "eot", layer=lambda layer: layer > 0).places == (places[2],)
     with pytest.raises(ValueError, match="one truth value per row"):
@@ -388,6 +391,18 @@ def test_where_filters_places_and_pairs():
         effects.where(slot="eto")
     with pytest.raises(ValueError, match=r"no noun is \['q'\]; there are 'x', 'y', 'z'"):
         effects.where(noun=["q"])
+
+
+def test_a_selection_says_how_many_pairs_each_segment_had():
+    effects = random_effects(2, 9, segment=["correct"] * 4 + ["ambiguous"] * 3 + ["incorrect"] * 2)
+    assert effects.where(segment="correct").record.selected == (
+        "segment = correct: 4 of 9 (4 correct, 3 ambiguous, 2 incorrect)",
+    )
+    assert effects.where(segment=["correct", "ambiguous", "incorrect"]).record.selected == ()
+    tokens = Slots(torch.zeros(9, 2, dtype=torch.long), ("subject",), effects.pairs)
+    assert (
+        effects.by_slot(tokens).where(segment="incorrect").record.selected[0].startswith("segment = incorrect: 2 of 9")
+    )
 
 
 # Files

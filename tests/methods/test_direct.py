@@ -337,7 +337,7 @@ def test_pairs_at_a_time_change_nothing(monkeypatch):
     encoder, batch = tower("bidirectional")[1], batch_of("bidirectional")
     places = [*KINDS, *SOURCES]
     at_once = direct_effects(encoder, batch, places)
-    monkeypatch.setattr(direct, "HELD", 1)
+    monkeypatch.setattr(reading, "LINES_AT_ONCE", 1)
     one = direct_effects(encoder, batch, places)
     assert torch.allclose(at_once.values, one.values, rtol=0, atol=1e-12, equal_nan=True)
     assert torch.allclose(at_once.total, one.total, rtol=0, atol=1e-12)

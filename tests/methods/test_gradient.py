@@ -380,7 +380,7 @@ def test_chunks_change_nothing(name, steps, monkeypatch):
         for field in ("values", "total", "baseline"):
             found, expected = getattr(parts, field), getattr(whole, field)
             assert torch.allclose(found, expected, rtol=0, atol=1e-11, equal_nan=True)
-    monkeypatch.setattr(running, "HELD", 1)
+    monkeypatch.setattr(running, "SENT_AT_ONCE", 1)
     one_by_one = gradient_effects(encoder, batch, places, steps=steps).values
     assert torch.allclose(one_by_one, whole.values, rtol=0, atol=1e-11, equal_nan=True)
 

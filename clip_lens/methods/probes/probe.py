@@ -22,7 +22,7 @@ from clip_lens.data.batch import Batch
 from clip_lens.methods.probes.controls import CONTROLS, control_fit, shuffled, swapped, types_of
 from clip_lens.methods.probes.fit import C, Fit, tell
 from clip_lens.methods.probes.split import Split, split_texts, streams_of
-from clip_lens.methods.probes.used import RANDOM, patched_shares, run_of, steering_of, used_shares
+from clip_lens.methods.probes.used import RANDOM_DIRECTIONS, patched_shares, run_of, steering_of, used_shares
 from clip_lens.methods.statistics import proportion
 from clip_lens.methods.steering import steer
 from clip_lens.model.encoder import HookedTextEncoder
@@ -195,7 +195,7 @@ def _probe_meta(interval: float) -> dict[str, str]:
         "method": f"linear probes: logistic regression with C={C:g} on standardised coordinates; steering with the "
         "difference of the class means",
         "run": "added to the text without negation, removed from the text with it",
-        "controls": f"{CONTROLS} draws of random labels, {RANDOM} random directions",
+        "controls": f"{CONTROLS} draws of random labels, {RANDOM_DIRECTIONS} random directions",
         "interval": f"{interval:g}",
         "scikit-learn": importlib.metadata.version("scikit-learn"),
     }

@@ -18,7 +18,7 @@ from clip_lens.methods.patching import patch_effects
 from clip_lens.methods.probes.split import Split
 from clip_lens.model.encoder import HookedTextEncoder
 
-RANDOM = 5
+RANDOM_DIRECTIONS = 5
 """Random directions that a direction is compared with."""
 NAMES: dict[How, str] = {"add": "added", "remove": "removed"}
 Columns: TypeAlias = dict[str, ndarray]
@@ -60,7 +60,7 @@ def random_share(
 ) -> Float[ndarray, "place_and_side"]:
     """The largest |share| that one of some random directions moves, for each row of the effects' table."""
     shares = []
-    for draw in range(RANDOM):
+    for draw in range(RANDOM_DIRECTIONS):
         source = steered(**steering_of(split, how, _random_like(split, (seed, draw))))
         moved = patch_effects(encoder, run_of(split, how), split.places, source=source)
         shares.append(replace(moved, total=effects.total).fraction()["fraction"].abs())

@@ -161,11 +161,12 @@ def circuit_report(
     title: str | None = None,
     pictures: Pictures = None,
     warnings: Sequence[str] = (),
+    name: str = "",
 ) -> Path:
     """The path of one HTML file on a discovery: `circuit_sections` with a summary and the methods in words.
 
-    `others` are discoveries on the same pairs whose curves are drawn beside; `pictures` and `warnings` are those of
-    `report`.
+    `others` are discoveries on the same pairs whose curves are drawn beside; `pictures`, `warnings` and `name` are
+    those of `report`.
 
     Example:
         >>> from clip_lens.methods.circuits.discover import discover
@@ -185,6 +186,7 @@ def circuit_report(
         pictures=pictures,
         warnings=warnings,
         methods=methods([discovery, *others]),
+        name=name,
     )
 
 

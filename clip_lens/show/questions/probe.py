@@ -11,7 +11,7 @@ from pandas import DataFrame, Series
 
 from clip_lens.methods.probes.probe import probe
 from clip_lens.methods.probes.split import TooFewTexts
-from clip_lens.methods.probes.used import RANDOM
+from clip_lens.methods.probes.used import RANDOM_DIRECTIONS
 from clip_lens.methods.registry import PROBE
 from clip_lens.show.figures.curves import curve
 from clip_lens.show.figures.words import SIDE_NAMES
@@ -38,8 +38,9 @@ READ = (
 USED = (
     "The share of d that moves when the difference of the class means is added to the text without negation, or "
     "removed from the text with it, at the end of text of one layer; beside it the largest size of a share that one of "
-    f"{RANDOM} random directions moves. Above 0, d moves towards what the other text gives; below 0 the other way. "
-    "Where the two sides lie on opposite sides of 0, the direction raises or lowers the score of every image alike."
+    f"{RANDOM_DIRECTIONS} random directions moves. Above 0, d moves towards what the other text gives; below 0 the "
+    "other way. Where the two sides lie on opposite sides of 0, the direction raises or lowers the score of every "
+    "image alike."
 )
 METHODS = (
     (

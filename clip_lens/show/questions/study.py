@@ -26,7 +26,7 @@ from clip_lens.show.questions.heads import LOOK, MOVE
 from clip_lens.show.questions.probe import USE
 from clip_lens.show.questions.where import WHERE
 from clip_lens.show.questions.writes import WRITES
-from clip_lens.show.report.report import report
+from clip_lens.show.report.report import page_in, report
 from clip_lens.show.report.section import Section
 
 QUESTIONS: tuple[Question, ...] = (ACCURACY, WHERE, LOOK, WRITES, MOVE, CONFOUNDS, USE)
@@ -70,7 +70,8 @@ def study(
     the data goes along with the score, and whether the direction of negation is readable and used (method, sections 2
     and 4 to 7). `images` is the bank that labels heads; `any_store=True` takes one of another model. Where no pair is
     in the segment all are traced, and the report says so. Finished results in `out` that fit are reused, so that an
-    interrupted study goes on; others are an error, or replaced with `overwrite`. `say` hears a line per step.
+    interrupted study goes on; others are an error, or replaced with `overwrite`. The page is report.html, or
+    study-SEGMENT.html where that is another page already. `say` hears a line per step.
 
     Raises:
         ValueError: the batch does not run the text without negation (`align(run="affirmative")`), there is no such
@@ -96,9 +97,11 @@ def study(
         hear(f"{question.name} ...")
         sections[question.name] = question.answer(case)
     data = "" if batch.pairs.name == encoder.name else f": {batch.pairs.name}"
+    name = f"study-{case.segment}"
     return report(
         sections,
-        Path(out) / "report.html",
+        page_in(out, name),
+        name=name,
         title=f"How {encoder.full_name} processes negation{data}",
         summary=_summary(sections),
         pictures=pictures,
