@@ -237,7 +237,7 @@ def test_what_is_finished_is_not_computed_again(tower, tmp_path, monkeypatch):
         again = discover(encoder, found, judged, method=method, keep=Keep(tmp_path / method), **how)
         pd.testing.assert_frame_equal(again.summary, done.summary)
         assert Circuit.load(tmp_path / method / f"circuit-{files[method]}.json").jaccard(done.circuit) == 1.0
-        saved = pd.read_csv(tmp_path / method / f"summary-{files[method]}.csv")
+        saved = pd.read_csv(tmp_path / method / f"summary-{files[method]}-exact.csv")
         assert saved["f"].to_numpy() == pytest.approx(done.summary["f"].to_numpy())
     assert Effects.load(tmp_path / "exact" / "scores-exact.parquet").values.equal(first["exact"].scores.values)
     with pytest.raises(AssertionError, match="computed again"):

@@ -195,8 +195,8 @@ def discover(
     those that judge it. The result says which it was, and how many pairs have such a text.
 
     With `keep` results are saved in its folder, under names that say the method, and reused when they are the same:
-    scores-eap.parquet and others, circuit-eap-200.json, summary-eap-200.csv. What does not depend on the method goes to
-    `shared`, by default the same folder.
+    scores-eap.parquet and others, circuit-eap-200.json, summary-eap-200.csv (with `exact`,
+    -exact.csv). What does not depend on the method goes to `shared`, by default the same folder.
 
     Raises:
         ValueError: an unknown method, a number of edges that the encoder does not have, batches that share a pair or
@@ -365,7 +365,8 @@ def _check(encoder: HookedTextEncoder, found: Batch, judged: Batch, finder: Find
 
 def _write(done: Discovery, keep: Keep, file: str) -> None:
     done.circuit.save(circuit_path(keep, file))
-    with written_whole(keep.folder / f"summary-{file}.csv") as temporary:
+    compared = "" if done.exact is None else "-exact"  # its r is in no other
+    with written_whole(keep.folder / f"summary-{file}{compared}.csv") as temporary:
         done.summary.to_csv(temporary, index=False)
 
 

@@ -39,8 +39,8 @@ USED = (
     "The share of d that moves when the difference of the class means is added to the text without negation, or "
     "removed from the text with it, at the end of text of one layer; beside it the largest size of a share that one of "
     f"{RANDOM_DIRECTIONS} random directions moves. Above 0, d moves towards what the other text gives; below 0 the "
-    "other way. Where the two sides lie on opposite sides of 0, the direction raises or lowers the score of every image "
-    "alike."
+    "other way. Where the two sides lie on opposite sides of 0, the direction raises or lowers the score of every "
+    "image alike."
 )
 METHODS = (
     (
