@@ -224,7 +224,7 @@ def _prepared(
 ) -> tuple[Batch, Batch]:
     """The two splits of a pair set, aligned for a model."""
     from clip_lens.data.batch import align
-    from clip_lens.data.pairs import read_pairs
+    from clip_lens.data.read import read_pairs
 
     chosen = read_pairs(_path(config, pairs.file))
     chosen = chosen.rephrased() if pairs.rephrased else chosen
@@ -266,7 +266,7 @@ def discovered(
     """One run, with its report in its folder."""
     from clip_lens.core.keep import Keep
     from clip_lens.methods.circuits.discover import discover
-    from clip_lens.show.questions.circuit_report import circuit_report
+    from clip_lens.show.questions.circuits import circuit_report
 
     done = discover(
         encoder, *splits, method=method, edges=config.edges, steps=config.steps, threshold=config.threshold,
@@ -279,15 +279,15 @@ def discovered(
 
 def _cautions(encoder: HookedTextEncoder, splits: tuple[Batch, Batch]) -> list[str]:
     """What a reader must know of the model and the images before any number."""
-    from clip_lens.show.questions.findings import cautions
+    from clip_lens.show.questions.cautions import cautions
 
     return cautions(encoder, splits[1])
 
 
 def compare(results: Results, out: Path) -> Path:
     """The report and the table over all runs that were done."""
-    from clip_lens.core.store import written_whole
-    from clip_lens.show.questions.circuit_report import comparison, methods, summaries
+    from clip_lens.files import written_whole
+    from clip_lens.show.questions.circuits import comparison, methods, summaries
     from clip_lens.show.report.report import report
 
     with written_whole(out / "summary.csv") as temporary:

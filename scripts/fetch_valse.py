@@ -66,12 +66,12 @@ def fetch(name: str, out: Path, *, base: str = BASE, expected: str | None = None
     found = hashlib.sha256(content).hexdigest()
     if expected and found != expected:
         raise Refused(
-            f"{name} has the sha256 {found}, expected {expected}: the download is damaged or VALSE has changed; "
+            f"{name} has the sha256 {found}, expected {expected}: the download is damaged or the file has changed; "
             "nothing was written. Try again, or give --sha256 of the version that you want"
         )
     if not expected:
         _must_be_json(name, content)
-    _write(out, content)
+    write(out, content)
     known = "as expected" if expected else "not known to this script: note it, and give it as --sha256 next time"
     return f"wrote {out} ({len(content)} bytes), sha256 {found}, {known}"
 
@@ -106,7 +106,8 @@ def _must_be_json(name: str, content: bytes) -> None:
         raise Refused(f"what came for {name} isn't JSON ({error}); check its name") from error
 
 
-def _write(out: Path, content: bytes) -> None:
+def write(out: Path, content: bytes) -> None:
+    """The file, whole or not at all; folders are made."""
     out.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.", suffix=".part")
     try:

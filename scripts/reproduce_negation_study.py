@@ -7,12 +7,22 @@
 
        python scripts/reproduce_negation_study.py --pairs existence.json --pictures visual7w/images --out negation
 
+4. Beside what the authors have published of that model:
+
+       pip install h5py; python scripts/fetch_clip_localisation.py --out clip-localisation
+       python scripts/reproduce_negation_study.py ... --out negation --against clip-localisation
+
+   After the study this computes d, cosines, causal tracing, selectivity and attention by position once more as the
+   paper does, and writes into `--out`: `against.html`, `against.md` and `against.csv` with a verdict for each table,
+   `against-cells.csv` with every number of ours beside theirs.
+
 `--model` and `--pretrained` take any other model of open_clip's. Stopped and started again, it goes on from what is
 finished. It refuses a file of pairs that does not give the 490 rephrased ones (250 with the negation in the caption,
 240 in the foil), and lists pictures that are missing.
 
-This has been run to its end on random weights and made-up image embeddings only; what it gives on OpenAI's weights is
-for you to see.
+This has been run to its end on random weights and made-up image embeddings only, where it says that nothing agrees;
+what it gives on OpenAI's weights is for you to see. What needs no weights does agree: the pairs, their sides and
+tokens, and every figure that follows from the published d.
 """
 
 from __future__ import annotations
@@ -20,6 +30,11 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from negation_published import Published
+    from pandas import DataFrame
 
 COUNTS = {"caption": 250, "foil": 240}
 
@@ -35,19 +50,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pretrained", default="openai")
     parser.add_argument("--out", type=Path, default=Path("negation"))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="the folder of the published results")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="how far a cell may be from theirs and agree")
     given = parser.parse_args(arguments)
     try:
         check(given.pairs)
+        published = known(given.against)
         store = given.images or embedded(given)
+        return study(given, store) or (against(given, store, published) if published else 0)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return study(given, store)
 
 
 def check(pairs: Path) -> None:
     """Refuses pairs that are not the paper's."""
-    from clip_lens.data.pairs import read_pairs
+    from clip_lens.data.read import read_pairs
 
     side = read_pairs(pairs).rephrased().side
     found = {name: side.count(name) for name in COUNTS}
@@ -55,10 +73,19 @@ def check(pairs: Path) -> None:
         raise ValueError(f"{pairs} gives {found} rephrased pairs, VALSE existence {COUNTS}; scripts/fetch_valse.py")
 
 
+def known(folder: Path | None) -> Published | None:
+    """The published results, read before anything is computed."""
+    if folder is None:
+        return None
+    from negation_published import Published
+
+    return Published.read(folder)
+
+
 def embedded(given: argparse.Namespace) -> Path:
     """The store of the pictures that the pairs name, computed if it is not there."""
     from clip_lens.data.embed import embed_images
-    from clip_lens.data.pairs import read_pairs
+    from clip_lens.data.read import read_pairs
 
     ids = sorted(set(read_pairs(given.pairs).rephrased().image))
     missing = [name for name in ids if not (given.pictures / name).is_file()]
@@ -83,6 +110,41 @@ def study(given: argparse.Namespace, store: Path) -> int:
     }  # fmt: skip
     words = [str(word) for option in options.items() for word in option]
     return clip_lens(["study", "--rephrased", *words])
+
+
+def against(given: argparse.Namespace, store: Path, published: Published) -> int:
+    """Writes and says what agrees with the published results; 0, whatever it is."""
+    import negation_published as published_results
+
+    import clip_lens
+
+    encoder = clip_lens.load(given.model, pretrained=given.pretrained, device=given.device)
+    pairs, images = clip_lens.read_pairs(given.pairs).rephrased(), clip_lens.ImageStore.open(store)
+    cells = published_results.compare(encoder, images, pairs, published)
+    found = published_results.verdicts(cells, given.tolerance)
+    said = published_results.summary(found, given.tolerance)
+    write(given.out, f"{encoder.full_name} and the published results", cells, found, said)
+    print("\n".join(["", published_results.markdown(found), *said]))
+    print(f"Every number is in {given.out / 'against-cells.csv'}, the report is {given.out / 'against.html'}.")
+    return 0
+
+
+def write(out: Path, title: str, cells: DataFrame, found: DataFrame, said: list[str]) -> None:
+    """The comparison as a page, as Markdown and as two tables."""
+    from negation_published import markdown, section
+
+    from clip_lens.files import written_whole
+    from clip_lens.show.report.report import report
+
+    texts = {
+        "against.csv": found.to_csv(index=False),
+        "against-cells.csv": cells.to_csv(index=False),
+        "against.md": f"# {title}\n\n{' '.join(said)}\n\n{markdown(found)}",
+    }
+    for name, text in texts.items():
+        with written_whole(out / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    report({"Published results": section(cells, found, said)}, out / "against.html", title=title)
 
 
 if __name__ == "__main__":

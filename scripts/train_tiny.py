@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -40,6 +39,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from clip_lens.data.embed import embed_images
+from clip_lens.files import written_whole
 from clip_lens.tiny import scenes
 from clip_lens.tiny.scenes import ANY, COLOURS, FORMS, FRESH, HELD_OUT, SHAPES, Clause, Scene
 
@@ -586,10 +586,8 @@ def _length(words: str) -> int:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """`write` to a neighbour, then take its place, so that a reader meets the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    neighbour = path.with_name(f".{path.name}.tmp")
-    write(neighbour)
-    neighbour.chmod(0o644)
-    os.replace(neighbour, path)
+    with written_whole(path) as neighbour:
+        write(neighbour)
 
 
 def write_json(path: Path, content: object) -> None:
@@ -619,7 +617,6 @@ def write_images(table: pd.DataFrame, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as pictures:
         scenes.save_pictures(table.scene, pictures)
         embed_images(pictures, model="tiny", out=folder / "images.safetensors", overwrite=True)
-    (folder / "images.safetensors").chmod(0o644)
     shutil.rmtree(folder / "pictures", ignore_errors=True)
     scenes.save_pictures(_shown(table).scene, folder / "pictures")
 

@@ -17,3 +17,14 @@ def shared() -> Path:
         missing = f"no data in {folder}; set CLIP_LENS_SHARED to the folder that has it"
         pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
     return folder
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--count-asserts", action="store_true", help="list tests and examples that check nothing")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--count-asserts"):
+        from counted import Counted
+
+        config.pluginmanager.register(Counted())

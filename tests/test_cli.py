@@ -24,7 +24,7 @@ from clip_lens import (
 from clip_lens.cli.app import main
 from clip_lens.core.effects import Effects
 from clip_lens.data.images import ImageStore
-from clip_lens.data.pairs import read_pairs
+from clip_lens.data.read import read_pairs
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch, few: Path,
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("clip_lens.data.pairs.read_pairs", interrupted)
+    monkeypatch.setattr("clip_lens.data.read.read_pairs", interrupted)
     assert run("info", few) == 130
     assert "goes on" in capsys.readouterr().err
 

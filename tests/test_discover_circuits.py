@@ -48,7 +48,8 @@ def test_every_run_has_a_folder_and_all_runs_a_report(tmp_path, capsys, monkeypa
     assert "2 of 2 runs done, 0 failed" in capsys.readouterr().out
     folder = tmp_path / "found" / "tiny" / "few"
     for method in ("eap", "random"):
-        assert {"circuit.json", "report.html", "summary.csv"} <= {file.name for file in (folder / method).iterdir()}
+        names = {f"circuit-{method}-60.json", "report.html", f"summary-{method}-60.csv"}
+        assert names <= {file.name for file in (folder / method).iterdir()}
     table = pd.read_csv(tmp_path / "found" / "summary.csv")
     assert set(table["run"]) == {"tiny, few"} and set(table["method"]) == {"EAP", "random(0)"}
     page = (tmp_path / "found" / "report.html").read_text(encoding="utf-8")
@@ -56,7 +57,7 @@ def test_every_run_has_a_folder_and_all_runs_a_report(tmp_path, capsys, monkeypa
     encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
     batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder, run="caption")
     done = clip_lens.discover(encoder, *batch.split(), method="eap", edges=60, keep=Keep(folder / "eap"))
-    assert Circuit.load(folder / "eap" / "circuit.json").keep.equal(done.circuit.keep)
+    assert Circuit.load(folder / "eap" / "circuit-eap-60.json").keep.equal(done.circuit.keep)
     own = table[table["method"] == "EAP"].reset_index(drop=True)
     assert own["f"].to_numpy() == pytest.approx(done.summary["f"].to_numpy())
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_lens.data.pairs import read_pairs
+from clip_lens.data.read import read_pairs
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "fetch_valse.py"
 SPEC = importlib.util.spec_from_file_location("fetch_valse", SCRIPT)
@@ -78,7 +78,7 @@ def test_a_corrupted_file_is_not_written(served, shared, tmp_path, capsys):
     (folder / "existence.json").write_bytes(content)
     out = tmp_path / "existence.json"
     code, said = run(capsys, "--out", out, "--base", base)
-    assert code == 1 and "damaged or VALSE has changed" in said and hashlib.sha256(content).hexdigest() in said
+    assert code == 1 and "damaged or the file has changed" in said and hashlib.sha256(content).hexdigest() in said
     assert not out.exists() and [file.name for file in tmp_path.iterdir()] == ["served"]
 
 

@@ -154,7 +154,7 @@ def _job(
     quiet: Quiet = False,
 ) -> Job:
     from clip_lens.data.batch import align
-    from clip_lens.data.pairs import read_pairs
+    from clip_lens.data.read import read_pairs
     from clip_lens.model.load import load
     from clip_lens.tiny.assets import ASSETS
 
@@ -414,7 +414,7 @@ def info(
         for name, value in store.provenance.items():
             _say(f"  {name}: {value}")
     elif path.suffix in (".csv", ".json", ".jsonl"):
-        from clip_lens.data.pairs import read_pairs
+        from clip_lens.data.read import read_pairs
 
         _say(repr(read_pairs(path)))
     else:

@@ -7,6 +7,7 @@ how they came about. Everything else here is a view of these: fractions, interva
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -25,12 +26,24 @@ from clip_lens.core.grid import SLOTS, one_side, pivot
 from clip_lens.core.record import Record, SourceRecord
 from clip_lens.core.slots import gather, instances, positions_of, rows_of
 from clip_lens.core.store import INDEX, plain, read, write
-from clip_lens.core.table import BOUNDS, POINTS, SIDES, Draws, Sample, sides_of, tabulate
+from clip_lens.core.table import (
+    BOUNDS,
+    FEWEST,
+    POINTS,
+    SIDES,
+    Draws,
+    Sample,
+    drawn_fractions,
+    sides_of,
+    tabulate,
+)
 from clip_lens.model.site import Edge, Place, Site, at_slot, index_rows, members, order
 
 PAIRS = ("key", "caption", "foil", "image", "side", "sigma", "d", "segment")
 SEGMENTS = ("incorrect", "ambiguous", "correct")
 LOCALISED = SLOTS[SLOTS.index("negator") :]
+SPREAD = ["kind", "layer", "unit"]
+"""What the places have in common over whose slots a localisation is taken."""
 SHOWN = ("fraction", "lower", "upper", "effect", "effect_lower", "effect_upper", "n", "dropped")
 
 Of = Literal["means", "ratios"]
@@ -303,11 +316,22 @@ class Effects:
             return self.table(**how)
         return self.fraction(**{name: how[name] for name in how if name not in ("interval", "resamples", "seed")})
 
-    def localisation(self, slots: Sequence[str] = LOCALISED, **how: Any) -> DataFrame:
+    def localisation(
+        self,
+        slots: Sequence[str] = LOCALISED,
+        interval: float = 0.95,
+        *,
+        of: Of = "means",
+        floor: float = 0.0,
+        pooled: bool = False,
+        resamples: int = 1000,
+        seed: int = 0,
+    ) -> DataFrame:
         """How unevenly d is spread over the text: per layer and side the standard deviation of the slots' fractions.
 
-        With ddof 0, from `negator` to `eot` (method section 4). Columns: kind, layer, unit, side, localisation, slots
-        (how many have a fraction). `how` goes to `fraction`.
+        With ddof 0, from `negator` to `eot` (method section 4). Columns: kind, layer, unit, side, localisation, lower,
+        upper (the bootstrap of `table`), slots (how many have a fraction). A spread is never below 0: that its interval
+        lies above 0 is no evidence that the slots differ.
 
         Raises:
             ValueError: no place is at one of these slots.
@@ -318,12 +342,17 @@ class Effects:
             2      0  foil           0.5
             3      1  foil           0.2
         """
-        table = self.fraction(**how)
-        table = table[table["slot"].isin(list(slots))]
-        if table.empty:
+        found = self.where(slot=lambda column: column.isin(list(slots)))
+        if not found.places:
             raise ValueError(f"no place is at one of {', '.join(slots)}; positions get names with by_slot(batch)")
-        grouped = table.groupby(["kind", "layer", "unit", "side"], dropna=False, sort=False)["fraction"]
-        spread = grouped.agg(localisation=lambda fractions: fractions.std(ddof=0), slots="count").reset_index()
+        draws, points, parts = Draws(interval, resamples, seed), found.fraction(of, floor, pooled), []
+        for side, table in points.groupby("side", sort=False):
+            drawn = drawn_fractions(found._sample, str(side), of, floor, draws)
+            for name, part in table.reset_index(drop=True).groupby(SPREAD, dropna=False, sort=False):
+                bounds = _spread_bounds(drawn[part.index], interval, int(part["n"].max()))
+                parts.append((*name, side, part["fraction"].std(ddof=0), *bounds, part["fraction"].count()))
+        spread = DataFrame(parts, columns=[*SPREAD, "side", "localisation", "lower", "upper", "slots"])
+        spread = spread.astype({"layer": "Int64", "unit": "Int64"})
         return spread.sort_values(["side", "layer"], kind="stable", ignore_index=True)
 
     def top(self, n: int = 10, by: str = "effect", **how: Any) -> DataFrame:
@@ -381,7 +410,7 @@ class Effects:
             baseline=self.baseline[kept],
             places=tuple(compress(self.places, rows)),
             pairs=self.pairs[columns],
-            record=self.record if columns.all() else _selected(self, filters, int(columns.sum())),
+            record=self.record if columns.all() else _selected(self, filters, columns),
         )
         found.__dict__["index"] = self.index[rows].reset_index(drop=True)
         found._tables.update(self._tables_of(rows, columns))
@@ -452,6 +481,15 @@ def segments(d: Iterable[float] | Float[Tensor, "pair"], thresholds: tuple[float
     if np.isnan(numbers).any():
         raise ValueError(f"d is NaN for {int(np.isnan(numbers).sum())} of {len(numbers)} pairs; they have no segment")
     return [SEGMENTS[int(number >= low) + int(number >= high)] for number in numbers]
+
+
+def _spread_bounds(drawn: Float[np.ndarray, "slot resample"], interval: float, pairs: int) -> tuple[float, float]:
+    """The bounds of the standard deviation of some slots' fractions over resamples."""
+    spread = DataFrame(drawn).std(ddof=0)
+    if pairs < FEWEST or spread.isna().all():
+        return np.nan, np.nan
+    tail = (1 - interval) / 2
+    return float(spread.quantile(tail)), float(spread.quantile(1 - tail))
 
 
 def toy_effects() -> Effects:
@@ -548,12 +586,22 @@ def _matches(column: pd.Series, wanted: Any) -> np.ndarray:
     return np.array([entry in known for entry in plain(column)], dtype=bool)
 
 
-def _selected(effects: Effects, filters: Mapping[str, Any], kept: int) -> Record:
-    """The record with a line more on which pairs were taken, so that a report of a part says that it is one."""
-    words = []
-    for name in filters.keys() - set(INDEX):
+LISTED = 5
+"""Distinct values of a column up to which a selection by it says how many pairs had each."""
+
+
+def _selected(effects: Effects, filters: Mapping[str, Any], kept: np.ndarray) -> Record:
+    """The record with a line more on which pairs were taken, and of how many, so that a report of a part says that it
+    is one."""
+    words, before = [], []
+    pairs = effects.pairs.drop_duplicates("key")
+    for name in sorted(filters.keys() - set(INDEX)):
         wanted = filters[name]
         several = isinstance(wanted, Collection) and not isinstance(wanted, str) and len(wanted) > 3
         words.append(f"{name} filtered" if callable(wanted) or several else f"{name} = {wanted}")
-    line = f"{', '.join(sorted(words))}: {kept} of {len(effects.pairs)}"
+        counts = Counter(map(str, plain(pairs[name])))
+        if not callable(wanted) and len(counts) <= LISTED:
+            before.append(", ".join(f"{count} {value}" for value, count in counts.most_common()))
+    line = f"{', '.join(words)}: {effects.pairs['key'][kept].nunique()} of {len(pairs)}"
+    line += f" ({'; '.join(before)})" if before else ""
     return replace(effects.record, selected=(*effects.record.selected, line))

@@ -1,9 +1,10 @@
 """What a thing is, as a digest of what it holds: two things of one identity compute the same, whatever their names.
 
-A thing says it itself in an attribute `identity`, None = it cannot be told (it is *anonymous*). Tensors, numbers,
-texts, places and collections of these are digested; of a function its code and the functions that it calls. A lambda, a
-closure, a partial, or a function that reads a global which is none of these is anonymous: what it computes may differ
-from one process, or one line, to the next.
+A thing says it itself in an attribute `identity`, None = it cannot be told (it is *anonymous*). Tensors, arrays,
+numbers, texts, places and collections of these are digested; of a function its code and the functions that it calls. A
+lambda, a closure, a partial, or a function that reads a global which is none of these is anonymous: what it computes
+may differ from one process, or one line, to the next. Identities are computed at use, never kept: what is edited in
+place is another thing.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import hashlib
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,15 +39,50 @@ def identity_of(*things: Any) -> str | None:
         >>> identity_of(lambda u, readout: u) is None
         True
     """
+    return _digest(part for thing in things for part in _parts(thing, ()))
+
+
+def identity_of_function(function: Callable[..., Any], holds: Any = None) -> str | None:
+    """A digest of a function and of what it holds; None where something in them is anonymous.
+
+    `holds` is what a lambda, a closure or a partial holds. Without it such a function is anonymous.
+
+    Example:
+        >>> times = lambda x: factor * x
+        >>> identity_of_function(times) is None
+        True
+        >>> identity_of_function(times, holds=2) == identity_of_function(times, holds=3)
+        False
+    """
+    if holds is None:
+        return identity_of(function)
+    return _digest(part for parts in (_held(function), _parts(holds, ())) for part in parts)
+
+
+def _digest(parts: Iterator[bytes]) -> str | None:
     hasher = hashlib.sha256()
     try:
-        for thing in things:
-            for part in _parts(thing, ()):
-                hasher.update(part)
-                hasher.update(b"\0")
+        for part in parts:
+            hasher.update(part)
+            hasher.update(b"\0")
     except _Anonymous:
         return None
     return hasher.hexdigest()[:16]
+
+
+def _held(function: Callable[..., Any]) -> Iterator[bytes]:
+    """The bytes of a function's code, where what it holds is said elsewhere."""
+    if isinstance(function, partial):
+        yield from _held(function.func)
+    elif isinstance(function, types.FunctionType):
+        yield from _named(function, ())
+    elif isinstance(function, types.MethodType):
+        yield from _held(function.__func__)
+    elif isinstance(own := type(function).__call__, types.FunctionType):
+        yield type(function).__qualname__.encode()
+        yield from _held(own)
+    else:
+        yield from _parts(function, ())
 
 
 def _parts(thing: Any, seen: tuple[Any, ...]) -> Iterator[bytes]:
@@ -55,15 +93,19 @@ def _parts(thing: Any, seen: tuple[Any, ...]) -> Iterator[bytes]:
         yield str(thing.identity).encode()
     elif isinstance(thing, Tensor):
         yield f"{thing.dtype}{tuple(thing.shape)}".encode()
-        yield thing.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if thing.numel() else b""
+        yield thing.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    elif isinstance(thing, np.ndarray | np.generic) and not thing.dtype.hasobject:
+        yield f"{thing.dtype}{thing.shape}".encode()
+        yield thing.tobytes()
     elif thing is None or isinstance(thing, str | bytes | int | float | complex | range | slice | torch.dtype):
         yield f"{type(thing).__name__} {thing!r}".encode()
     elif isinstance(thing, Mapping):
+        yield f"mapping of {len(thing)}".encode()
         for key, value in thing.items():
             yield from _parts(key, seen)
             yield from _parts(value, seen)
     elif isinstance(thing, tuple | list | set | frozenset):
-        yield type(thing).__name__.encode()
+        yield f"{type(thing).__name__} of {len(thing)}".encode()
         for part in sorted(thing, key=repr) if isinstance(thing, set | frozenset) else thing:
             yield from _parts(part, seen)
     elif is_dataclass(thing) and not isinstance(thing, type):
@@ -82,6 +124,10 @@ def _of_function(function: types.FunctionType, seen: tuple[Any, ...]) -> Iterato
     """A library's function by its name, one of a user's by its code and what that calls too."""
     if function.__closure__ or function.__code__.co_name == "<lambda>":
         raise _Anonymous
+    yield from _named(function, seen)
+
+
+def _named(function: types.FunctionType, seen: tuple[Any, ...]) -> Iterator[bytes]:
     yield f"{function.__module__}.{function.__qualname__}".encode()
     if function in seen or not _changes(function):
         return

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-import pandas as pd
 import torch
 from pandas import DataFrame
 
 from clip_lens.core.effects import Effects
-from clip_lens.core.record import Record, as_json, of_json
-from clip_lens.core.store import written_whole
+from clip_lens.core.record import Record
+from clip_lens.core.store import read_frame, write_frame
+from clip_lens.files import in_folder
 from clip_lens.model.site import Place
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 PART = 2**18
 """Rows (places x pairs) of a part of a sweep: what an interruption can cost, about a minute on a CLIP-sized tower."""
@@ -88,23 +90,13 @@ class Keep:
         """
         path = self._path(name)
         if path.exists() and not self.overwrite:
-            try:
-                found = pd.read_parquet(path)
-            except (OSError, ValueError) as error:
-                raise ValueError(f"{path} is no whole Parquet file, it may be truncated; remove it: {error}") from error
-            said = found.attrs.get("clip_lens")
-            _refuse_another(path, of_json(json.loads(said)) if said else Record(), wanted)
+            found, there = _read(read_frame, path)
+            _refuse_another(path, there, wanted)
             self.say(f"{path} is there already and fits: reused")
             return found
         made = compute()
-        made.attrs["clip_lens"] = json.dumps(as_json(wanted))
-        return self.save(name, made)
-
-    def save(self, name: str, made: DataFrame) -> DataFrame:
-        """The table itself, written as Parquet under its name."""
-        with written_whole(self._path(name)) as temporary:
-            made.to_parquet(temporary)
-        log.info("%s: %d rows", self._path(name), len(made))
+        write_frame(path, made, wanted)
+        log.info("%s: %d rows", path, len(made))
         return made
 
     def _path(self, name: str) -> Path:
@@ -114,11 +106,19 @@ class Keep:
 
 def _checked(path: Path, wanted: Record, places: Sequence[Place]) -> Effects:
     """The saved result, refused if it is another one than is asked for."""
-    done = Effects.load(path)
+    done = _read(Effects.load, path)
     _refuse_another(path, done.record, wanted)
     if done.places != tuple(places):
         raise ValueError(f"{path} is there, of {len(done.places)} other places than the {len(places)} now. {REMEDY}")
     return done
+
+
+def _read(reader: Callable[[Path], T], path: Path) -> T:
+    """What is there, or why it can't be read and what to do."""
+    try:
+        return reader(path)
+    except ValueError as error:
+        raise ValueError(f"{error}. {REMEDY}") from error
 
 
 REMEDY = "Give another folder, or overwrite it (--overwrite, Keep(..., overwrite=True))"
@@ -150,21 +150,10 @@ def _in_parts(
         part = _part(path, wanted, chosen)
         if part is None:
             part = compute(chosen)
-            _save_part(part, path)
+            in_folder(folder, partial(part.save, path))  # which another run into the same folder may remove
             log.info("%s: places %d to %d of %d", path, start, start + len(chosen) - 1, len(places))
         parts.append(part)
     return joined(parts)
-
-
-def _save_part(part: Effects, path: Path) -> None:
-    """Another run into the same folder removes the parts when it is done: then this one's are made anew."""
-    for _ in range(5):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            return part.save(path)
-        except FileNotFoundError:
-            continue
-    part.save(path)
 
 
 def joined(parts: Sequence[Effects]) -> Effects:

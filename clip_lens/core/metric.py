@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from clip_lens.core.identity import adopt, identity_of
+from clip_lens.core.identity import adopt, identity_of_function
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,24 @@ class Metric:
 
     `oriented`: its sign turns with the side. What it says of a run that is the caption counts against d, and averages
     over pairs of both sides take `sigma * value` (method, section 1), as for the logit. Not oriented is what grows on
-    both sides the more a patch moves, such as the cosine with the other text. `identity` is a digest of what it holds,
-    None where that can't be told: then no kept result is taken for it.
+    both sides the more a patch moves, such as the cosine with the other text. `divergence`: it says how far a row is
+    from the unpatched run, where it is 0 and smallest, so that a change for the better is none. `holds` is what a
+    closure or a partial holds.
+
+    Raises:
+        ValueError: a divergence that is oriented.
     """
 
     function: Function
     oriented: bool
     unit: str = "metric units"
     name: str = ""
-    identity: str | None = None
+    holds: Any = None
+    divergence: bool = False
 
     def __post_init__(self) -> None:
+        if self.divergence and self.oriented:
+            raise ValueError("a divergence grows on both sides the more is moved: give it with oriented=False")
         own = getattr(self.function, "__name__", type(self.function).__name__)
         object.__setattr__(self, "name", self.name or own)
         adopt(self, self.function)
@@ -58,15 +65,29 @@ class Metric:
     def __call__(self, u: Float[Tensor, "row d_embed"], readout: Readout) -> Float[Tensor, "row"]:
         return self.function(u, readout)
 
+    @property
+    def identity(self) -> str | None:
+        """A digest of what it computes and holds, as it is now; None where that can't be told: then no kept result is
+        taken for it."""
+        return identity_of_function(self.function, self.holds)
+
     def __repr__(self) -> str:
         return f"Metric({self.name}, {'' if self.oriented else 'not '}oriented, in {self.unit})"
 
 
 @overload
-def metric(function: Function, *, oriented: bool, unit: str = ..., name: str = ..., holds: Any = ...) -> Metric: ...
+def metric(
+    function: Function, *, oriented: bool, unit: str = ..., name: str = ..., holds: Any = ..., divergence: bool = ...
+) -> Metric: ...
 @overload
 def metric(
-    function: None = None, *, oriented: bool, unit: str = ..., name: str = ..., holds: Any = ...
+    function: None = None,
+    *,
+    oriented: bool,
+    unit: str = ...,
+    name: str = ...,
+    holds: Any = ...,
+    divergence: bool = ...,
 ) -> Callable[[Function], Metric]: ...
 def metric(
     function: Function | None = None,
@@ -75,13 +96,15 @@ def metric(
     unit: str = "metric units",
     name: str = "",
     holds: Any = None,
+    divergence: bool = False,
 ) -> Metric | Callable[[Function], Metric]:
     """A metric of a function `(u, readout) -> one number per row`, by call or as a decorator.
 
     `oriented=True` where its sign turns with the side, as the logit's; False where it grows on both sides the more
     is moved, as the cosine with the other text does (method, section 8). `unit` and `name` stand in tables and pages.
     `holds` is what a closure or a partial holds, such as its tensors: with it kept results are told apart, without it
-    none is taken for such a function.
+    none is taken for such a function. `divergence=True` where it is the distance from the unpatched run, 0 there and
+    larger elsewhere, as `kl` is: then `acdc` minds increases alone.
 
     Example:
         >>> import torch
@@ -92,12 +115,11 @@ def metric(
         Metric(to_the_run, not oriented, in cosine)
     """
     if function is None:
-        return lambda given: metric(given, oriented=oriented, unit=unit, name=name, holds=holds)
+        how: dict[str, Any] = {"unit": unit, "name": name, "holds": holds, "divergence": divergence}
+        return lambda given: metric(given, oriented=oriented, **how)
     if not callable(function):
         raise TypeError(f"a metric is a function (u, readout) -> one number per row. Got {function!r}")
-    own = getattr(function, "__qualname__", type(function).__qualname__)
-    identity = identity_of(function) if holds is None else identity_of(own, holds)
-    return Metric(function, oriented, unit, name, identity)
+    return Metric(function, oriented, unit, name, holds, divergence)
 
 
 def as_metric(given: object) -> Metric:
@@ -113,7 +135,7 @@ def as_metric(given: object) -> Metric:
     if isinstance(given, Metric):
         return given
     if not callable(given):
-        raise TypeError(f"metric={given!r} is no metric; give clip_lens.logit, clip_lens.cosine or one of your own")
+        raise TypeError(f"metric={given!r} is no function; give clip_lens.logit, clip_lens.cosine or one of your own")
     name = getattr(given, "__name__", repr(given))
     raise TypeError(
         f"the metric {name} does not say whether its sign turns with the side, which decides how pairs are averaged; "
@@ -174,4 +196,5 @@ def kl(bank: Float[Tensor, "text d_embed"]) -> Metric:
         )
         return (run.exp() * (run - patched)).sum(-1)
 
-    return metric(divergence, oriented=False, unit="nats", name=f"kl over {len(bank)} texts", holds=("kl", bank))
+    name = f"kl over {len(bank)} texts"
+    return metric(divergence, oriented=False, unit="nats", name=name, holds=bank, divergence=True)

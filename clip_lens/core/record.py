@@ -36,8 +36,8 @@ class Method:
     patching them would do, only reads, or judges circuits. `noun` is what a mean of its values is, `share` what a
     fraction of the total is, `verb` what a share of the whole does at a place. `caption` says what one mark of its
     figure is: `{mark}` (cell, bar, line), `{place}`, `{source}`, `{texts}`, `{slot}` and the record's settings by their
-    names are filled in.
-    `definition` is a heading and the paragraph that defines its numbers. `unit` is given where it isn't the metric's.
+    names are filled in. `definition` is a heading and the paragraph that defines its numbers. `unit` is given where it
+    isn't the metric's.
 
     Example:
         >>> Method("patching", "activation patching").noun
@@ -101,9 +101,9 @@ class Record:
     """What was run on what, by which method.
 
     `weights`, `data_digest` and `batch` are digests: of the text tower's parameters as they were, of the pairs as read,
-    of the tokens, alignment and directions. `source` is None where nothing is patched. `settings` are the method's own.
-    `hooks` names the tower's modules that had hooks of the user's on meanwhile. `selected` says which pairs were taken
-    afterwards, a line for each time.
+    of the tokens, alignment and directions. `tower` says what the tower does with its weights. `source` is None where
+    nothing is patched. `settings` are the method's own. `hooks` names the tower's modules that had hooks of the user's
+    on meanwhile. `selected` says which pairs were taken afterwards, a line for each time.
 
     Example:
         >>> record = Record(Method("toy", "a toy"), model="tiny", pairs=3)
@@ -114,6 +114,7 @@ class Record:
     method: Method = UNKNOWN
     model: str = ""
     weights: str = ""
+    tower: str = ""
     layers: int | None = None
     heads: int | None = None
     scale: float | None = None
@@ -165,8 +166,17 @@ class Record:
     def _identity(self) -> tuple[Any, ...]:
         source = None if self.source is None else (self.source.identity, self.source.swaps)
         metric = (self.metric.identity, self.metric.oriented)
-        decides = (self.weights, self.data_digest, self.batch, self.run, self.scale, self.dtype, self.selected)
-        return self.method.key, metric, source, decides, dict(self.settings), dict(self.versions)
+        where = (
+            self.weights,
+            self.tower,
+            self.dtype,
+            self.scale,
+            self.data_digest,
+            self.batch,
+            self.run,
+            self.selected,
+        )
+        return self.method.key, metric, source, where, dict(self.settings), dict(self.versions)
 
     def differences(self, wanted: Record) -> list[str]:
         """Why a result with this record is not the one that `wanted` asks for: a line for each thing that differs.
@@ -178,7 +188,7 @@ class Record:
         lines = []
         if not (self.reusable and wanted.reusable):
             lines.append("its source or metric is anonymous, or hooks were on: whether it is the same can't be told")
-        for name in ("method", "metric", "source", "weights", "data_digest", "batch", "run", "scale", "dtype",
+        for name in ("method", "metric", "source", "weights", "tower", "dtype", "scale", "data_digest", "batch", "run",
                      "selected", "settings", "versions"):  # fmt: skip
             here, there = (_told(getattr(record, name)) for record in (self, wanted))
             if here != there:
@@ -202,6 +212,7 @@ class Record:
             "dtype": self.dtype,
             "model": self.model,
             "weights": self.weights,
+            "tower": self.tower,
             "layers": _worded(self.layers),
             "heads": _worded(self.heads),
             "data": self.data,
@@ -232,9 +243,10 @@ class Record:
 def _told(value: Any) -> Any:
     """A field as an error tells it."""
     if isinstance(value, Method):
-        return value.title
+        return f"{value.title} ({value.key})"
     if isinstance(value, MetricRecord | SourceRecord):
-        return value.name if value.identity is None else f"{value.name} ({value.identity})"
+        turns = "" if getattr(value, "oriented", True) else ", not oriented"
+        return value.name + turns + ("" if value.identity is None else f" ({value.identity})")
     return dict(value) if isinstance(value, Mapping) else value
 
 

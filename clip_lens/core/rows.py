@@ -20,15 +20,15 @@ from clip_lens.core.address import Addresses
 from clip_lens.core.edges import EdgePatch, differences, sender_hook
 from clip_lens.core.metric import Metric, Readout
 from clip_lens.core.sites import patch_hooks, present, slot_positions
-from clip_lens.core.source import QUERY_BY_KEY, Fetch
+from clip_lens.core.source import Fetch
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import Cache, Hook, HookedTextEncoder
-from clip_lens.model.site import Kind, Site, hook_name
+from clip_lens.model.site import Kind, Site, hook_name, layout_at
 
 READ_ONLY_AT_POOL: tuple[Kind, ...] = ("mid", "attn", "mlp", "head", "q", "pattern", "neuron")
 """Kinds that in the last block matter at the pooled position only: nothing else reads them."""
 
-HELD = 2**26
+SENT_AT_ONCE = 2**26
 """Numbers that the senders of a chunk of pairs may write: 256 MB in float32."""
 
 WORTH_A_FORWARD = 64
@@ -42,6 +42,7 @@ class Chunk:
     encoder: HookedTextEncoder
     addresses: Addresses
     batch: Batch
+    tokens: Int[Tensor, "pair pos"]
     run: Cache
     embedding: Float[Tensor, "pair d_embed"]
     source: Cache
@@ -54,13 +55,13 @@ class Chunk:
 
     @property
     def pooled(self) -> Int[Tensor, "pair"]:
-        return self.encoder.pool(self.batch.tokens)
+        return self.encoder.pool(self.tokens)
 
     def rows(self, pair: Int[Tensor, "row"]) -> Chunk:
-        """The chunk with a line per row, each one of its pairs; a pair may have many rows."""
+        """The chunk with a line per row, each of one of its pairs, which may have many; `batch` stays the pairs'."""
         return replace(
             self,
-            batch=self.batch[pair],
+            tokens=self.tokens[pair],
             run={name: value[pair] for name, value in self.run.items()},
             embedding=self.embedding[pair],
             source={name: value[pair] for name, value in self.source.items()},
@@ -75,9 +76,9 @@ class Chunk:
 
 
 def pairs_at_once(addresses: Addresses, encoder: HookedTextEncoder, batch: Batch, rows: int) -> int:
-    """How many pairs are prepared together: `rows`, or fewer where what all senders write would not fit into `HELD`."""
+    """How many pairs are prepared together: `rows`, or fewer where all that senders write would be too much to hold."""
     written = len(addresses.senders) * batch.tokens.shape[1] * encoder.tower.cfg.d_model
-    return max(1, min(rows, HELD // max(1, written)))
+    return max(1, min(rows, SENT_AT_ONCE // max(1, written)))
 
 
 def prepare(
@@ -113,7 +114,7 @@ def prepare(
     positions = slot_positions(addresses.slots, part)[..., :width]
     embedding = encoder.read(y, encoder.pool(tokens))
     whole = bool(encoder.hooked)
-    return Chunk(encoder, addresses, part, run, embedding, source, change, sends, positions, first, whole)
+    return Chunk(encoder, addresses, part, tokens, run, embedding, source, change, sends, positions, first, whole)
 
 
 def read_other(chunk: Chunk, fetch: Fetch) -> Float[Tensor, "pair d_embed"]:
@@ -127,7 +128,7 @@ def read_other(chunk: Chunk, fetch: Fetch) -> Float[Tensor, "pair d_embed"]:
 
 
 def _cut(name: str, value: Tensor, width: int) -> Tensor:
-    if name.endswith(QUERY_BY_KEY):
+    if layout_at(name).query_by_key:
         return value[:, :, :width, :width]
     return value[:, :width]
 
@@ -136,7 +137,7 @@ def needed(chunk: Chunk) -> tuple[Bool[Tensor, "place pair"], Int[Tensor, "place
     """Whether each place has anything to patch in each pair, and the first position at which that changes something
     (the text's width where it changes nothing)."""
     addresses, width = chunk.addresses, chunk.positions.shape[-1]
-    shape, device = (len(addresses), len(chunk.batch)), chunk.positions.device
+    shape, device = (len(addresses), len(chunk.tokens)), chunk.positions.device
     exists, first = torch.zeros(shape, dtype=torch.uint8, device=device), torch.full(shape, width, device=device)
     every = torch.arange(len(addresses), device=device)
     for entries, has, reader in ((addresses.sites, *_site_readers(chunk)), (addresses.edges, *_edge_readers(chunk))):
@@ -227,7 +228,7 @@ def run_rows(
 
 def _run_whole(chunk: Chunk, place: Int[Tensor, "row"], pair: Int[Tensor, "row"]) -> Float[Tensor, "row d_embed"]:
     """The unit embeddings of rows that run from their tokens on, at every position."""
-    tokens = chunk.encoder.cut(chunk.batch.tokens)[pair]
+    tokens = chunk.tokens[pair]
     y = chunk.encoder.tower.run_with_hooks(tokens, fwd_hooks=list(whole_hooks(chunk, place, pair)))
     return chunk.encoder.read(y, chunk.pooled[pair])
 

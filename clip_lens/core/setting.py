@@ -158,6 +158,7 @@ class Setting:
             method=method,
             model=encoder.full_name,
             weights=encoder.digest,
+            tower=encoder.architecture,
             layers=encoder.n_layers,
             heads=encoder.n_heads,
             scale=float(encoder.scale),

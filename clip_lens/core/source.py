@@ -18,18 +18,17 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from clip_lens.core.identity import adopt, identity_of
+from clip_lens.core.identity import adopt, identity_of_function
 from clip_lens.core.precision import precise
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import Cache, HookedTextEncoder
-from clip_lens.model.site import Kind, Site, hook_name
+from clip_lens.model.site import Kind, Site, hook_name, layout_at
 
 Fetch: TypeAlias = Callable[[Int[Tensor, "pair"], Iterable[str]], Cache]
 Function: TypeAlias = Callable[[HookedTextEncoder, Batch], Fetch]
 
 How = Literal["add", "remove"]
 
-QUERY_BY_KEY = ("hook_pattern", "hook_attn_scores")
 STEERABLE: tuple[Kind, ...] = ("embed", "resid", "mid", "attn", "mlp")
 CHUNK = 256
 """Texts that are run at a time where nothing but one activation of each is kept."""
@@ -39,14 +38,14 @@ CHUNK = 256
 class Source:
     """A function from an encoder and a batch to a `Fetch`, with what it says of itself.
 
-    `identity` is a digest of what it holds, None where that can't be told: then no kept result is taken for it.
+    `holds` is what a closure or a partial holds.
     `swaps`: it gives the other text's own activations, so that the run becomes the other text where everything is
     patched, and effects are shares of what lies between the two.
     """
 
     function: Function
     name: str = ""
-    identity: str | None = None
+    holds: Any = None
     swaps: bool = False
 
     def __post_init__(self) -> None:
@@ -56,6 +55,12 @@ class Source:
 
     def __call__(self, encoder: HookedTextEncoder, batch: Batch) -> Fetch:
         return self.function(encoder, batch)
+
+    @property
+    def identity(self) -> str | None:
+        """A digest of what it computes and holds, as it is now; None where that can't be told: then no kept result is
+        taken for it."""
+        return identity_of_function(self.function, self.holds)
 
     def __repr__(self) -> str:
         return f"Source({self.name})"
@@ -75,8 +80,7 @@ def source(function: Function, *, name: str = "", holds: Any = None, swaps: bool
     """
     if not callable(function):
         raise TypeError(f"a source is a function (encoder, batch) -> fetch. Got {function!r}")
-    identity = identity_of(function) if holds is None else identity_of("source", holds)
-    return Source(function, name, identity, swaps)
+    return Source(function, name, holds, swaps)
 
 
 def as_source(given: object) -> Source:
@@ -92,7 +96,7 @@ def as_source(given: object) -> Source:
     if isinstance(given, Source):
         return given
     if given is resample or given is noise or given is steered:
-        raise TypeError(f"{given.__name__} makes a source: call it, as in resample(0) and noise(1.0)")  # type: ignore[union-attr]
+        raise TypeError(f"{given.__name__} makes a source: call it, as in resample(0) and noise(1.0)")
     if not callable(given):
         raise TypeError(
             f"source={given!r} is no function; give counterpart, zeros, mean, resample(seed), noise(std) ..."
@@ -133,11 +137,11 @@ def _counterpart(encoder: HookedTextEncoder, batch: Batch) -> Fetch:
     return Counterpart(encoder, batch)
 
 
-counterpart = Source(_counterpart, "counterpart", identity_of("counterpart"), swaps=True)
+counterpart = Source(_counterpart, "counterpart", swaps=True)
 
 
 def _realigned(name: str, value: Tensor, origin: Int[Tensor, "pair pos"]) -> Tensor:
-    if name.endswith(QUERY_BY_KEY):
+    if layout_at(name).query_by_key:
         return _realigned_pattern(value, origin)
     origin = torch.where(origin < value.shape[1], origin, -1)
     rows = torch.arange(len(value), device=value.device)[:, None]
@@ -205,7 +209,7 @@ def mean(
         return source(
             lambda encoder, patched: MeanOver(Mean(encoder, whole), patched),
             name=f"mean over {len(whole)} texts of {whole.pairs.name}",
-            holds=("mean", whole.run, whole.tokens, whole.slot, whole.slots),
+            holds=(whole.tokens, whole.length, whole.slot, whole.slots),
         )
     if encoder is None or batch is None:
         raise TypeError("give mean as it is, source=mean, or with the batch to average over: mean(over=batch)")
@@ -222,7 +226,7 @@ class Mean:
 
     def __call__(self, pairs: Int[Tensor, "pair"], names: Iterable[str]) -> Cache:
         names = set(names)
-        if patterns := sorted(name for name in names if name.endswith(QUERY_BY_KEY)):
+        if patterns := sorted(name for name in names if layout_at(name).query_by_key):
             raise ValueError(
                 f"the mean of {', '.join(patterns)} is not defined: texts differ in length; ablate z instead"
             )
@@ -290,7 +294,7 @@ def resample(seed: int = 0) -> Source:
 
         return fetch
 
-    return source(resampled, name=f"resample({seed})", holds=("resample", seed))
+    return source(resampled, name=f"resample({seed})", holds=seed)
 
 
 def _partners(batch: Batch, seed: int) -> Int[Tensor, "pair"]:
@@ -324,16 +328,16 @@ def noise(std: float, seed: int = 0) -> Source:
 
         return fetch
 
-    return source(noisy, name=f"noise({std:g}, seed={seed})", holds=("noise", float(std), seed))
+    return source(noisy, name=f"noise({std:g}, seed={seed})", holds=(float(std), seed))
 
 
 def _noisy(name: str, value: Tensor, batch: Batch, pairs: Int[Tensor, "pair"], std: float, seed: int) -> Tensor:
-    result = value.clone()
+    result, layout = value.clone(), layout_at(name)
     for row, pair in enumerate(pairs.tolist()):
-        length = min(int(batch.length[pair]), value.shape[-2 if name.endswith(QUERY_BY_KEY) else 1])
+        length = min(int(batch.length[pair]), value.shape[layout.pos_axis])
         key = hashlib.sha256(f"{seed}|{batch.pairs.key[pair]}|{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
-        here = (slice(None), slice(length), slice(length)) if name.endswith(QUERY_BY_KEY) else (slice(length),)
+        here = (slice(None), slice(length), slice(length)) if layout.query_by_key else (slice(length),)
         own = value[row][here]
         drawn = torch.randn(own.shape, generator=generator, dtype=torch.float64).to(own)
         result[row][here] = own + std * own.std(correction=0) * drawn
@@ -376,7 +380,7 @@ def steered(
         )
 
     name = f"steered({how} {', '.join(map(str, directions))})"
-    return source(changed, name=name, holds=("steered", how, dict(directions), dict(origin or {})))
+    return source(changed, name=name, holds=(how, dict(directions), dict(origin or {})))
 
 
 @dataclass(frozen=True)
@@ -432,7 +436,7 @@ def _own(encoder: HookedTextEncoder, batch: Batch, pairs: Int[Tensor, "pair"], n
 
 def _resized(name: str, value: Tensor, width: int) -> Tensor:
     """An activation cut or padded with NaN to `width` positions."""
-    if name.endswith(QUERY_BY_KEY):
+    if layout_at(name).query_by_key:
         value = _padded(_padded(value, 3, width).nan_to_num(0.0), 2, width)
         return value
     return _padded(value, 1, width)

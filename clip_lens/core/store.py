@@ -1,15 +1,13 @@
-"""A result in one Parquet file and back; files that appear whole or not at all."""
+"""A result, or a table, in one Parquet file and back."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +19,13 @@ from jaxtyping import Float
 from pandas import DataFrame
 from torch import Tensor
 
-from clip_lens.core.record import as_json, of_json
+from clip_lens.core.record import Record, as_json, of_json
+from clip_lens.files import written_whole
 from clip_lens.model.site import Edge, Outside, Place, Site
 
 FORMAT = 2
+EFFECTS, TABLE, DIGEST = b"clip_lens", b"clip_lens_table", b"clip_lens_digest"
+"""Under which names a file's schema says what it holds, and the digest of that."""
 INDEX = ("place", "kind", "layer", "unit", "slot", "sender", "receiver")
 
 
@@ -39,18 +40,51 @@ def write(path: str | os.PathLike[str], index: DataFrame, fields: Mapping[str, A
     head = pa.Table.from_pandas(index.assign(slot=_column_of_slots(index["slot"])), preserve_index=False)
     names = _column_names(fields["pairs"]["key"])
     columns = [pa.array(np.ascontiguousarray(column), from_pandas=False) for column in numbers.T]
-    note = json.dumps(_note(fields), default=_as_json).encode()
-    metadata = {b"clip_lens": note, b"clip_lens_digest": _digest(note, numbers)}
-    table = pa.table([*head.columns, *columns], names=[*head.column_names, *names]).replace_schema_metadata(metadata)
+    table = pa.table([*head.columns, *columns], names=[*head.column_names, *names])
+    _write(path, table, {}, EFFECTS, _json(_note(fields)), _bytes(numbers))
+
+
+def write_frame(path: str | os.PathLike[str], frame: DataFrame, record: Record) -> None:
+    """Writes a table with the record of what it was made of; `pandas.read_parquet` opens it without this package.
+
+    Raises:
+        TypeError: a record or `frame.attrs` that JSON does not have.
+    """
+    note = _json({"format": FORMAT, "record": as_json(record), "attrs": dict(frame.attrs)})
+    table = pa.Table.from_pandas(frame)
+    _write(path, table, table.schema.metadata, TABLE, note, _text(table))
+
+
+def _write(
+    path: str | os.PathLike[str],
+    table: pa.Table,
+    metadata: Mapping[bytes, bytes],
+    kind: bytes,
+    note: bytes,
+    content: memoryview | bytes,
+) -> None:
+    table = table.replace_schema_metadata({**metadata, kind: note, DIGEST: _digest(note, content)})
     with written_whole(path) as temporary:
         pq.write_table(table, temporary)
 
 
-def _digest(note: bytes, numbers: np.ndarray) -> bytes:
+def _json(note: Mapping[str, Any]) -> bytes:
+    return json.dumps(note, default=_as_json).encode()
+
+
+def _digest(note: bytes, content: memoryview | bytes) -> bytes:
     """What a file's content comes down to: a bit that flipped since it was written is noticed."""
     hasher = hashlib.sha256(note)
-    hasher.update(np.ascontiguousarray(numbers).view(np.uint8).data)
+    hasher.update(content)
     return hasher.hexdigest().encode()
+
+
+def _bytes(numbers: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(numbers).view(np.uint8).data
+
+
+def _text(table: pa.Table) -> bytes:
+    return repr(table.to_pydict()).encode()
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -60,72 +94,118 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: the file is truncated, damaged, not Parquet, not written by `write`, or written by a version that
             did not record what a result must know of itself.
     """
-    note, table = _content(Path(path))
-    pairs = _frame(note["pairs"])
-    dtype = getattr(torch, note["dtype"])
-    columns = [column.to_numpy() for column in table.columns[len(INDEX) :]]
-    stored = np.float64 if dtype == torch.float64 else np.float32
-    numbers = np.array(columns, dtype=stored).T if columns else np.zeros((table.num_rows, 0), stored)
-    metadata = table.schema.metadata
-    if _digest(metadata[b"clip_lens"], numbers) != metadata.get(b"clip_lens_digest"):
-        raise ValueError(f"{path} is damaged: its content is not what was written; compute it again")
-    return {
-        "values": torch.from_numpy(np.ascontiguousarray(numbers)).to(dtype),
-        "total": _tensor(note["total"], dtype),
-        "baseline": _tensor(note["baseline"], dtype),
-        "places": tuple(_place(entry) for entry in note["places"]),
-        "pairs": pairs,
-        "record": of_json(note["record"]),
-    }
+    table = _table(path)
+    told = _told(path, table, EFFECTS, "Effects.save")
+    with _sound(path):
+        columns = [column.to_numpy() for column in table.columns[len(INDEX) :]]
+        stored = columns[0].dtype if columns else np.dtype(np.float32)
+        numbers = np.array(columns, stored).T if columns else np.zeros((table.num_rows, 0), stored)
+    note = _verified(path, table, told, _bytes(numbers))
+    with _understood(path):
+        dtype = getattr(torch, note["dtype"])
+        return {
+            "values": torch.from_numpy(np.ascontiguousarray(numbers)).to(dtype),
+            "total": _tensor(note["total"], dtype),
+            "baseline": _tensor(note["baseline"], dtype),
+            "places": tuple(_place(entry) for entry in note["places"]),
+            "pairs": _frame(note["pairs"]),
+            "record": of_json(note["record"]),
+        }
 
 
-def _content(path: Path) -> tuple[dict[str, Any], pa.Table]:
-    """The note and the table of a file that this version can read."""
+def read_frame(path: str | os.PathLike[str]) -> tuple[DataFrame, Record]:
+    """The table that `write_frame` wrote, and its record.
+
+    Raises:
+        ValueError: the file is truncated, damaged, not Parquet, or not written by `write_frame`.
+    """
+    table = _table(path)
+    told = _told(path, table, TABLE, "Keep.frame")
+    with _sound(path):
+        content = _text(table)
+    note = _verified(path, table, told, content)
+    with _understood(path):
+        frame = table.to_pandas()
+        frame.attrs = note["attrs"]
+        return frame, of_json(note["record"])
+
+
+def is_frame(path: str | os.PathLike[str]) -> bool:
+    """Whether a Parquet file holds a table that `write_frame` wrote.
+
+    Raises:
+        ValueError: the file is truncated or not Parquet.
+    """
+    with _sound(path), pq.ParquetFile(path) as file:
+        return TABLE in (file.schema_arrow.metadata or {})
+
+
+def _table(path: str | os.PathLike[str]) -> pa.Table:
+    # A reader of one file: of a very wide one a dataset's scanner, as in read_table, takes twenty times the memory.
+    with _sound(path), pq.ParquetFile(path) as file:
+        return file.read()
+
+
+@contextmanager
+def _sound(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Whatever a damaged file makes its reader say becomes one error with the file's name."""
     try:
-        # A reader of one file: of a very wide one a dataset's scanner, as in read_table, takes twenty times the memory.
-        with pq.ParquetFile(path) as file:
-            table = file.read()
-    except (pa.ArrowInvalid, OSError) as error:
-        if isinstance(error, FileNotFoundError):
+        yield
+    except OSError as error:
+        if error.errno is not None:  # not there, not allowed: nothing is wrong with the file
             raise
-        raise ValueError(f"{path} is no whole Parquet file, it may be truncated: {error}") from error
-    try:
-        note = json.loads((table.schema.metadata or {}).get(b"clip_lens", b"null"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}; compute it again") from error
-    if isinstance(note, dict) and note.get("format") == 1:
+        raise ValueError(_unsound(path, error)) from error
+    except (pa.ArrowException, ArithmeticError, LookupError, MemoryError, TypeError, ValueError) as error:
+        raise ValueError(_unsound(path, error)) from error
+
+
+def _unsound(path: str | os.PathLike[str], error: Exception) -> str:
+    return f"{path} is no whole Parquet file, it may be truncated or damaged: {error}. Remove it and compute it again"
+
+
+def _told(path: str | os.PathLike[str], table: pa.Table, kind: bytes, writer: str) -> bytes:
+    """What a file says of itself, as bytes; refused where this version did not write it."""
+    metadata = table.schema.metadata or {}
+    if kind in metadata and (DIGEST in metadata or not _of_the_first_format(metadata[kind])):
+        return metadata[kind]
+    if kind in metadata:
         raise ValueError(
             f"{path} was written by clip_lens 0.1, which did not record whether a metric turns with the side nor what "
             "its source held; compute it again (pandas.read_parquet reads its numbers)"
         )
-    if not isinstance(note, dict) or note.get("format") != FORMAT:
-        raise ValueError(f"{path} is a Parquet file, but not one that this version's Effects.save wrote")
-    return note, table
+    raise ValueError(f"{path} is a Parquet file, but not one that {writer} wrote; pandas.read_parquet may read it")
+
+
+def _of_the_first_format(note: bytes) -> bool:
+    try:
+        told = json.loads(note)
+    except ValueError:
+        return False
+    return isinstance(told, dict) and told.get("format") == 1
+
+
+def _verified(
+    path: str | os.PathLike[str], table: pa.Table, note: bytes, content: memoryview | bytes
+) -> dict[str, Any]:
+    """What a file says of itself, once its content is what was written."""
+    if _digest(note, content) != table.schema.metadata.get(DIGEST):
+        raise ValueError(f"{path} is damaged: its content is not what was written. Remove it and compute it again")
+    told = json.loads(note)
+    if told["format"] != FORMAT:
+        raise ValueError(f"{path} is of format {told['format']}, this version reads {FORMAT}; {OTHER_VERSION}")
+    return told
+
+
+OTHER_VERSION = "read it with the version of clip_lens that wrote it, or compute it again"
 
 
 @contextmanager
-def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well, and vanishes when it does not.
-
-    Example:
-        >>> path = getfixture("tmp_path") / "a.txt"
-        >>> with written_whole(path) as temporary:
-        ...     _ = temporary.write_text("all of it")
-        >>> path.read_text()
-        'all of it'
-    """
-    target = Path(path)
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    os.close(descriptor)
-    temporary = Path(name)
+def _understood(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What is sound, but says something that this version does not know, was written by another one."""
     try:
-        yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # mkstemp makes files that only their owner may read
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} was written by another version of clip_lens ({error}); {OTHER_VERSION}") from error
 
 
 def plain(column: pd.Series) -> list[Any]:

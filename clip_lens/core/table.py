@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,19 +88,42 @@ def tabulate(sample: Sample, of: str, floor: float, pooled: bool, draws: Draws |
 
 def _columns(sample: Sample, side: str, of: str, floor: float, draws: Draws | None) -> dict[str, Any]:
     """One side's columns, a chunk of places at a time."""
+    n_keys, parts = _by_chunks(sample, side, of, floor, draws.resamples if draws else 1)
+    counts = draws.counts(side, n_keys) if draws and n_keys else None
+    made = [{**_points(sums, n_keys), **(_bounds(sums, counts, draws) if draws else {})} for sums in parts]
+    names = POINTS + BOUNDS if draws else POINTS
+    return {name: torch.cat([part[name] for part in made]).numpy() for name in names}
+
+
+def drawn_fractions(
+    sample: Sample, side: str, of: str, floor: float, draws: Draws
+) -> Float[np.ndarray, "place resample"]:
+    """The fraction of every place on one side, in each resample of its pairs: those whose quantiles are its interval.
+
+    Example:
+        >>> pairs, one = DataFrame({"key": list("abcde"), "side": "foil"}), torch.ones(5)
+        >>> sample = Sample(DataFrame({"place": ["mlp 0"]}), torch.full((1, 5), 0.5), one, pairs, one)
+        >>> drawn_fractions(sample, "foil", "means", 0.0, Draws(0.95, 3, 0)).tolist()
+        [[0.5, 0.5, 0.5]]
+    """
+    n_keys, parts = _by_chunks(sample, side, of, floor, draws.resamples)
+    counts = draws.counts(side, n_keys)
+    return torch.cat([_estimates(sums, counts)[0] for sums in parts]).numpy()
+
+
+def _by_chunks(sample: Sample, side: str, of: str, floor: float, resamples: int) -> tuple[int, Iterator[_Sums]]:
+    """How many pairs a side has, and what they add up to, a chunk of places at a time: that bounds memory to tens of
+    MB."""
     chosen = sample.pairs if side == "pooled" else sample.pairs[sample.pairs["side"] == side]
     columns = torch.tensor(chosen.index.to_numpy(), dtype=torch.long)
     codes, keys = pd.factorize(chosen["key"])
-    sign = sample.orientation[columns].double()
-    counts = draws.counts(side, len(keys)) if draws and len(keys) else None
-    size = max(1, 2**21 // max(len(columns), draws.resamples if draws else 1))  # bounds memory to tens of MB
-    parts = []
-    for values in sample.values.split(size):
-        signed, total = values[:, columns].double() * sign, sample.total[columns].double() * sign
-        sums = _sums(signed, total, torch.from_numpy(codes), len(keys), of, floor)
-        parts.append({**_points(sums, len(keys)), **(_bounds(sums, counts, draws) if draws else {})})
-    names = POINTS + BOUNDS if draws else POINTS
-    return {name: torch.cat([part[name] for part in parts]).numpy() for name in names}
+    sign, total = sample.orientation[columns].double(), sample.total[columns].double()
+    size = max(1, 2**21 // max(len(columns), resamples))
+    parts = (
+        _sums(values[:, columns].double() * sign, total * sign, torch.from_numpy(codes), len(keys), of, floor)
+        for values in sample.values.split(size)
+    )
+    return len(keys), parts
 
 
 def _sums(
@@ -142,8 +166,8 @@ def _bounds(sums: _Sums, counts: Tensor | None, draws: Draws) -> dict[str, Tenso
 
 def _estimates(sums: _Sums, weights: Float[Tensor, "key resample"]) -> tuple[Tensor, Tensor]:
     """Fraction and mean signed effect, [place, resample], of pairs that count `weights` times."""
-    fraction = _divide(sums.numerator @ weights, _weigh(sums.denominator, weights))
-    return fraction, _divide(sums.effect @ weights, _weigh(sums.entered, weights))
+    fraction = divide(sums.numerator @ weights, _weigh(sums.denominator, weights))
+    return fraction, divide(sums.effect @ weights, _weigh(sums.entered, weights))
 
 
 def _weigh(parts: Tensor, weights: Tensor) -> Tensor:
@@ -151,5 +175,11 @@ def _weigh(parts: Tensor, weights: Tensor) -> Tensor:
     return (parts[:1] if len(parts) and bool((parts == parts[:1]).all()) else parts) @ weights
 
 
-def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The quotient, NaN where nothing is divided by.
+
+    Example:
+        >>> divide(torch.tensor([1.0, 1.0]), torch.tensor([2.0, 0.0]))
+        tensor([0.5000,    nan])
+    """
     return torch.where(denominator == 0, torch.nan, numerator / denominator)

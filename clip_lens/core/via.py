@@ -49,8 +49,7 @@ def via(place: Place, *, source: Source | Function = counterpart, freeze: Sequen
 
     kept = f", {' '.join(freeze)} frozen" if freeze else ""
     # An anonymous source makes this one anonymous too.
-    holds = None if given.identity is None else ("via", place, given.identity, tuple(freeze))
-    return make_source(make, name=f"via({label(place)} from {given.name}{kept})", holds=holds)
+    return make_source(make, name=f"via({label(place)} from {given.name}{kept})", holds=(place, given, tuple(freeze)))
 
 
 def intervened(
@@ -58,7 +57,7 @@ def intervened(
 ) -> Cache:
     """The activations of whole runs, a row each, in which a pair of the chunk is patched at a place; the hooks in
     `frozen` hold what the unpatched run has, which the chunk must have cached. NaN where a pair has nothing there."""
-    tokens = chunk.encoder.cut(chunk.batch.tokens)[pair]
+    tokens = chunk.tokens[pair]
     hooks: list[Hook] = [(name, partial(_held, value=chunk.run[name][pair])) for name in frozen]
     hooks += whole_hooks(chunk, place, pair)
     with chunk.encoder.tower.hooks(fwd_hooks=hooks):

@@ -25,6 +25,7 @@ DETERMINERS = "no|some|an?|any"
 _TENSORS = ("tokens", "other", "origin", "slot", "other_slot", "length", "other_length", "direction", "sigma")
 
 Run = Literal["affirmative", "negated", "caption", "foil"]
+Joint = Literal["same", "other", "unknown"]
 Spans: TypeAlias = Sequence[tuple[int, str | None]]
 SlotFunction: TypeAlias = Callable[[str, str | None], Spans | None]
 """(text, subject phrase if the pairs name one) -> where the slots' characters end, left to right; None: no template."""
@@ -44,7 +45,7 @@ class Encoder(Protocol):
     @property
     def d_embed(self) -> int: ...
     @property
-    def dtype(self) -> torch.dtype: ...
+    def precision(self) -> torch.dtype: ...
     @property
     def device(self) -> torch.device: ...
     @property
@@ -64,7 +65,8 @@ class Batch:
     positions that the tower reads: up to the text's end in a causal one, all in a bidirectional one. `direction` is
     `scale * v_image`: `<u, direction>` is CLIP's logit. `sigma` is +1 where the run is the foil, -1 where it is the
     caption. `dropped` lists the pairs that did not make it, with the reason. `held_out` says of a part that `split`
-    made by what the two were kept apart: "by image" or "by text".
+    made by what the two were kept apart: "by image" or "by text". `joint` says whether the images were embedded by the
+    encoder's own model, another one, or nobody knows by which.
     """
 
     tokens: Int[Tensor, "pair pos"]
@@ -82,6 +84,7 @@ class Batch:
     run: str
     images: str = ""
     held_out: str = ""
+    joint: Joint = "unknown"
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -239,10 +242,7 @@ class Batch:
             >>> batch.digest == batch[[0, 1]].digest != batch.flip().digest
             True
         """
-        held = {name: getattr(self, name) for name in _TENSORS}
-        # `digest` rounds to float32; of a direction in float64 what that drops counts too.
-        rest = self.direction.double() - self.direction.float().double()
-        return digest(held | {"rest of direction": rest, f"slots {self.slots}": torch.empty(0)})
+        return digest({name: getattr(self, name) for name in _TENSORS} | {f"slots {self.slots}": torch.empty(0)})
 
     @property
     def unaligned(self) -> Int[Tensor, "pair"]:
@@ -381,13 +381,25 @@ def align(
     return _batch(
         usable,
         {"caption": captions[~same], "foil": foils[~same]},
-        (encoder.scale * images[usable.image].to(torch.float64)).to(encoder.device, encoder.dtype),
+        (encoder.scale * images[usable.image].to(torch.float64)).to(encoder.device, encoder.precision),
         encoder,
         run,
         slots,
         pd.concat([pairs.dropped, dropped], ignore_index=True),
         repr(images),
+        _joint(images, encoder),
     )
+
+
+def _joint(images: ImageStore, encoder: Encoder) -> Joint:
+    """Whether the images lie in the joint space of the encoder, as far as both sides say."""
+    if images.model is None and not (images.digest and encoder.image_digest):
+        return "unknown"
+    try:
+        images.require(model=encoder.name, pretrained=encoder.pretrained, digest=encoder.image_digest)
+    except ValueError:
+        return "other"
+    return "same"
 
 
 def _unusable(pairs: Pairs, images: ImageStore, encoder: Encoder, run: Run) -> list[str | None]:
@@ -414,6 +426,7 @@ def _batch(
     slots: SlotFunction,
     dropped: pd.DataFrame,
     images: str,
+    joint: Joint,
 ) -> Batch:
     foil_runs = torch.tensor([_runs_foil(run, side) for side in pairs.side], device=direction.device)
     named = {name: _slot_index(getattr(pairs, name), tokens, pairs, encoder, slots) for name, tokens in texts.items()}
@@ -435,6 +448,7 @@ def _batch(
         dropped=dropped,
         run=run,
         images=images,
+        joint=joint,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -10,16 +11,19 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from clip_lens.data.images import Failures, ImageStore, PathLike, label, some, unit, versions, where
+from clip_lens.data.images import Failures, ImageStore, PathLike, label, unit, versions, where
+from clip_lens.files import in_folder
+from clip_lens.originals.original import Original, digest
 from clip_lens.progress import progress_bar
+from clip_lens.words import some
 
 EXTENSIONS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 BATCHES_PER_CHUNK = 8
@@ -28,8 +32,11 @@ BATCHES_PER_CHUNK = 8
 def embed_images(
     paths: PathLike | Iterable[PathLike],
     *,
-    model: PathLike = "tiny",
+    model: PathLike | nn.Module = "tiny",
     pretrained: str | None = None,
+    like: str | None = None,
+    quick_gelu: bool | None = None,
+    preprocess: Callable[[Any], Tensor] | None = None,
     out: PathLike,
     batch_size: int = 64,
     device: str = "cpu",
@@ -38,14 +45,16 @@ def embed_images(
 ) -> ImageStore:
     """The store `out` with the embeddings of a folder of images and its subfolders, of one image, or of a list of them.
 
-    `model` and `pretrained` are open_clip's, or "tiny", or `model` is a folder that transformers saved. Pictures go
-    through the model's own preprocessing as `preprocess(PIL.Image.open(file))` does it: to RGB, EXIF orientation not
-    applied. An id is the path below the folder; for listed files, below the folder that they have in common. Images
-    that can't be read are listed in `failed` and in one warning.
+    `model` and `pretrained` are open_clip's, or "tiny", or `model` is a folder that transformers saved, or a module in
+    memory, which is copied. `like` and `quick_gelu` say how a checkpoint's file was trained, as in `load`; a guess is
+    warned of. Pictures go through the model's own preprocessing, or through `preprocess`, which a module in memory may
+    need, as `preprocess(PIL.Image.open(file))` does it: to RGB, EXIF orientation not applied. An id is the path below
+    the folder; for listed files, below the folder that they have in common. Images that can't be read are listed in
+    `failed` and in one warning.
 
     A run that is interrupted resumes: what is done lies in `<out>.partial` until all is. A finished `out` of the same
-    model is extended; its images are not computed again unless their files changed. An `out` of another model is
-    refused; `overwrite=True` replaces it.
+    model is extended, also one that another run finishes meanwhile; its images are not computed again unless their
+    files changed. An `out` of another model is refused; `overwrite=True` replaces it.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -64,8 +73,12 @@ def embed_images(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     images, out = _find(paths), Path(out)
-    finished = None if overwrite or not out.exists() else ImageStore.open(out)
-    tower = _image_tower(os.fspath(model), pretrained, device)
+    finished = _finished(out, overwrite)
+    _refuse_device(device)
+    original = _opened(model, preprocess, pretrained=pretrained, like=like, quick_gelu=quick_gelu)
+    for doubt in (*original.doubts, *original.image_doubts):
+        warnings.warn(doubt, stacklevel=2)
+    tower = _image_tower(original, device)
     if finished:
         _same_maker(finished, tower, out)
     partial = _Partial(out.with_name(f"{out.name}.partial"))
@@ -77,12 +90,19 @@ def embed_images(
     chunked = {name: chunk for chunk in chunks for name in _unchanged(chunk, images)}
     batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
     failed = _compute(batches, chunked, images, tower, partial, progress)
-    store = _merged(finished, kept, chunked, images, failed, tower)
-    del kept, chunked, chunks, finished  # an open file can't be replaced everywhere
+    if latest := _finished(out, overwrite):  # another run may have been done meanwhile
+        _same_maker(latest, tower, out)
+        kept = {name: latest for name in latest.ids if name not in images} | kept
+    store = _merged(latest, kept, chunked, images, failed, tower)
+    del kept, chunked, chunks, finished, latest  # an open file can't be replaced everywhere
     store.save(out)
     partial.remove()
     _warn(failed, len(images))
     return ImageStore.open(out)
+
+
+def _finished(out: Path, overwrite: bool) -> ImageStore | None:
+    return None if overwrite or not out.exists() else ImageStore.open(out)
 
 
 @dataclass(frozen=True)
@@ -121,21 +141,38 @@ class _ImageTower:
             return "", _why(error)
 
 
-def _image_tower(model: str, pretrained: str | None, device: str) -> _ImageTower:
-    from clip_lens.originals.open_clip import digest, open_original
+def _opened(model: PathLike | nn.Module, preprocess: Callable[[Any], Tensor] | None, **of_name: Any) -> Original:
+    from clip_lens.originals.open_clip import open_module, open_original
 
+    if isinstance(model, nn.Module):
+        if any(value is not None for value in of_name.values()):
+            raise ValueError(f"a module in memory has its weights with it; {', '.join(of_name)} go with a model's name")
+        original = open_module(model, preprocess=preprocess)
+        half = any(part.dtype in (torch.float16, torch.bfloat16) for part in model.parameters())
+        copied = copy.deepcopy(original.module)
+        return replace(original, module=copied.float() if half else copied)
+    original = open_original(os.fspath(model), with_tokenizer=False, **of_name)
+    return original if preprocess is None else replace(original, preprocess=preprocess)
+
+
+def _refuse_device(device: str) -> None:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"device={device!r} can't be used here ({reason}); give 'cpu', or 'cuda' on a GPU") from error
-    original = open_original(model, pretrained=pretrained, with_tokenizer=False)
-    module: Any = original.module.to(device).eval()
-    if module.visual is None or original.preprocess is None:
-        lacking = "image tower" if module.visual is None else "preprocessing for images"
-        raise ValueError(f"{model} has no {lacking}; give a model that has, by open_clip's name or as a folder")
+
+
+def _image_tower(original: Original, device: str) -> _ImageTower:
+    name, module = original.name, cast(Any, original.module.eval())
+    if getattr(module, "visual", None) is None:
+        raise ValueError(f"{name} has no image tower; give a model that has, by open_clip's name or as a folder")
+    if original.preprocess is None:
+        raise ValueError(f"{name} has no preprocessing for images; give preprocess=, a function of a picture")
+    module.to(device)
+    dtype = next(module.visual.parameters()).dtype
     provenance = {
-        "model": original.name,
+        "model": name,
         "digest": digest(module.visual.state_dict()),
         # The address of a function in a repr would differ from run to run.
         "preprocessing": re.sub(r" at 0x[0-9a-f]+", "", str(original.preprocess)),
@@ -144,7 +181,7 @@ def _image_tower(model: str, pretrained: str | None, device: str) -> _ImageTower
     }
     if original.pretrained is not None:
         provenance["pretrained"] = str(original.pretrained)
-    return _ImageTower(module.encode_image, original.preprocess, device, provenance)
+    return _ImageTower(lambda pixels: module.encode_image(pixels.to(dtype)), original.preprocess, device, provenance)
 
 
 @dataclass(frozen=True)
@@ -157,9 +194,12 @@ class _Partial:
         """What earlier runs of the same model left here; another model's is refused, or removed by `overwrite`."""
         chunks = []
         for file in sorted(self.folder.glob("*.safetensors")):
-            chunk = ImageStore.open(file)
+            try:
+                chunk = ImageStore.open(file)
+            except FileNotFoundError:  # another run is done with it
+                continue
             if overwrite and not _made_by(chunk, tower):
-                file.unlink()
+                file.unlink(missing_ok=True)
                 continue
             _same_maker(chunk, tower, self.folder)
             chunks.append(chunk)
@@ -171,7 +211,8 @@ class _Partial:
         if not filled:
             return None
         chunk = _joined({name: store for store in filled for name in store.ids}, filled[0].provenance)
-        chunk.save(self.folder / f"{_fingerprint(json.dumps(chunk.ids).encode())}.safetensors")
+        file = self.folder / f"{_fingerprint(json.dumps(chunk.ids).encode())}.safetensors"
+        in_folder(self.folder, lambda: chunk.save(file))
         return chunk
 
     def remove(self) -> None:

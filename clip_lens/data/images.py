@@ -1,39 +1,29 @@
-"""ImageStore: unit image embeddings on disk, computed once, with what says where they come from.
-
-A store is one safetensors file: the tensor `embeddings` [image, d_embed] in float32, and as metadata the ids (json),
-the model, its pretrained tag, the digest of the image tower's weights, the preprocessing, library versions (json),
-what failed (json), and a digest of each image file's bytes (json).
-"""
+"""ImageStore: unit image embeddings on disk, computed once, with what says where they come from."""
 
 from __future__ import annotations
 
 import difflib
 import html
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from itertools import islice, pairwise
-from pathlib import Path
+from itertools import islice
+from pathlib import Path, PurePath, PurePosixPath
 from types import MappingProxyType
-from typing import Any
 
 import torch
-from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from clip_lens.data.image_file import ROWS_AT_ONCE, Failures, PathLike, Stored, checks_of, read, write
 from clip_lens.tiny.assets import ASSETS
-
-FORMAT = "clip_lens.images/1"
+from clip_lens.words import some
 
 TINY = ASSETS / "images.safetensors"
-
-_LABELS = ("model", "pretrained", "digest", "preprocessing", "versions", "origin")
-Failures = Sequence[tuple[str, str]]
-PathLike = str | os.PathLike[str]
+UNIT_WITHIN = 1e-3
+"""How far an embedding's norm may be from 1."""
 
 
 class UnknownImage(KeyError):
@@ -60,30 +50,32 @@ class ImageStore:
     def __init__(
         self,
         ids: Sequence[str],
-        rows: Any,
+        rows: Float[Tensor, "image d_embed"],
         provenance: Mapping[str, str],
         failed: Failures = (),
         contents: Sequence[str] = (),
-    ) -> None:
-        """For `open`, `from_tensors` and `embed_images`: `rows` is a tensor or a slice of a file, already unit rows.
+        *,
+        file: Path | None = None,
+        checks: UInt8[Tensor, "image 4"] | None = None,
+    ):
+        """`open`, `from_tensors` and `embed_images` make stores; this takes unit rows.
 
-        `contents` are digests of the image files' bytes, empty where they are not known.
+        `contents` are digests of the image files' bytes, empty where they are not known. `file` is where the rows lie,
+        and `checks` what they must give.
         """
         self.ids = tuple(ids)
         self.failed = tuple((name, reason) for name, reason in failed)
         self.provenance: Mapping[str, str] = MappingProxyType(dict(provenance))
-        self._rows = rows
-        self._shape = tuple(rows.shape if isinstance(rows, Tensor) else rows.get_shape())
-        self._position = {name: position for position, name in enumerate(self.ids)}
-        self.contents = dict(zip(self.ids, contents, strict=True)) if contents else {}
+        self._position = _positions(self.ids)
+        self._rows, self._contents, self._file, self._checks = rows, contents, file, checks
 
     @classmethod
     def open(cls, path: PathLike = "tiny") -> ImageStore:
-        """The store in a file; "tiny" is the embedded one. Embeddings are read when they are asked for.
+        """The store in a file; "tiny" is the embedded one. Embeddings are read, and checked, when they are asked for.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is truncated, or no store of images, or of a later version of the format.
+            ValueError: the file is truncated or damaged, or no store of images, or of a later version of the format.
 
         Example:
             >>> ImageStore.open("tiny").model
@@ -95,13 +87,11 @@ class ImageStore:
             raise FileNotFoundError(
                 f"{file} {what}; make a store with embed_images(FOLDER, model=..., out=FILE) or clip-lens embed"
             )
+        stored = read(file)
         try:
-            handle = safe_open(file, "pt")
-        except SafetensorError as error:
-            raise ValueError(
-                f"{file} can't be read: truncated, or not a safetensors file ({error}); embed the images again"
-            ) from error
-        return _from_file(file, handle)
+            return cls(**vars(stored), file=file)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file} is damaged: {error}; embed the images again") from error
 
     @classmethod
     def from_tensors(
@@ -128,23 +118,30 @@ class ImageStore:
             >>> ImageStore.from_tensors(["a.png"], torch.ones(1, 4), model="ViT-B-32", pretrained="openai")
             ImageStore(1 image, d_embed 4, ViT-B-32 (openai))
         """
-        rows = torch.as_tensor(embeddings).detach().cpu()
-        ids = _checked_ids(ids, tuple(rows.shape))
-        _refuse(ids, ~rows.isfinite().all(1), "NaN or infinite values", "leave these images out")
-        rows = rows if rows.dtype == torch.float64 else rows.float()
-        norms = torch.linalg.vector_norm(rows.double(), dim=1)
+        given = torch.as_tensor(embeddings).detach()
+        ids = _checked_ids(ids, tuple(given.shape))
+        rows = torch.empty(given.shape, dtype=torch.promote_types(given.dtype, torch.float32))
+        norms = torch.empty(len(ids), dtype=torch.float64)
+        for start in range(0, len(ids), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            exact = given[part].to(norms)
+            norms[part] = torch.linalg.vector_norm(exact, dim=1)
+            rows[part] = exact / norms[part, None] if normalize else exact
+        _refuse(ids, ~norms.isfinite(), "NaN or infinite values", "leave these images out")
         _refuse(ids, norms == 0, "only zeros", "a zero vector has no direction, leave these images out")
         if not normalize:
-            _refuse(ids, (norms - 1).abs() > 1e-3, "a norm other than 1", "give unit rows, or leave normalize=True")
+            _refuse(
+                ids, (norms - 1).abs() > UNIT_WITHIN, "a norm other than 1", "give unit rows, or leave normalize=True"
+            )
         known = {"model": model, "pretrained": pretrained, "digest": digest, "preprocessing": preprocessing or None}
         provenance = {name: value for name, value in known.items() if value is not None}
         provenance |= {"versions": versions("clip_lens", "torch"), "origin": "given as tensors, computed elsewhere"}
-        return cls(ids, unit(rows) if normalize else rows, provenance)
+        return cls(ids, rows, provenance)
 
     @property
     def d_embed(self) -> int:
         """The width of the joint space."""
-        return self._shape[1]
+        return self._rows.shape[1]
 
     @property
     def model(self) -> str | None:
@@ -161,6 +158,11 @@ class ImageStore:
         """The digest of the image tower's weights, None = not known."""
         return self.provenance.get("digest")
 
+    @cached_property
+    def contents(self) -> Mapping[str, str]:
+        """The digests of the image files' bytes by id, empty where none is known."""
+        return dict(zip(self.ids, self._contents, strict=True)) if self._contents else {}
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -176,6 +178,7 @@ class ImageStore:
         Raises:
             UnknownImage: (a KeyError) ids that the store doesn't have, with what they may have meant.
             TypeError: a single id instead of a sequence of them.
+            ValueError: embeddings in the file are damaged: not what was written, not finite, or no unit vectors.
 
         Example:
             >>> store = ImageStore.open("tiny")
@@ -188,8 +191,35 @@ class ImageStore:
         missing = [name for name in dict.fromkeys(wanted) if name not in self._position]
         if missing:
             raise UnknownImage(_missing(self, missing))
-        positions = torch.tensor([self._position[name] for name in wanted], dtype=torch.long)
-        return self._rows[positions] if isinstance(self._rows, Tensor) else _read(self._rows, positions, self.d_embed)
+        return self._sound(torch.tensor([self._position[name] for name in wanted], dtype=torch.long))
+
+    def verify(self) -> None:
+        """Nothing, if every embedding is what was written; a file's embeddings are otherwise checked as they are read.
+
+        A file of the first format says nothing about what was written: its embeddings must be finite unit vectors.
+
+        Raises:
+            ValueError: embeddings are damaged; the message names the images.
+
+        Example:
+            >>> ImageStore.open("tiny").verify()
+        """
+        if self._file is not None:
+            for part in torch.arange(len(self)).split(ROWS_AT_ONCE):
+                self._sound(part)
+
+    def _sound(self, positions: Int[Tensor, "image"]) -> Float[Tensor, "image d_embed"]:
+        """The embeddings at these positions."""
+        rows = self._rows[positions]
+        if self._file is None:
+            return rows  # they were checked when the store was made
+        ids = [self.ids[position] for position in positions.tolist()]
+        norms = torch.linalg.vector_norm(rows.double(), dim=1)
+        wrong = ~((norms - 1).abs() <= UNIT_WITHIN)
+        if self._checks is not None:
+            wrong |= (checks_of(rows, ids) != self._checks[positions]).any(1)
+        _refuse(ids, wrong, f"other values in {self._file} than were written", "embed these images again")
+        return rows
 
     def require(
         self,
@@ -237,22 +267,8 @@ class ImageStore:
             ...     ImageStore.open(folder + "/images.safetensors").ids
             ('a.png',)
         """
-        file = Path(path)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        metadata = dict(self.provenance) | {
-            "format": FORMAT,
-            "ids": json.dumps(self.ids),
-            "failed": json.dumps(self.failed),
-            "contents": json.dumps([self.contents.get(name, "") for name in self.ids]),
-        }
-        rows = self[self.ids].float().contiguous()
-        # In the same folder, since a rename is atomic only within one file system.
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        try:
-            save_file({"embeddings": rows}, temporary, metadata=metadata)
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        self.verify()  # what was damaged must not be given new checks
+        write(path, Stored(self.ids, self._rows, self.provenance, self.failed, self._contents, self._checks))
 
     def __repr__(self) -> str:
         lost = f", {len(self.failed)} failed" if self.failed else ""
@@ -265,46 +281,15 @@ class ImageStore:
         return f"<p>{html.escape(repr(self))}</p><table>{rows}</table>"
 
 
-def _from_file(file: Path, handle: Any) -> ImageStore:
-    metadata = handle.metadata() or {}
-    form = metadata.get("format", "")
-    if form != FORMAT:
-        if form.startswith(FORMAT.rpartition("/")[0]):
-            raise ValueError(f"{file} has the format {form}, this version reads {FORMAT}; upgrade clip_lens")
-        raise ValueError(
-            f"{file} is a safetensors file but no store of images (format {form or 'not given'!r}, not {FORMAT!r}); "
-            "for embeddings from elsewhere use ImageStore.from_tensors(ids, embeddings).save(FILE)"
-        )
-    try:
-        ids, failed, contents = (json.loads(metadata.get(name, "[]")) for name in ("ids", "failed", "contents"))
-        rows = handle.get_slice("embeddings")
-        shape, kind = tuple(rows.get_shape()), rows.get_dtype()
-        if len(shape) != 2 or shape[0] != len(ids) or kind != "F32":
-            raise ValueError(f"{len(ids)} ids and embeddings of shape {shape}, {kind}")
-        provenance = {name: metadata[name] for name in _LABELS if name in metadata}
-        return ImageStore(ids, rows, provenance, failed, contents)
-    except (ValueError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{file} is damaged: {error}; embed the images again") from error
-
-
-def _read(rows: Any, positions: Tensor, d_embed: int) -> Tensor:
-    """Rows of a file, which gives slices only: every run of neighbours is read once."""
-    distinct, inverse = positions.unique(return_inverse=True)
-    if not len(distinct):
-        return torch.empty(0, d_embed)
-    starts = [0, *(torch.nonzero(distinct.diff() != 1)[:, 0] + 1).tolist(), len(distinct)]
-    runs = [rows[int(distinct[start]) : int(distinct[stop - 1]) + 1] for start, stop in pairwise(starts)]
-    return torch.cat(runs)[inverse]
-
-
 def unit(rows: Tensor) -> Tensor:
-    """Rows of norm 1, divided in float64.
+    """Rows of norm 1, divided in float64; a zero row becomes NaN.
 
     Example:
         >>> unit(torch.tensor([[3.0, 4.0]]))
         tensor([[0.6000, 0.8000]])
     """
-    return torch.nn.functional.normalize(rows.double(), dim=1).to(rows.dtype)
+    exact = rows.double()
+    return (exact / torch.linalg.vector_norm(exact, dim=1, keepdim=True)).to(rows.dtype)
 
 
 def _checked_ids(ids: Sequence[str], shape: tuple[int, ...]) -> list[str]:
@@ -315,13 +300,21 @@ def _checked_ids(ids: Sequence[str], shape: tuple[int, ...]) -> list[str]:
         raise ValueError(
             f"embeddings must have the shape [image, d_embed] with a row per id, got {shape} and {len(names)} ids"
         )
-    foreign = [name for name in names if not isinstance(name, str)]
-    if foreign:
-        raise ValueError(f"ids must be texts, got {some([repr(name) for name in foreign])}; use str(id)")
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
-        raise ValueError(f"{len(repeated)} ids repeat: {some(repeated)}; every image needs an id of its own")
     return names
+
+
+def _positions(ids: Sequence[str]) -> dict[str, int]:
+    """The row of each id."""
+    foreign = [name for name in ids if not isinstance(name, str)]
+    if foreign:
+        raise ValueError(f"ids must be texts, got {some(foreign, quote=True)}; use str(id)")
+    position = {name: row for row, name in enumerate(ids)}
+    if len(position) < len(ids):
+        repeated = [name for name, count in Counter(ids).items() if count > 1]
+        raise ValueError(f"{len(repeated)} ids repeat: {some(repeated)}; every image needs an id of its own")
+    if any("\0" in name for name in ids):
+        raise ValueError("ids can't contain the character NUL, which stands between them in a file; leave it out")
+    return position
 
 
 def where(mask: Tensor, names: Sequence[str]) -> list[str]:
@@ -351,11 +344,13 @@ def _missing(store: ImageStore, missing: Sequence[str]) -> str:
 
 def _near(ids: Sequence[str], names: Sequence[str]) -> dict[str, list[str]]:
     """For each name the ids with the same stem in any folder, else the ones that are spelt alike."""
-    stems: dict[str, list[str]] = {}
-    for known in ids:
-        stems.setdefault(Path(known).stem.lower(), []).append(known)
-    few = list(islice(ids, 2000))  # difflib is slow, and this is a hint
-    return {name: stems.get(Path(name).stem.lower()) or difflib.get_close_matches(name, few) for name in names}
+    few = {known.lower(): known for known in islice(ids, 2000)}  # difflib is slow, and this is a hint
+    found = {}
+    for name in names:
+        stem = PurePath(name).stem
+        same = [known for known in ids if stem in known and PurePosixPath(known).stem == stem]
+        found[name] = same or [few[close] for close in difflib.get_close_matches(name.lower(), few)]
+    return found
 
 
 def label(model: str | None, pretrained: str | None) -> str:
@@ -388,13 +383,3 @@ def versions(*packages: str) -> str:
         except PackageNotFoundError:
             found[package] = "not installed"
     return json.dumps(found)
-
-
-def some(names: Sequence[str], most: int = 5) -> str:
-    """The first few names, and how many more there are.
-
-    Example:
-        >>> some(["a", "b", "c"], 2)
-        'a, b and 1 more'
-    """
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

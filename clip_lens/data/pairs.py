@@ -6,29 +6,27 @@ listed with its key and a reason in `Pairs.dropped`.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import html
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from clip_lens.data.groups import SplitBy, first_part
-from clip_lens.tiny.assets import ASSETS
+from clip_lens.words import close, some
 
 NEGATORS = ("no", "not", "without", "n't", "never", "none", "nobody", "nothing")
 
-TINY = ASSETS / "pairs.csv"
 SIDES = ("caption", "foil", "none")
 TEXTS = ("caption", "foil", "image")
-VALSE_VOTES = 2  # of three annotators; Parcalabescu et al. 2022, section 4.4
+OWN = ("key", *TEXTS, "side", "sigma", "d", "segment", "unaligned")
+"""Columns that results on the pairs have of their own."""
+
 VALSE_SIDES = {"zero_to_something": "caption", "something_to_zero": "foil"}
 
 _NEGATOR = re.compile(r"\b(?:no|not|without|never|none|nobody|nothing)\b|n't\b", re.IGNORECASE)
@@ -50,8 +48,8 @@ class Pairs:
     on the way here; what a caller asked to leave out, by an index, `where` or `split`, is not a loss.
 
     Raises:
-        ValueError: the columns differ in length, keys repeat, a column of `info` has a reserved name (key, caption,
-            foil, image, side), or its column `negation` says something else than caption, foil or none.
+        ValueError: the columns differ in length, keys or columns repeat, a column of `info` is named like one that
+            results have (`OWN`), or its column `negation` says something else than caption, foil or none.
 
     Example:
         >>> pairs = Pairs(["a"], ["There are no cats."], ["There are some cats."], ["1.jpg"])
@@ -75,9 +73,13 @@ class Pairs:
         lengths = {name: len(getattr(self, name)) for name in ("key", *TEXTS, "info")}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"key, caption, foil, image and info must have one entry per pair, got {lengths}")
-        reserved = {"key", *TEXTS, "side"} & set(info.columns)
-        if reserved:
-            raise ValueError(f"info can't have columns named {sorted(reserved)}: pairs have their own; rename them")
+        taken = [name for name in OWN if name in info]
+        if taken:
+            raise ValueError(
+                f"{self.name} can't have further columns named {', '.join(taken)}: results have their own by these "
+                "names; rename them, or leave them out"
+            )
+        refuse_repeated_columns(list(info.columns), self.name)
         _unique_keys(self.key, self.name)
         _negation(self)
 
@@ -86,11 +88,11 @@ class Pairs:
         """The pairs of a DataFrame with columns caption, foil, image, read by the rules of `read_pairs`.
 
         Example:
-            >>> read = Pairs.from_frame(read_pairs("tiny").to_frame().head(3))
+            >>> read = Pairs.from_frame(clip_lens.read_pairs("tiny").to_frame().head(3))
             >>> len(read)
             3
         """
-        return _pairs(frame.reset_index(drop=True), name, [])
+        return pairs_of(frame.reset_index(drop=True), name, [])
 
     def __len__(self) -> int:
         return len(self.key)
@@ -115,14 +117,14 @@ class Pairs:
             IndexError: an index is out of range, or a mask has another length than the pairs.
 
         Example:
-            >>> len(read_pairs("tiny")[:10])
+            >>> len(clip_lens.read_pairs("tiny")[:10])
             10
         """
         rows = _rows(index, len(self))
         columns = {name: [getattr(self, name)[row] for row in rows] for name in ("key", *TEXTS)}
         return Pairs(**columns, info=self.info.iloc[rows], name=self.name, dropped=self.dropped)
 
-    @cached_property
+    @property
     def side(self) -> tuple[str, ...]:
         """Where the negation stands in each pair: "caption", "foil" or "none".
 
@@ -138,7 +140,7 @@ class Pairs:
             for origin, caption, foil in zip(provenance, self.caption, self.foil, strict=True)
         )
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """16 hexadecimal digits of a sha256 over the pairs and their info: the same content gives the same digest."""
         texts = json.dumps([self.key, self.caption, self.foil, self.image])
@@ -148,7 +150,7 @@ class Pairs:
         """A DataFrame with a row per pair: key, caption, foil, image, side, and the columns of `info`.
 
         Example:
-            >>> list(read_pairs("tiny").to_frame().columns[:5])
+            >>> list(clip_lens.read_pairs("tiny").to_frame().columns[:5])
             ['key', 'caption', 'foil', 'image', 'side']
         """
         columns = {name: list(getattr(self, name)) for name in ("key", *TEXTS, "side")}
@@ -165,17 +167,17 @@ class Pairs:
                 something else than a truth value per pair.
 
         Example:
-            >>> set(read_pairs("tiny").where(side="foil").side)
+            >>> set(clip_lens.read_pairs("tiny").where(side="foil").side)
             {'foil'}
         """
         frame = self.to_frame()
         mask = np.ones(len(self), dtype=bool)
         for column, wanted in filters.items():
             if column not in frame:
-                raise ValueError(f"pairs have no column {column!r}{_close(column, frame.columns)}")
+                raise ValueError(f"pairs have no column {column!r}{close(column, frame.columns)}")
             mask &= _fits(frame[column], wanted)
         if len(self) and not mask.any():
-            there = "; ".join(f"{column} has {_some(frame[column].unique())}" for column in filters)
+            there = "; ".join(f"{column} has {some(frame[column].unique(), quote=True)}" for column in filters)
             asked = ", ".join(f"{column}={wanted!r}" for column, wanted in filters.items())
             raise ValueError(f"no pair of {self.name} has {asked}: {there}")
         return self[mask]
@@ -191,7 +193,7 @@ class Pairs:
             ValueError: `fraction` isn't between 0 and 1, an unknown `by`, or all pairs are of one group.
 
         Example:
-            >>> first, second = read_pairs("tiny").split(0.3, seed=1, by="text")
+            >>> first, second = clip_lens.read_pairs("tiny").split(0.3, seed=1, by="text")
             >>> set(first.caption + first.foil) & set(second.caption + second.foil)
             set()
         """
@@ -215,154 +217,29 @@ class Pairs:
         texts = [_rephrase(*pair) for pair in zip(self.caption, self.foil, self.side, strict=True)]
         lost = [(key, text) for key, text in zip(self.key, texts, strict=True) if isinstance(text, str)]
         if len(lost) == len(self):
-            raise ValueError(f"no pair of {self.name} can be rephrased; {_listed(lost)}")
+            raise ValueError(f"no pair of {self.name} can be rephrased; {listed(lost)}")
         kept = self[[row for row, text in enumerate(texts) if not isinstance(text, str)]]
         caption, foil = zip(*(text for text in texts if not isinstance(text, str)), strict=True)
         dropped = pd.concat([self.dropped, _dropped(lost)], ignore_index=True)
         return replace(kept, caption=caption, foil=foil, name=f"{self.name} (rephrased)", dropped=dropped)
 
 
-def read_pairs(path: str | Path = "tiny") -> Pairs:
-    """The pairs of a file, in its order: a csv, a json list of objects, json lines, or any file of VALSE's.
-
-    "tiny" reads the embedded pairs about rendered scenes. The columns caption, foil, image are needed and stay text
-    ("00123" is not 123); `key` names a pair, else its row number does ("0", "1", ...); every other column goes to
-    `info`, nested values as json text. A column `negation` (or `side`) of caption | foil | none says where the
-    negation stands.
-
-    VALSE (Parcalabescu et al. 2022) is recognised by its content, a dict of items with `image_file`: the dict's keys
-    become keys, and items that fewer than two annotators confirmed (`mturk["caption"] < 2`) are dropped. Pairs with an
-    empty text or image, or with equal texts, are dropped as well; `dropped` lists them all.
+def pairs_of(frame: pd.DataFrame, name: str, dropped: Dropped) -> Pairs:
+    """The pairs of a table, after what was dropped on the way to it; `read_pairs` says by which rules.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is of another kind, empty, broken, lacks a column, repeats a key, or has no usable pair.
+        ValueError: a column is missing or stands there twice, a key repeats or is empty, or no pair is left.
 
     Example:
-        >>> pairs = read_pairs("tiny")
-        >>> sorted(set(pairs.side) - {"none"})
-        ['caption', 'foil']
+        >>> table = pd.DataFrame({"caption": ["no cat", "a cat"], "foil": ["a cat", ""], "image": ["1.jpg", "2.jpg"]})
+        >>> pairs_of(table, "table", [])
+        Pairs(table: 1 pair, negation in 1 caption, 0 foil, 0 none; 1 dropped)
     """
-    file = TINY if str(path) == "tiny" else Path(path)
-    reader = _READERS.get(file.suffix.lower())
-    if not file.is_file():
-        what = "is a folder, not a file" if file.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{file} {what}; give a {_KINDS} file of pairs, or 'tiny' for the embedded ones")
-    if reader is None:
-        raise ValueError(f"can't read pairs from {file}: its name ends in {file.suffix!r}, known are {_KINDS}")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} isn't UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
-    if not text.strip():
-        raise ValueError(f"{file} is empty; it must have columns caption, foil, image and a pair per row")
-    frame, dropped = reader(text, file)
-    return _pairs(frame, "tiny" if file == TINY else file.name, dropped)
-
-
-def _read_csv(text: str, file: Path) -> tuple[pd.DataFrame, Dropped]:
-    from io import StringIO
-
-    header = pd.read_csv(StringIO(text), nrows=0, dtype=str).columns
-    # An empty field is missing; "None" or "NA" is a text like any other.
-    missing = {column: [""] for column in header if column not in ("key", *TEXTS)}
-    try:
-        frame = pd.read_csv(
-            StringIO(text), dtype=dict.fromkeys(("key", *TEXTS), str), keep_default_na=False, na_values=missing
-        )
-    except pd.errors.ParserError as error:
-        reason = str(error).removeprefix("Error tokenizing data. C error: ").strip()
-        raise ValueError(f"{file} is not a readable csv: {reason}; put quotes around texts with commas") from error
-    if not isinstance(frame.index, pd.RangeIndex):
-        raise ValueError(f"{file}: rows have more fields than the header's {len(header)}; quote texts with commas")
-    return frame, []
-
-
-def _read_jsonl(text: str, file: Path) -> tuple[pd.DataFrame, Dropped]:
-    items = [
-        (f"line {number}", _parse(line, f"{file}, line {number}"))
-        for number, line in enumerate(text.split("\n"), start=1)
-        if line.strip()
-    ]
-    return _frame(items, file), []
-
-
-def _read_json(text: str, file: Path) -> tuple[pd.DataFrame, Dropped]:
-    content = _parse(text, str(file))
-    if isinstance(content, Mapping) and content and all(isinstance(item, Mapping) for item in content.values()):
-        return _read_items(content, file)
-    if isinstance(content, list):
-        return _frame([(f"entry {number}", item) for number, item in enumerate(content)], file), []
-    raise ValueError(
-        f"{file} holds {_kind(content)}; it must hold a list of objects with caption, foil, image, "
-        "or VALSE's dict of items with caption, foil, image_file"
-    )
-
-
-_READERS: dict[str, Callable[[str, Path], tuple[pd.DataFrame, Dropped]]] = {
-    ".csv": _read_csv,
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-}
-_KINDS = ", ".join(_READERS)
-
-
-def _read_items(content: Mapping[str, Mapping[str, Any]], file: Path) -> tuple[pd.DataFrame, Dropped]:
-    """VALSE's form: items under their keys, with the annotators' votes."""
-    dropped, kept = [], []
-    for key, item in content.items():
-        votes = item["mturk"].get("caption", 0) if isinstance(item.get("mturk"), Mapping) else VALSE_VOTES
-        if votes < VALSE_VOTES:
-            dropped.append((key, f"not valid: {votes} annotators chose the caption, VALSE asks for {VALSE_VOTES}"))
-        else:
-            kept.append((key, {**_renamed(item, "image_file", "image"), "key": key}))
-    if not kept:
-        raise ValueError(f"no pair of {file} is left; {_listed(dropped)}")
-    return _frame(kept, file), dropped
-
-
-def _renamed(item: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
-    return {new if name == old and new not in item else name: value for name, value in item.items()}
-
-
-def _parse(text: str, where: str) -> Any:
-    def unique(entries: list[tuple[str, Any]]) -> dict[str, Any]:
-        repeated = _repeated([name for name, _ in entries])
-        if repeated:
-            raise ValueError(f"{where}: an object repeats {_some(repeated)}; every key may stand once")
-        return dict(entries)
-
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        position = f"line {error.lineno}, column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"
-        raise ValueError(f"{where} is broken json: {error.msg} at {position}; mend or remove it") from error
-
-
-def _frame(items: list[tuple[str, Any]], file: Path) -> pd.DataFrame:
-    for where, item in items:
-        if not isinstance(item, Mapping):
-            raise ValueError(f"{file}, {where}, is {_kind(item)}; it must be an object with caption, foil, image")
-    records = [{name: _flat(name, value) for name, value in item.items()} for _, item in items]
-    # As objects: a column of integers with a gap would turn into floats, and an image's id with it.
-    return pd.DataFrame(records, dtype=object)
-
-
-def _flat(name: str, value: Any) -> Any:
-    nested = isinstance(value, (Mapping, list)) and name not in ("key", *TEXTS)
-    return json.dumps(value, ensure_ascii=False) if nested else value
-
-
-def _kind(value: Any) -> str:
-    kinds = {dict: "an object", list: "a list", str: "a text", bool: "a boolean", type(None): "null"}
-    return kinds.get(type(value), "a number")
-
-
-def _pairs(frame: pd.DataFrame, name: str, dropped: Dropped) -> Pairs:
+    refuse_repeated_columns(list(frame.columns), name)
     absent = [column for column in TEXTS if column not in frame.columns]
     if absent and len(frame.columns):
         raise ValueError(
-            f"{name} has no column {', '.join(absent)}; found {_some(frame.columns, 12)}; "
+            f"{name} has no column {', '.join(absent)}; found {some(frame.columns, 12, quote=True)}; "
             "name the columns caption, foil, image"
         )
     frame = _one_negation_column(frame, name)
@@ -372,11 +249,22 @@ def _pairs(frame: pd.DataFrame, name: str, dropped: Dropped) -> Pairs:
     dropped = dropped + [(key, reason) for key, reason in zip(keys, reasons, strict=True) if reason]
     kept = [row for row, reason in enumerate(reasons) if reason is None]
     if not kept:
-        raise ValueError(f"no pair of {name} is left; {_listed(dropped) if dropped else 'it has no rows'}")
+        raise ValueError(f"no pair of {name} is left; {listed(dropped) if dropped else 'it has no rows'}")
     info = frame.iloc[kept].drop(columns=[column for column in ("key", *TEXTS) if column in frame])
     columns = {column: [values[row] for row in kept] for column, values in texts.items()}
     key = [keys[row] for row in kept]
     return Pairs(key, **columns, info=info.infer_objects(), name=name, dropped=_dropped(dropped))
+
+
+def refuse_repeated_columns(columns: Sequence[Any], where: str) -> None:
+    """Nothing, if every column has a name of its own: of several the first would be taken unsaid.
+
+    Raises:
+        ValueError: names repeat.
+    """
+    repeated = repetitions(map(str, columns))
+    if repeated:
+        raise ValueError(f"{where} has several columns named {some(repeated)}; remove or rename all but one")
 
 
 def _one_negation_column(frame: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -396,18 +284,22 @@ def _keys(frame: pd.DataFrame, name: str) -> list[str]:
     keys = [_text(value) for value in frame["key"]]
     empty = [str(row) for row, key in enumerate(keys) if not key.strip()]
     if empty:
-        raise ValueError(f"{name} has no key in rows {_some(empty)} (from 0); fill the column key or leave it out")
+        raise ValueError(
+            f"{name} has no key in rows {some(empty, quote=True)} (from 0); fill the column key or leave it out"
+        )
     _unique_keys(keys, name)
     return keys
 
 
 def _unique_keys(keys: Sequence[str], name: str) -> None:
-    repeated = _repeated(keys)
+    repeated = repetitions(keys)
     if repeated:
-        raise ValueError(f"{name} repeats {len(repeated)} keys: {_some(repeated)}; every pair needs a key of its own")
+        raise ValueError(
+            f"{name} repeats {len(repeated)} keys: {some(repeated, quote=True)}; every pair needs a key of its own"
+        )
 
 
-def _repeated(names: Iterable[str]) -> list[str]:
+def repetitions(names: Iterable[str]) -> list[str]:
     series = pd.Series(list(names), dtype=str)
     return list(series[series.duplicated()].unique())
 
@@ -435,7 +327,7 @@ def _negation(pairs: Pairs) -> tuple[str, ...] | None:
     unknown = sorted(set(stated) - set(SIDES))
     if unknown:
         raise ValueError(
-            f"the column negation of {pairs.name} says {_some(unknown)}; it must say caption, foil or none, "
+            f"the column negation of {pairs.name} says {some(unknown, quote=True)}; it must say caption, foil or none, "
             "the text with the negation; rename the column if it means something else"
         )
     return stated
@@ -479,7 +371,7 @@ def _rows(index: Any, length: int) -> list[int]:
         raise IndexError(f"pairs are indexed by numbers, slices and masks, got {index!r}; use where(key=...) for keys")
     outside = [int(row) for row in rows if not -length <= row < length]
     if outside:
-        raise IndexError(f"there are {length} pairs, got index {_some(outside)}")
+        raise IndexError(f"there are {length} pairs, got index {some(outside, quote=True)}")
     return [int(row) for row in rows]
 
 
@@ -497,7 +389,8 @@ def _collection(wanted: Any) -> list[Any]:
 
 
 def _summary(pairs: Pairs) -> str:
-    counts = ", ".join(f"{pairs.side.count(side)} {side}" for side in SIDES)
+    sides = pairs.side
+    counts = ", ".join(f"{sides.count(side)} {side}" for side in SIDES)
     lost = f"; {len(pairs.dropped)} dropped" if len(pairs.dropped) else ""
     return f"{len(pairs)} pair{'s' if len(pairs) != 1 else ''}, negation in {counts}{lost}"
 
@@ -506,17 +399,5 @@ def _dropped(rows: Dropped) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["key", "reason"], dtype=str)
 
 
-def _listed(dropped: Dropped) -> str:
-    return f"{len(dropped)} were dropped: " + _some([f"{key} ({reason})" for key, reason in dropped], 3, quote=False)
-
-
-def _some(values: Iterable[Any], most: int = 5, *, quote: bool = True) -> str:
-    every = [value.item() if isinstance(value, np.generic) else value for value in values]
-    rest = f" and {len(every) - most} more" if len(every) > most else ""
-    return ", ".join(repr(value) if quote else str(value) for value in every[:most]) + rest
-
-
-def _close(name: str, names: Iterable[str]) -> str:
-    every = [str(each) for each in names]
-    close = difflib.get_close_matches(name, every, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; it has {_some(every, 20)}"
+def listed(dropped: Dropped) -> str:
+    return f"{len(dropped)} were dropped: " + some([f"{key} ({reason})" for key, reason in dropped], 3)

@@ -72,7 +72,8 @@ def attention_effects(
     with torch.inference_mode():
         found = over_pairs(batch, CHUNK, lambda index: _chunk(encoder, batch[index], slot, asked, contrast))
     one = torch.ones(len(batch), dtype=found["values"].dtype)
-    record = _record(setting, slot, contrast, found["values"])
+    unsourced = int(found["values"].isnan().all(0).sum())
+    record = replace(attention_record(setting, slot, contrast), unsourced=unsourced)
     return Effects(found["values"], one, torch.zeros_like(one), places, setting.pairs(found["d"]), record)
 
 
@@ -179,7 +180,15 @@ def _check(encoder: HookedTextEncoder, batch: Batch, slot: Slot, queries: Sequen
     address([Site("pattern", slot=each) for each in (slot, *queries)], encoder, batch)  # says which slots there are
 
 
-def _record(setting: Setting, slot: Slot, contrast: bool, values: Tensor) -> Record:
+def attention_record(setting: Setting, slot: Slot = "negator", contrast: bool = True) -> Record:
+    """The record of `attention_effects`, but for the pairs without a value, which only its values tell.
+
+    Example:
+        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+        >>> batch = clip_lens.align(clip_lens.read_pairs()[:3], store, encoder)
+        >>> attention_record(Setting.reading(encoder, batch)).stands_for(attention_effects(encoder, batch).record)
+        True
+    """
     what = f"weights to {slot!r} (its tokens' sum) from the later position with the largest, up to the pooled one"
     compared = "the text with the negation minus the text without, at matched positions"
     absolute = "the text with the negation"
@@ -191,7 +200,7 @@ def _record(setting: Setting, slot: Slot, contrast: bool, values: Tensor) -> Rec
         convention=f"{what}: {compared if contrast else absolute}",
         texts="both texts are run, nothing is patched",
     )
-    return replace(record, metric=WEIGHT, unsourced=int(values.isnan().all(0).sum()))
+    return replace(record, metric=WEIGHT)
 
 
 WEIGHT = MetricRecord("attention weight", oriented=False, unit="attention weight", identity="attention weight")

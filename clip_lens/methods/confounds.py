@@ -8,8 +8,11 @@ from html import escape
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float, Int
 from pandas import DataFrame, Series
+from torch import Tensor
 
+from clip_lens.core.effects import segments
 from clip_lens.core.setting import pairs_frame
 from clip_lens.core.table import SIDES, sides_of
 from clip_lens.data.batch import Batch, template_slots
@@ -21,6 +24,8 @@ from clip_lens.model.encoder import HookedTextEncoder
 FEATURES = ("cosine", "tokens", "subject_size", "most_frequent")
 """The features with numbers, besides those that a caller names."""
 ALL, WITHOUT = "all", "without the most frequent caption"
+RECURRING = 0.05
+"""The share of the pairs from which on the most frequent caption is a feature: a rarer one carries no correlation."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -31,19 +36,77 @@ class Confounds:
     correct (d > 0), segment, cosine (of the caption's and the foil's embedding), tokens (of the caption, start and end
     included), subject (the noun phrase), subject_size (share of the image, 0 to 1), most_frequent (whether the caption
     is the most frequent one), then the columns that were asked for. `missing` says what is not known, and why.
-    Every table has its rows twice, for all pairs and without the most frequent caption: column `pairs`.
+
+    The subject's size is not defined where the negation is in the caption: there the subject is not in the picture.
+    `most_frequent` is a feature only if that caption is at least 5 % of the pairs; then every table has its rows twice,
+    for all pairs and without that caption: column `pairs`.
 
     Example:
         >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
         >>> found = confounds(encoder, clip_lens.align(clip_lens.read_pairs()[:100], store, encoder))
         >>> found
-        Confounds(100 pairs; cosine, tokens, subject_size, most_frequent, side, subject)
+        Confounds(100 pairs; cosine, tokens, subject_size, side, subject; missing: subject_size, most_frequent)
+        >>> found.missing["subject_size"]
+        'not defined for negation in the caption (50 of 100 pairs)'
     """
 
     frame: DataFrame
     features: tuple[str, ...] = FEATURES
     missing: Mapping[str, str] = field(default_factory=dict)
     most_frequent: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        pairs: Pairs,
+        d: Sequence[float] | Float[Tensor, "pair"],
+        cosine: Sequence[float] | Float[Tensor, "pair"],
+        tokens: Sequence[int] | Int[Tensor, "pair"],
+        *,
+        columns: Sequence[str] = (),
+    ) -> Confounds:
+        """The same of scores that are known already, such as those that somebody has published of a model.
+
+        `d` in logits, `cosine` of the two texts' embeddings and `tokens` of the caption: a number per pair.
+
+        Raises:
+            ValueError: a column that the pairs don't have, lists of another length, or a d that is NaN.
+
+        Example:
+            >>> pairs = clip_lens.read_pairs()[:3]
+            >>> Confounds.of(pairs, [2.0, -1.0, 0.5], [0.9, 0.8, 0.9], [11, 8, 12]).frame[["d", "segment", "tokens"]]
+                 d    segment  tokens
+            0  2.0    correct      11
+            1 -1.0  ambiguous       8
+            2  0.5  ambiguous      12
+        """
+        numbers = {"d": np.asarray(d, float), "cosine": np.asarray(cosine, float), "tokens": np.asarray(tokens, int)}
+        if wrong := [name for name, column in numbers.items() if column.shape != (len(pairs),)]:
+            raise ValueError(f"{', '.join(wrong)} must have one number for each of {len(pairs)} pairs")
+        known = pairs.to_frame().assign(d=numbers["d"], segment=segments(d))
+        return cls._of(pairs, known, numbers["cosine"], numbers["tokens"], columns)
+
+    @classmethod
+    def _of(
+        cls, pairs: Pairs, known: DataFrame, cosine: np.ndarray, tokens: np.ndarray, columns: Sequence[str]
+    ) -> Confounds:
+        """From what is known of every pair: the table's own columns and those that may be asked for."""
+        if absent := [name for name in columns if name not in known]:
+            raise ValueError(
+                f"the pairs have no column {', '.join(absent)}; they have {', '.join(map(str, known.columns))}"
+            )
+        frame = known[["key", "caption", "foil", "image", "side", "d", "segment"]].copy()
+        frame.insert(6, "correct", frame["d"] > 0)
+        frame["cosine"], frame["tokens"] = cosine, tokens
+        frame["subject"] = Series(subject_phrases(pairs), index=frame.index, dtype=object)
+        frame["subject_size"] = _given_sizes(known).where(_size_defined(frame))
+        most, why = _most_frequent(frame["caption"])
+        frame["most_frequent"] = (frame["caption"] == most) & bool(most)
+        more = [_numbers_if_all(known[name]) for name in columns if name not in frame]
+        frame = pd.concat([frame, *more], axis=1)
+        names = [*FEATURES, *(name for name in columns if name not in ("subject", "side"))]
+        features = tuple(dict.fromkeys(name for name in names if most or name != "most_frequent"))
+        return cls(frame, features, {**_missing(frame, features, known), **why}, most)
 
     def correlations(self, interval: float = 0.95, *, method: Method = "pearson") -> DataFrame:
         """Every feature with numbers, correlated with d: a row per feature, side (and "pooled") and choice of pairs.
@@ -81,18 +144,19 @@ class Confounds:
         return pd.concat(tables, ignore_index=True)
 
     def by_size(self, thresholds: Sequence[float] | None = None, interval: float = 0.95) -> DataFrame:
-        """Accuracy among the pairs whose subject takes at least a share of the image, for several such thresholds.
+        """Accuracy among the pairs with size > t, the subject's share of the image, for several thresholds t.
 
-        A row per threshold, side (and "overall") and choice of pairs. Columns: threshold, side, pairs, accuracy, lower,
-        upper (Wilson's interval), n. `thresholds=None`: 0 and the deciles of the sizes that there are. Pairs without a
-        size are in no row; without any size there are no rows.
+        More than t, not t itself, as in Quantmeyer et al. 2024 (method, section 6). A row per threshold, side (and
+        "overall") and choice of pairs. Columns: threshold, side, pairs, accuracy, lower, upper (Wilson's interval), n.
+        `thresholds=None`: 0 and the deciles of the sizes that there are. Pairs without a size are in no row; without
+        any size there are no rows.
 
         Example:
             >>> table = toy_confounds().by_size([0, .25])
             >>> table[(table.side == "overall") & (table.pairs == "all")][["threshold", "accuracy", "n"]].round(2)
                threshold  accuracy  n
-            0       0.00      0.67  6
-            3       0.25      1.00  3
+            0       0.00       0.8  5
+            3       0.25       1.0  3
         """
         sizes = self.frame["subject_size"].dropna()
         if thresholds is None:
@@ -100,7 +164,7 @@ class Confounds:
         rows = []
         for pairs, chosen in self._variants():
             for threshold in thresholds if len(sizes) else ():
-                large = chosen[chosen["subject_size"] >= threshold]
+                large = chosen[chosen["subject_size"] > threshold]
                 for side in ["overall", *sides_of(self.frame, pooled=False)]:
                     right = large["correct"] if side == "overall" else large.loc[large["side"] == side, "correct"]
                     rows.append((threshold, side, pairs, *proportion(int(right.sum()), len(right), interval=interval)))
@@ -112,6 +176,9 @@ class Confounds:
         The features with numbers, the side of the negation, and the subject phrases that occur `least` times, against
         all the rarer ones. Errors are HC3. Columns: pairs, then those of `clip_lens.methods.statistics.regression`,
         whose note says why a feature has no coefficient: missing, constant, collinear with those above.
+
+        Where the subject's size is not defined the mean of the sizes stands for it, and the side's own term takes up
+        what that adds: these pairs stay in the regression, and the coefficient is the slope among those with a size.
 
         Example:
             >>> table = toy_confounds().regression()
@@ -135,10 +202,14 @@ class Confounds:
     def _regressors(self, chosen: DataFrame) -> DataFrame:
         side = pd.Categorical(chosen["side"], categories=SIDES[:3])
         features = chosen[list(self.features)].assign(side=Series(side, index=chosen.index))
+        if "subject_size" in features:
+            sizes = features["subject_size"]
+            features["subject_size"] = sizes.where(_size_defined(chosen), sizes.mean())
         return features.assign(subject=chosen["subject"])
 
     def _variants(self) -> list[tuple[str, DataFrame]]:
-        return [(ALL, self.frame), (WITHOUT, self.frame[~self.frame["most_frequent"]])]
+        most = self.frame["most_frequent"]
+        return [(ALL, self.frame), *([(WITHOUT, self.frame[~most])] if most.any() else [])]
 
     def __repr__(self) -> str:
         lacks = f"; missing: {', '.join(self.missing)}" if self.missing else ""
@@ -154,8 +225,9 @@ def confounds(encoder: HookedTextEncoder, batch: Batch, *, columns: Sequence[str
     """The properties of every pair that may go along with its score (method, section 6): a `Confounds`.
 
     Subject phrases come from the pairs' column `subject`, or from the template "There is/are NEGATOR subject.", sizes
-    from the column `subject_size` (`scripts/subject_size.py` adds one). `columns` names further columns of the pairs
-    that are to be features, of numbers or of texts. What is missing is counted in `missing` and never filled in.
+    from the column `subject_size` (`scripts/subject_size.py` adds one), which is used unless the negation is in the
+    caption. `columns` names further columns of the pairs that are to be features, of numbers or of texts. What is
+    missing is counted in `missing` and never filled in.
 
     Raises:
         ValueError: a column that the pairs don't have, or a batch of another width than the encoder's embedding.
@@ -165,29 +237,13 @@ def confounds(encoder: HookedTextEncoder, batch: Batch, *, columns: Sequence[str
         >>> batch = clip_lens.align(clip_lens.read_pairs()[:400], store, encoder)
         >>> confounds(encoder, batch).frame[["d", "side", "tokens", "subject", "subject_size"]].round(2).head(2)
               d     side  tokens      subject  subject_size
-        0  1.89  caption      11  red circles          0.00
+        0  1.89  caption      11  red circles           NaN
         1  4.87     foil       8         star          0.03
     """
     found = pair_scores(encoder, batch)
-    known = pairs_frame(batch, found.d)
-    if absent := [name for name in columns if name not in known]:
-        raise ValueError(
-            f"the pairs have no column {', '.join(absent)}; they have {', '.join(map(str, known.columns))}"
-        )
-    caption = (batch.sigma < 0).cpu()
-    frame = known[["key", "caption", "foil", "image", "side", "d", "segment"]].copy()
-    frame.insert(6, "correct", frame["d"] > 0)
-    frame["cosine"] = found.cosine.tolist()
-    run, other = encoder.length(batch.tokens).cpu(), encoder.length(batch.other).cpu()
-    frame["tokens"] = run.where(caption, other).tolist()
-    frame["subject"] = Series(subject_phrases(batch.pairs), index=frame.index, dtype=object)
-    frame["subject_size"] = _sizes(known)
-    most = _most_frequent(frame["caption"])
-    frame["most_frequent"] = frame["caption"] == most
-    more = [_numbers_if_all(known[name]) for name in columns if name not in frame]
-    frame = pd.concat([frame, *more], axis=1)
-    features = tuple(dict.fromkeys([*FEATURES, *(name for name in columns if name not in ("subject", "side"))]))
-    return Confounds(frame, features, _missing(frame, features, known), most)
+    run, other = encoder.length(batch.tokens), encoder.length(batch.other)
+    tokens = run.where(batch.sigma < 0, other).cpu().numpy()
+    return Confounds._of(batch.pairs, pairs_frame(batch, found.d), found.cosine.numpy(), tokens, columns)
 
 
 def subject_phrases(pairs: Pairs) -> list[str | None]:
@@ -215,9 +271,14 @@ def _phrase(text: str) -> str | None:
     return text[ends["negator"] : ends.get("subject_rest", ends["subject"])].strip()
 
 
-def _sizes(known: DataFrame) -> Series:
+def _given_sizes(known: DataFrame) -> Series:
     given = known["subject_size"] if "subject_size" in known else Series(np.nan, index=known.index)
     return pd.to_numeric(given, errors="coerce").astype("float64")
+
+
+def _size_defined(pairs: DataFrame) -> Series:
+    """Whether the subject can have a size: where the caption negates it, it is not in the picture."""
+    return pairs["side"] != "caption"
 
 
 def _numbers_if_all(column: Series) -> Series:
@@ -226,22 +287,41 @@ def _numbers_if_all(column: Series) -> Series:
     return numbers if (numbers.notna() == column.notna()).all() else column
 
 
-def _most_frequent(captions: Series) -> str:
-    """The caption that occurs most often, of several the first; "" where every caption occurs once."""
+def _most_frequent(captions: Series) -> tuple[str, dict[str, str]]:
+    """The caption that occurs most often, of several the first; or "" and why there is none to speak of."""
     counts = captions.value_counts(sort=False)
-    return str(counts.idxmax()) if len(counts) and counts.max() > 1 else ""
+    most, count = (str(counts.idxmax()), int(counts.max())) if len(counts) else ("", 0)
+    if count <= 1:
+        return "", {"most_frequent": "every caption occurs once"} if count else {}
+    if count < RECURRING * len(captions):
+        why = f"{most!r} is the most frequent caption, {count} of {len(captions)} pairs: below {RECURRING:.0%}"
+        return "", {"most_frequent": why}
+    return most, {}
 
 
 def _missing(frame: DataFrame, features: Sequence[str], known: DataFrame) -> dict[str, str]:
-    missing = {}
+    """What is not known of how many pairs, and why."""
+    found = {}
     for name in dict.fromkeys([*features, "subject"]):
-        lacks = int(frame[name].isna().sum())
-        if lacks:
-            where = "" if name in known or name == "subject" else f"; the pairs have no column {name}"
-            missing[name] = f"missing in {lacks} of {len(frame)} pairs{where}"
-    if len(frame) and not frame["most_frequent"].any():
-        missing["most_frequent"] = "every caption occurs once"
-    return missing
+        where = "" if name in known or name == "subject" else f"; the pairs have no column {name}"
+        found[name] = _lacking(frame[name], where)
+    defined = _size_defined(frame)
+    if "subject_size" in known and not defined.all():
+        rest = _lacking(frame.loc[defined, "subject_size"])
+        found["subject_size"] = _undefined(known[~defined], len(frame)) + (f"; of the others {rest}" if rest else "")
+    return {name: why for name, why in found.items() if why}
+
+
+def _lacking(column: Series, where: str = "") -> str:
+    lacks = int(column.isna().sum())
+    return f"missing in {lacks} of {len(column)} pairs{where}" if lacks else ""
+
+
+def _undefined(outside: DataFrame, n: int) -> str:
+    """For how many of n pairs the subject's size is not defined, and of how many of them a given one is not used."""
+    unused = int((_given_sizes(outside).fillna(0) != 0).sum())
+    left = f"; the sizes given for {unused} of them are not used" if unused else ""
+    return f"not defined for negation in the caption ({len(outside)} of {n} pairs){left}"
 
 
 def toy_confounds() -> Confounds:

@@ -1,9 +1,9 @@
-"""`direct_effects`: how much of the metric each part of the tower writes. `logit_lens`: the metric read early.
+"""`direct_effects`: how much of the metric each part of the tower writes.
 
 Nothing is patched. With the final LayerNorm's standard deviation and the embedding's norm frozen at each text's own
 values, what is left between the residual stream and the metric is linear, and one vector per text reads it:
 
-    C(a) = <a, reader> / (std * norm),    reader = centred(gamma * (W_U @ w))
+    C(a) = <a, reading vector> / (std * norm),    reading vector = centred(gamma * (W_U @ w))
 
 for whatever `a` a component writes at the pooled position. The constant `<W_U^T beta + b_U, w> / norm` is a component
 too, and the components add up to the metric.
@@ -11,11 +11,11 @@ too, and the components add up to the metric.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,22 +23,32 @@ from torch import Tensor
 
 from clip_lens.core.effects import Effects
 from clip_lens.core.precision import precise
-from clip_lens.core.record import Record, SourceRecord
-from clip_lens.core.setting import Setting, over_pairs
-from clip_lens.core.source import counterpart
+from clip_lens.core.record import Record
+from clip_lens.core.setting import Setting
 from clip_lens.data.batch import Batch
-from clip_lens.methods.registry import DIRECT, LENS
+from clip_lens.methods.reading import (
+    FROZEN,
+    Reader,
+    Text,
+    attributed,
+    block_of,
+    both_texts,
+    constant_of,
+    metric_of,
+    observe,
+    read_out,
+    reading_vector,
+    stream_name,
+    with_values,
+)
+from clip_lens.methods.registry import DIRECT
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import NO_LAYER, Edge, Kind, Place, Site, hook_name, members
-from clip_lens.progress import progress_bar
 
 By = Literal["head", "neuron", "source", "layer", "sublayer"]
-Norms = Literal["frozen", "recomputed"]
 Slot: TypeAlias = str | int | None
 Group: TypeAlias = tuple[Kind, int]
 """A kind in one layer, whose lines are read together."""
-Reader: TypeAlias = Callable[[Tensor], Tensor]
-
 UNNAMED = "unnamed"
 """The source slot of the tokens that are in none of the batch's named slots (a bidirectional tower's padding too)."""
 UNALIGNED = "unaligned"
@@ -46,16 +56,7 @@ UNALIGNED = "unaligned"
 SOURCES = "what a head reads from a source slot is Site('v', layer, head, slot=...)"
 STREAMS: tuple[Kind, ...] = ("embed", "resid", "mid", "attn", "mlp")
 FIXED: tuple[Kind, ...] = ("token", "position", "attn_bias", "mlp_bias", "constant")
-READABLE: tuple[Kind, ...] = (*FIXED, *STREAMS, "head", "v", "neuron")
-
-PAIRS_AT_ONCE = 256
-HELD = 2**25
-"""Numbers that one chunk of pairs may hold at a time: 256 MB in float64."""
-FROZEN = "each text's own std of the final LayerNorm and norm of its embedding, frozen"
-NORMS = {
-    "frozen": FROZEN,
-    "recomputed": "std of the final LayerNorm and norm of the embedding recomputed at each layer",
-}
+ATTRIBUTABLE: tuple[Kind, ...] = (*FIXED, *STREAMS, "head", "v", "neuron")
 
 
 def direct_effects(
@@ -97,42 +98,25 @@ def direct_effects(
     """
     places = tuple(components(encoder, batch) if places is None else places)
     sums = _sums(places, encoder, batch)
-    settings: dict[str, str | int] = {"norms": FROZEN}
-    if sums.slots:
-        unnamed = sum(int((text.slot < 0)[text.inside].sum()) for text in _both(batch))
-        settings["source tokens in no named slot"] = unnamed
     read = lambda text: _contributions(encoder, text, sums)
     setting = Setting.reading(encoder, batch, progress=progress)
-    return _attributed(setting, places, read, contrast, setting.record(DIRECT, **settings))
+    record = direct_record(setting, contrast)
+    if sums.slots:
+        unnamed = sum(int((text.slot < 0)[text.inside].sum()) for text in both_texts(batch))
+        record = record.saying(**{"source tokens in no named slot": unnamed})
+    return attributed(setting, places, read, contrast, record)
 
 
-def logit_lens(
-    encoder: HookedTextEncoder, batch: Batch, *, norms: Norms = "frozen", contrast: bool = True, progress: bool = True
-) -> Effects:
-    """The metric as the residual stream before each layer has it already, resid 0..L, in units of the metric.
-
-    The stream at the pooled position is read through the final LayerNorm and the projection (nostalgebraist 2020), the
-    constant term included. `norms="frozen"` keeps the run's final std and norm, so that the steps from layer to layer
-    are what the layers write, `direct_effects` by layer; "recomputed" reads each layer as if it were the last.
-    At L both are the metric. With `contrast` the values are lens(other) - lens(run), with `total` metric(other) -
-    metric(run); without it they are lens(run), with `total` metric(run), not oriented.
-
-    Raises:
-        ValueError: other norms, or a batch of another width than the encoder's embedding.
+def direct_record(setting: Setting, contrast: bool = True) -> Record:
+    """The record of `direct_effects` of places without source slots.
 
     Example:
         >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
-        >>> batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder)
-        >>> lens = logit_lens(encoder, batch, norms="recomputed")
-        >>> lens.values.shape, bool((lens.values[-1] - lens.total).abs().max() < 1e-4)
-        (torch.Size([7, 8]), True)
+        >>> batch = clip_lens.align(clip_lens.read_pairs()[:3], store, encoder)
+        >>> direct_record(Setting.reading(encoder, batch)).stands_for(direct_effects(encoder, batch).record)
+        True
     """
-    if norms not in get_args(Norms):
-        raise ValueError(f"norms={norms!r}; give one of {', '.join(get_args(Norms))}")
-    places = tuple(encoder.sites("resid"))
-    setting = Setting.reading(encoder, batch, progress=progress)
-    record = setting.record(LENS, norms=NORMS[norms])
-    return _attributed(setting, places, lambda text: _lens(encoder, text, norms), contrast, record)
+    return with_values(setting.record(DIRECT, norms=FROZEN), contrast)
 
 
 def components(
@@ -195,39 +179,14 @@ def _source_slots(batch: Batch, slots: Sequence[str | int] | None) -> list[tuple
         every = [*range(batch.tokens.shape[1]), UNALIGNED]
     for slot in slots or ():
         _check_slot(Site("v", slot=slot), batch)
-    has = torch.stack([_where(every, text).flatten(1).any(1) for text in _both(batch)]).any(0).tolist()
+    has = torch.stack([_where(every, text).flatten(1).any(1) for text in both_texts(batch)]).any(0).tolist()
     occur = [slot for slot, any_token in zip(every, has, strict=True) if any_token]
     asked = occur if slots is None else list(dict.fromkeys(slots))
     rest = tuple(slot for slot in occur if slot not in asked)
     return [*((slot,) for slot in asked), *([rest] if rest else [])]
 
 
-# Both texts
-
-
-@dataclass(frozen=True)
-class _Text:
-    """One of the two texts of each pair: its tokens, their slots, which positions it has, and for each token the run's
-    position that it stands for (-1 = none)."""
-
-    tokens: Int[Tensor, "pair pos"]
-    slot: Int[Tensor, "pair pos"]
-    inside: Bool[Tensor, "pair pos"]
-    position: Int[Tensor, "pair pos"]
-    direction: Float[Tensor, "pair d_embed"]
-    slots: tuple[str, ...]
-
-
-def _both(batch: Batch) -> tuple[_Text, _Text]:
-    """The run and the other text."""
-    own, other = torch.arange(batch.tokens.shape[1], device=batch.tokens.device), batch.flip()
-    return tuple(  # type: ignore[return-value]
-        _Text(text.tokens, text.slot, text.inside, position, text.direction, text.slots)
-        for text, position in ((batch, own.expand_as(batch.tokens)), (other, other.origin))
-    )
-
-
-def _where(slots: Sequence[Slot], text: _Text) -> Bool[Tensor, "slot pair pos"]:
+def _where(slots: Sequence[Slot], text: Text) -> Bool[Tensor, "slot pair pos"]:
     """Which tokens of a text each source slot has."""
 
     def tokens(slot: Slot) -> Bool[Tensor, "pair pos"]:
@@ -241,152 +200,6 @@ def _where(slots: Sequence[Slot], text: _Text) -> Bool[Tensor, "slot pair pos"]:
 
     found = [tokens(slot) & text.inside for slot in slots]
     return torch.stack(found) if found else text.inside.new_zeros(0, *text.inside.shape)
-
-
-Read: TypeAlias = Callable[[_Text], tuple[Float[Tensor, "place pair"], Float[Tensor, "pair"]]]
-
-
-def _attributed(setting: Setting, places: tuple[Place, ...], read: Read, contrast: bool, record: Record) -> Effects:
-    """The result of reading both texts of every pair, as many pairs at a time as fit."""
-    setting.without_hooks("what is read is taken apart by the tower's own weights")
-    encoder, batch = setting.encoder, setting.batch
-    bar = progress_bar(len(batch), "pair", "attributing", show=setting.progress)
-
-    def compute(index: Int[Tensor, "pair"]) -> dict[str, Tensor]:
-        (own, run), (its, other) = (read(text) for text in _both(batch[index]))
-        setting.check_metric(run, index)
-        setting.check_metric(other, index)
-        bar.update(len(index))
-        values = (_difference(its, own) if contrast else own).to(encoder.precision)
-        return {"values": values, "metrics": torch.stack([run, other])}
-
-    with torch.inference_mode(), bar:
-        found = over_pairs(batch, _at_once(encoder, batch, len(places)), compute)
-    values, (baseline, other) = found["values"], found["metrics"]
-    pairs = setting.pairs(batch.sigma.cpu() * (other - baseline))
-    total = other - baseline if contrast else baseline
-    return Effects(values, total.to(values), baseline.to(values), places, pairs, _said(record, contrast))
-
-
-def _at_once(encoder: HookedTextEncoder, batch: Batch, places: int) -> int:
-    """How many pairs are read together: the widest activation of one forward, and every neuron's line, must fit."""
-    width = max(batch.tokens.shape[1], batch.other.shape[1]) + encoder.n_layers
-    held = places + width * encoder.tower.cfg.d_mlp
-    return max(1, min(PAIRS_AT_ONCE, HELD // held))
-
-
-def _said(record: Record, contrast: bool) -> Record:
-    """What the values are: of a contrast parts of what lies between the two texts, else of the run's metric, which has
-    no side to turn with."""
-    if contrast:
-        of = "C(other) - C(run), of a total of metric(other) - metric(run)"
-        return replace(record.saying(values=of), source=SourceRecord.of(counterpart))
-    return replace(
-        record.saying(values="C(run), of a total of metric(run)"), metric=replace(record.metric, oriented=False)
-    )
-
-
-def _difference(other: Float[Tensor, "place pair"], run: Float[Tensor, "place pair"]) -> Float[Tensor, "place pair"]:
-    """What only one text has counts as 0 in the other; NaN where neither has it."""
-    return (other.nan_to_num() - run.nan_to_num()).masked_fill(other.isnan() & run.isnan(), float("nan"))
-
-
-# One text, read at the pooled position
-
-
-def observe(
-    encoder: HookedTextEncoder,
-    tokens: Int[Tensor, "pair pos"],
-    names: Iterable[str],
-    readers: Mapping[str, Reader] | None = None,
-) -> dict[str, Tensor]:
-    """What a run has at some hooks at the pooled position, or what `readers` keep of others, in float64.
-
-    `tokens` are cut already. Nothing else is kept, so memory does not grow with the texts' length.
-
-    Example:
-        >>> encoder = clip_lens.load()
-        >>> seen = observe(encoder, encoder.tokens("There are no circles."), ["blocks.1.hook_mlp_out"])
-        >>> seen["blocks.1.hook_mlp_out"].shape
-        torch.Size([1, 128])
-    """
-    rows, at = torch.arange(len(tokens), device=tokens.device), encoder.pool(tokens)
-    every = {**dict.fromkeys(names, lambda value: precise(value[rows, at])), **(readers or {})}
-    seen: dict[str, Tensor] = {}
-
-    def keep(value: Tensor, hook: object) -> None:
-        name = hook.name  # type: ignore[attr-defined]
-        seen[name] = every[name](value)
-
-    encoder.tower.run_with_hooks(tokens, return_type=None, fwd_hooks=[(name, keep) for name in every])
-    return seen
-
-
-def read_out(
-    encoder: HookedTextEncoder, x: Float[Tensor, "*batch d_model"]
-) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch d_embed"]]:
-    """The final LayerNorm's std of residual streams, and their embeddings before these are normalised.
-
-    Example:
-        >>> std, y = read_out(clip_lens.load(), torch.randn(3, 128).double())
-        >>> std.shape, y.shape
-        (torch.Size([3]), torch.Size([3, 128]))
-    """
-    norm, tower = encoder.tower.ln_final, encoder.tower
-    centred = x - x.mean(-1, keepdim=True)
-    std = (centred.square().mean(-1) + norm.eps).sqrt()
-    normed = centred / std.unsqueeze(-1) * precise(norm.w) + precise(norm.b)
-    return std, normed @ precise(tower.W_U) + precise(tower.b_U)
-
-
-def stream_name(encoder: HookedTextEncoder) -> str:
-    """The hook of the residual stream that the final LayerNorm reads.
-
-    Example:
-        >>> stream_name(clip_lens.load())
-        'blocks.5.hook_resid_post'
-    """
-    return hook_name(Site("resid", encoder.n_layers), encoder.n_layers)
-
-
-def reading_vector(encoder: HookedTextEncoder, w: Float[Tensor, "pair d_embed"]) -> Float[Tensor, "pair d_model"]:
-    """The vector with which a direction reads the residual stream, but for `std * norm`: `centred(gamma * (W_U @ w))`.
-
-    Centring it is what subtracting the mean of whatever it reads comes to.
-
-    Example:
-        >>> encoder = clip_lens.load()
-        >>> reading_vector(encoder, torch.randn(2, 128)).sum(-1).abs().max() < 1e-4
-        tensor(True)
-    """
-    weighed = precise(encoder.tower.ln_final.w) * (precise(w) @ precise(encoder.tower.W_U).T)
-    return weighed - weighed.mean(-1, keepdim=True)
-
-
-def _metric(y: Float[Tensor, "*batch d_embed"], w: Float[Tensor, "pair d_embed"]) -> Float[Tensor, "*batch"]:
-    return (torch.nn.functional.normalize(y, dim=-1) * w).sum(-1)
-
-
-def _lens(
-    encoder: HookedTextEncoder, text: _Text, norms: Norms
-) -> tuple[Float[Tensor, "place pair"], Float[Tensor, "pair"]]:
-    """The metric from every residual stream of one text, and its metric."""
-    names = [hook_name(site, encoder.n_layers) for site in encoder.sites("resid")]
-    seen, w = observe(encoder, encoder.cut(text.tokens), names), precise(text.direction)
-    stream = torch.stack([seen[name] for name in names])
-    std, y = read_out(encoder, stream)
-    if norms == "recomputed":
-        return _metric(y, w), _metric(y[-1], w)
-    values = (stream * reading_vector(encoder, w)).sum(-1) / std[-1] + _constant(encoder, w)
-    return values / y[-1].norm(dim=-1), _metric(y[-1], w)
-
-
-def _constant(encoder: HookedTextEncoder, w: Float[Tensor, "pair d_embed"]) -> Float[Tensor, "pair"]:
-    tower = encoder.tower
-    return w @ (precise(tower.ln_final.b) @ precise(tower.W_U) + precise(tower.b_U))
-
-
-# Places as sums of lines
 
 
 @dataclass(frozen=True)
@@ -455,8 +268,10 @@ def _site(member: Site | Edge) -> Site:
 
 
 def _check(site: Site, encoder: HookedTextEncoder, batch: Batch) -> None:
-    if site.kind not in READABLE:
-        raise ValueError(f"{site} writes nothing into what the output reads; {', '.join(READABLE)} do, and {SOURCES}")
+    if site.kind not in ATTRIBUTABLE:
+        raise ValueError(
+            f"{site} writes nothing into what the output reads; {', '.join(ATTRIBUTABLE)} do, and {SOURCES}"
+        )
     depth = 1 if site.kind in NO_LAYER else encoder.n_layers + (site.kind == "resid")
     if site.layer >= depth:
         raise ValueError(f"{site}: {encoder.name} has {site.kind} at layers 0..{depth - 1}")
@@ -476,7 +291,7 @@ def _check_slot(site: Site, batch: Batch) -> None:
 
 
 def _contributions(
-    encoder: HookedTextEncoder, text: _Text, sums: _Sums
+    encoder: HookedTextEncoder, text: Text, sums: _Sums
 ) -> tuple[Float[Tensor, "place pair"], Float[Tensor, "pair"]]:
     """What each place of one text writes, and its metric."""
     tokens, w = encoder.cut(text.tokens), precise(text.direction)
@@ -485,9 +300,9 @@ def _contributions(
     seen = observe(encoder, tokens, names, _attention_readers(encoder, tokens, along, sums.groups))
     std, y = read_out(encoder, seen[last])
     where = _where(sums.slots, text)[..., : tokens.shape[1]]
-    run = _Run(encoder, tokens, along, _constant(encoder, w) * std, seen, where)  # the constant is not divided by std
+    run = _Run(encoder, tokens, along, constant_of(encoder, w) * std, seen, where)  # the constant is not divided by std
     lines = torch.cat([run.lines(*group) for group in sums.groups])
-    return sums.of(lines / (std * y.norm(dim=-1))), _metric(y, w)
+    return sums.of(lines / (std * y.norm(dim=-1))), metric_of(y, w)
 
 
 def _hooks(group: Group, encoder: HookedTextEncoder) -> list[str]:
@@ -530,16 +345,6 @@ def _through_heads(
 ) -> Float[Tensor, "pair head d_head"]:
     """What a vector in the residual stream reads in each head's z."""
     return torch.einsum("hed,pd->phe", precise(block_of(encoder, layer).attn.W_O), along)
-
-
-def block_of(encoder: HookedTextEncoder, layer: int) -> Any:
-    """A tower's block, whose attention and MLP have HookedTransformer's weights.
-
-    Example:
-        >>> block_of(clip_lens.load(), 2).attn.W_O.shape
-        torch.Size([4, 32, 128])
-    """
-    return encoder.tower.blocks[layer]
 
 
 @dataclass(frozen=True)

@@ -114,9 +114,9 @@ def chunk_attributions(
 ) -> Float[Tensor, "place_and_everything pair"]:
     """The attribution of every place of a chunk but the last, which is patched: it is the total."""
     terms = Terms.of(chunk)
-    run = chunk.encoder.tower.embed(chunk.encoder.cut(chunk.batch.tokens))
+    run = chunk.encoder.tower.embed(chunk.tokens)
     toward = (chunk.source[EMBEDDING] - run).nan_to_num(0.0) if steps > 1 else torch.zeros_like(run)
-    values = run.new_zeros(len(chunk.addresses) - 1, len(run))
+    values = terms.masks.new_zeros(len(chunk.addresses) - 1, len(run))
     changes: dict[str, Tensor] = {}
     for step in range(steps, 0, -1):  # first the run itself, whose activations the source's differ from
         found = backward(chunk, run + (1 - step / steps) * toward, metric, readout, terms.hooks)
@@ -260,7 +260,8 @@ def site_scores(
 ) -> Float[Tensor, "pair pos 1 unit_and_all"]:
     """Change times gradient at a hook, by position and unit, and for all units together in the last column."""
     layout = LAYOUTS[chunk.addresses.kinds[chunk.addresses.hooks.index(name)]]
-    product = (change * found.gradient[name]).movedim(layout.pos_axis, 1)
+    precision = chunk.encoder.precision
+    product = (change.to(precision) * found.gradient[name].to(precision)).movedim(layout.pos_axis, 1)
     if layout.unit_axis is None:
         return product.sum(-1)[:, :, None, None]
     units = product.flatten(3).sum(-1) if product.ndim > 3 else product
@@ -271,7 +272,8 @@ def edge_scores(
     chunk: Chunk, norm: str, receivers: Sequence[Site], found: Found
 ) -> Float[Tensor, "pair pos receiver sender"]:
     """What each sender would send times the gradient at each receiver's input."""
-    return torch.einsum("spnd,rpnd->pnrs", chunk.change, received(chunk, norm, receivers, found))
+    change, gradient = (x.to(chunk.encoder.precision) for x in (chunk.change, received(chunk, norm, receivers, found)))
+    return torch.einsum("spnd,rpnd->pnrs", change, gradient)
 
 
 def received(

@@ -13,7 +13,7 @@ from torch import Tensor
 from clip_lens.core.precision import precise
 from clip_lens.data.batch import Batch
 from clip_lens.data.images import ImageStore
-from clip_lens.methods.direct import PAIRS_AT_ONCE, block_of, observe, read_out, stream_name
+from clip_lens.methods.reading import PAIRS_AT_ONCE, block_of, observe, read_out, stream_name
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Site, hook_name
 

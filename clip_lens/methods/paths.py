@@ -47,8 +47,8 @@ def path_effects(
     `through="direct"` patches only the edge between them (Goldowsky-Dill et al. 2023). `through="mlp"` patches the
     sender, holds every other head at its unpatched output, lets the MLPs recompute, and patches the receiver with what
     arrives (Wang et al. 2023). A tuple of senders or of receivers is one joint set; a
-    site without unit, such as `Site("k", 2)`, is all heads of its layer. Combinations in which no receiver comes after a
-    sender are no paths and left out; `effects.index` says what there is.
+    site without unit, such as `Site("k", 2)`, is all heads of its layer. Where no receiver comes after a sender there
+    is no path, and the combination is left out; `effects.index` says what there is.
 
     Raises:
         ValueError: no path at all, a place that the encoder or the batch does not have, or, through MLPs, the output
@@ -106,8 +106,8 @@ def _through_mlps(setting: Setting, paths: Sequence[Path]) -> Effects:
 def _moved(
     setting: Setting, chunk: Chunk, arriving: Addresses, readout: Readout, frozen: Sequence[str]
 ) -> Float[Tensor, "sender receiver pair"]:
-    """What each receiver moves in each pair when it reads what arrives of each sender, at which `chunk` is addressed."""
-    every, pairs = torch.arange(len(chunk.addresses)), torch.arange(len(chunk.batch), device=chunk.first.device)
+    """What each receiver moves in each pair when it reads what arrives of each of the senders, the chunk's places."""
+    every, pairs = torch.arange(len(chunk.addresses)), torch.arange(len(chunk.tokens), device=chunk.first.device)
     found = []
     for some in every.split(max(1, setting.rows // len(pairs))):
         place, pair = some.to(pairs).repeat_interleave(len(pairs)), pairs.repeat(len(some))

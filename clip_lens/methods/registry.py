@@ -135,3 +135,5 @@ ACDC = register(Method("acdc", "ACDC", "judges", definition=CIRCUITS))
 RANDOM = register(Method("random", "random circuits", "judges", definition=CIRCUITS))
 EXACT = register(Method("exact", "exact edge scores", caption=DIRECTLY, definition=EFFECTS))
 PROBE = register(Method("probe", "linear probes", "reads", "accuracy", "is read", unit="share"))
+STUDY = register(Method("study", "negation study", "reads"))
+"""The tables that the study makes of its results."""

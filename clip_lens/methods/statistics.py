@@ -26,7 +26,7 @@ NAN = float("nan")
 FEWEST = 3  # two points always lie on a line
 ROUNDING = 1e-12  # a column that varies by less, relative to its size, is constant
 COLLINEAR = 1e-8  # what a standardised column must have that those before it have not
-ESTIMATES = ("coefficient", "error", "lower", "upper", "p")
+ESTIMATES = ("coefficient", "standardised", "error", "lower", "upper", "p")
 
 
 class Correlation(NamedTuple):
@@ -169,8 +169,10 @@ def frame_of(rows: Sequence[NamedTuple], kind: type[NamedTuple]) -> DataFrame:
     return DataFrame(list(rows), columns=list(kind._fields))
 
 
-def proportion(count: int, n: int, *, interval: float = 0.95) -> Proportion:
+def proportion(count: float, n: int, *, interval: float = 0.95) -> Proportion:
     """The share `count / n` with Wilson's score interval (Wilson 1927; statsmodels), all NaN if n is 0.
+
+    A `count` with a fraction is fine: of two texts that count as one, one may be right.
 
     Raises:
         ValueError: a count below 0 or above n, or an interval outside of (0, 1).
@@ -194,11 +196,13 @@ def proportion(count: int, n: int, *, interval: float = 0.95) -> Proportion:
 def regression(y: Numbers, features: DataFrame, *, interval: float = 0.95, least: int = 10) -> DataFrame:
     """Ordinary least squares of `y` on every feature at once, with errors robust to unequal variance: a row per term.
 
-    Columns: term, coefficient (change of y per unit of the feature, the others held), error (HC3; MacKinnon and White
-    1985; statsmodels), lower, upper, p (Student's t with n - terms degrees of freedom), n, r2, note. Truth values count
-    as 0 and 1. Of a Categorical every category but the first that occurs becomes a term `name = category`; of a column
-    of texts every text that occurs `least` times, against all the rarer ones together (or the most frequent, if none is
-    rarer). Rows without a number in some feature are left out.
+    Columns: term, coefficient (change of y per unit of the feature, the others held), standardised (the same in
+    standard deviations: of y per one of the feature, over the rows that enter; NaN for the intercept and where y is
+    constant), error (of the coefficient; HC3; MacKinnon and White 1985; statsmodels), lower, upper, p (Student's t with
+    n - terms degrees of freedom), n, r2, note. Truth values count as 0 and 1. Of a Categorical every category but the
+    first that occurs becomes a term `name = category`; of a column of texts every text that occurs `least` times,
+    against all the rarer ones together (or the most frequent, if none is rarer). Rows without a number in some feature
+    are left out.
 
     A feature that is missing everywhere, constant, collinear with those before it, or together with them all that sets
     one row apart (which it would then fit exactly) has no coefficient: its row is NaN, its note says why.
@@ -208,11 +212,11 @@ def regression(y: Numbers, features: DataFrame, *, interval: float = 0.95, least
 
     Example:
         >>> table = regression([1, 3, 2, 5, 6, 4], DataFrame({"x": [0, 1, 0, 2, 2, 1], "flat": 1}))
-        >>> table[["term", "coefficient", "error", "n", "note"]].round(3)
-                term  coefficient  error  n          note
-        0  intercept          1.5  0.534  6
-        1          x          2.0  0.429  6
-        2       flat          NaN    NaN  6  constant (1)
+        >>> table[["term", "coefficient", "standardised", "error", "note"]].round(3)
+                term  coefficient  standardised  error          note
+        0  intercept          1.5           NaN  0.534
+        1          x          2.0         0.956  0.429
+        2       flat          NaN           NaN    NaN  constant (1)
     """
     _check_interval(interval)
     target = _floats(y)
@@ -311,8 +315,14 @@ def _fitted(y: np.ndarray, design: dict[str, np.ndarray], interval: float) -> Da
     with _quiet():
         fit = sm.OLS(y, np.stack([*design.values()], 1)).fit(cov_type="HC3", use_t=True)
         bounds = fit.conf_int(alpha=1 - interval)
-        columns = (fit.params, fit.bse, bounds[:, 0], bounds[:, 1], fit.pvalues)
+        columns = (fit.params, _standardised(fit.params, y, design), fit.bse, bounds[:, 0], bounds[:, 1], fit.pvalues)
         return table.assign(**dict(zip(ESTIMATES, columns, strict=True)), r2=fit.rsquared)
+
+
+def _standardised(slopes: np.ndarray, y: np.ndarray, design: dict[str, np.ndarray]) -> np.ndarray:
+    """The slopes in standard deviations of y per standard deviation of the term; NaN where one of them is constant."""
+    spread = np.array([NAN if _constant(column) else column.std() for column in design.values()])
+    return slopes * spread / (NAN if _constant(y) else y.std())
 
 
 @contextmanager

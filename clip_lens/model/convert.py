@@ -53,8 +53,8 @@ def convert(
 ) -> tuple[HookedTextTower, Pool]:
     """The hooked copy of a CLIP model's text tower, and how it pools.
 
-    `module` is an `open_clip.CLIP`, a `CustomTextCLIP`, a `TextTransformer`, or a `TransformersModel`; it is left as it
-    is. Layer scales are folded into the output weights that they multiply.
+    `module` is an `open_clip.CLIP`, a `CustomTextCLIP`, a `TextTransformer`, OpenAI's `clip.model.CLIP`, or a
+    `TransformersModel`; it is left as it is. Layer scales are folded into the output weights that they multiply.
 
     Raises:
         ValueError: the tower has a part that this package does not reproduce; the message names it.
@@ -82,7 +82,8 @@ def convert(
 def _of_open_clip(module: nn.Module, name: str) -> Parts:
     text: Any = getattr(module, "text", module)
     _refuse_foreign(module, text, name)
-    blocks = [_block(block, text.attn_mask is not None) for block in text.transformer.resblocks]
+    causal = _mask(text) is not None
+    blocks = [_block(block, causal) for block in text.transformer.resblocks]
     ln_final, (W_U, b_U) = _layer_norm(text.ln_final), _projection(text)
     return Parts(text.token_embedding.weight, text.positional_embedding, blocks, ln_final, W_U, b_U, _pool(text, name))
 
@@ -136,12 +137,17 @@ def _refuse_foreign(module: nn.Module, text: Any, name: str) -> None:
         raise ValueError(f"{name}: a text tower with a padding mask is not supported")
     if not hasattr(text.transformer, "resblocks"):
         raise ValueError(f"{name}: no residual blocks in {type(text.transformer).__name__}")
-    mask = text.attn_mask
+    mask = _mask(text)
     if mask is not None and not torch.equal(mask, torch.full_like(mask, float("-inf")).triu(1)):
         raise ValueError(f"{name}: the attention mask is neither causal nor absent")
     for block in text.transformer.resblocks:
         if not isinstance(block.attn, nn.MultiheadAttention) or hasattr(block, "ln_1_kv"):
             raise ValueError(f"{name}: attention of type {type(block.attn).__name__} is not supported")
+
+
+def _mask(text: Any) -> Tensor | None:
+    """The attention mask; in the `clip` package's towers every block has it."""
+    return text.attn_mask if hasattr(text, "attn_mask") else text.transformer.resblocks[0].attn_mask
 
 
 def _layer_norm(module: nn.Module) -> LayerNorm:
@@ -151,18 +157,19 @@ def _layer_norm(module: nn.Module) -> LayerNorm:
 
 
 def _scaled(linear: nn.Linear, scale: Any) -> tuple[Tensor, Tensor]:
-    if isinstance(scale, nn.Identity):
+    """The weights behind a layer scale, where there is one."""
+    if scale is None or isinstance(scale, nn.Identity):
         return linear.weight, linear.bias
     gamma = scale.gamma
     return linear.weight * gamma[:, None], linear.bias * gamma
 
 
 def _block(block: Any, causal: bool) -> Block:
-    attn = block.attn
+    attn, scales = block.attn, [getattr(block, name, None) for name in ("ls_1", "ls_2")]
     attention = Attention(
-        attn.num_heads, attn.in_proj_weight, attn.in_proj_bias, *_scaled(attn.out_proj, block.ls_1), causal
+        attn.num_heads, attn.in_proj_weight, attn.in_proj_bias, *_scaled(attn.out_proj, scales[0]), causal
     )
-    mlp = MLP(block.mlp.c_fc, copy.deepcopy(block.mlp.gelu), *_scaled(block.mlp.c_proj, block.ls_2))
+    mlp = MLP(block.mlp.c_fc, copy.deepcopy(block.mlp.gelu), *_scaled(block.mlp.c_proj, scales[1]))
     return Block(_layer_norm(block.ln_1), attention, _layer_norm(block.ln_2), mlp)
 
 
@@ -177,7 +184,8 @@ def _projection(text: Any) -> tuple[Float[Tensor, "d_model d_embed"], Float[Tens
 
 
 def _pool(text: Any, name: str) -> Pool:
-    type_ = getattr(text, "text_pool_type", None) or text.pool_type
+    own = getattr(text, "pool_type", "argmax")  # the `clip` package's towers don't say it
+    type_: Any = getattr(text, "text_pool_type", None) or own
     if type_ not in get_args(PoolType):
         raise ValueError(f"{name}: pooling {type_!r} is not supported; {', '.join(get_args(PoolType))} are")
     eos_id = getattr(text, "text_eos_id", getattr(text, "eos_id", None))

@@ -30,7 +30,8 @@ class HookedTextEncoder:
 
     `scale` is exp(logit_scale): `scale * <text, image>` is CLIP's logit. `digest` names the text tower's weights as
     they are now, `image_digest` those of the image tower that was dropped at loading. The tower runs in `dtype`; what
-    it says is given, and counted, in `precision`.
+    it says is given, and counted, in `precision`. `notes` say of a checkpoint's file what its weights don't: where its
+    activation is from, and what was unusual in reading it.
 
     Example:
         >>> encoder = clip_lens.load()
@@ -48,10 +49,11 @@ class HookedTextEncoder:
         pretrained: str | None = None,
         image_digest: str | None = None,
         vocabulary: frozenset[int] | None = None,
+        notes: tuple[str, ...] = (),
     ):
         self.tower, self.pool, self.scale = tower, pool, scale
         self.name, self.pretrained, self.image_digest = name, pretrained, image_digest
-        self.vocabulary = vocabulary
+        self.vocabulary, self.notes = vocabulary, notes
         self._pad = int(self._raw_tokens([""])[0, -1]) if tower.tokenizer is not None else 0
 
     device = property(lambda self: self.tower.W_U.device)
@@ -78,6 +80,21 @@ class HookedTextEncoder:
             (tensor(...), False)
         """
         return digest(dict(self.tower.named_parameters()))
+
+    @property
+    def architecture(self) -> str:
+        """What the tower does with its weights, in words: what else than weights decides its embeddings.
+
+        Example:
+            >>> clip_lens.load().architecture
+            '4 heads, QuickGELU(), causal, eps 1e-05, pooled at argmax'
+        """
+        cfg, end = self.tower.cfg, "" if self.pool.eos_id is None else f" {self.pool.eos_id}"
+        activations = sorted({repr(block.mlp.act) for block in cast(Any, self.tower.blocks)})
+        return (
+            f"{cfg.n_heads} heads, {', '.join(activations)}, {cfg.attention_dir}, eps {cfg.eps:g}, "
+            f"pooled at {self.pool.type}{end}"
+        )
 
     def _raw_tokens(self, texts: Sequence[str], longer: int = 0) -> Int[Tensor, "pair pos"]:
         if self.tower.tokenizer is None:

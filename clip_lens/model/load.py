@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from clip_lens.model.convert import Pool, convert
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.tower import HookedTextTower
-from clip_lens.originals.open_clip import Original, builtin_config, digest, open_original
-from clip_lens.originals.transformers import SUPPORTED, adopt
+from clip_lens.originals.open_clip import Original, builtin_config, digest, open_module, open_original
+from clip_lens.originals.transformers import SUPPORTED
 
 TOLERANCE = 1e-4
 PROBES = ("There are no circles.", "There is a red square and no blue star.", "A picture.", "")
@@ -29,14 +30,20 @@ def load(
     scale: float | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    like: str | None = None,
+    quick_gelu: bool | None = None,
 ) -> HookedTextEncoder:
     """The hooked text encoder of a CLIP model; its image tower is dropped.
 
-    `name` is "tiny" (the embedded model), a model of open_clip's (`pretrained`: a tag, a checkpoint's path, or
-    "random"), open_clip's `local-dir:PATH` and `hf-hub:ORG/REPO`, the path of a folder that transformers'
+    `name` is "tiny" (the embedded model), a model of open_clip's (`pretrained`: a tag, a checkpoint's path, "random" or
+    "random:SEED"), open_clip's `local-dir:PATH` and `hf-hub:ORG/REPO`, the path of a folder that transformers'
     `save_pretrained` wrote (CLIPModel, CLIPTextModelWithProjection, SiglipModel, SiglipTextModel; nothing is
     downloaded), or a module of either library in memory, which is copied and left as it is. The copy is compared with
     the original on a few texts before it is handed out.
+
+    A checkpoint's file does not tell which activation it was trained with: `like` is the tag of open_clip's that it is
+    used like (a fine-tuned "openai": `like="openai"`), `quick_gelu` says it directly. Without them the file itself is
+    asked, what lies beside it, and the name; a guess is warned of, and `encoder.notes` say where it is from.
 
     `dtype` is what the tower runs in; None leaves the weights as they are read: float32, also where a file or a module
     holds half precision, and float64 of a module in memory that is in float64. In bfloat16 and float16 it is the tower
@@ -55,14 +62,15 @@ def load(
         HookedTextEncoder(tiny: 6 layers x 4 heads, d_model 128, d_embed 128, causal, pooled at argmax, scale ...)
     """
     if isinstance(name, nn.Module):
-        if pretrained is not None:
+        if (pretrained, like, quick_gelu) != (None, None, None):
             raise ValueError("a module in memory has its weights with it; pretrained= goes with a model's name")
-        title = f"{type(name).__name__} in memory"
-        original = Original(adopt(name), tokenizer, None, title, None)
+        original = open_module(name, tokenizer=tokenizer)
     else:
         name = os.fspath(name)
         _refuse_early(name)
-        original = open_original(name, pretrained=pretrained, tokenizer=tokenizer)
+        original = open_original(name, pretrained=pretrained, tokenizer=tokenizer, like=like, quick_gelu=quick_gelu)
+    for doubt in original.doubts:
+        warnings.warn(doubt, stacklevel=2)
     encoder = _encoder(original, scale)
     return encoder.to(device=torch.device(device), dtype=dtype)
 
@@ -91,6 +99,7 @@ def _encoder(original: Original, scale: float | None) -> HookedTextEncoder:
         pretrained=original.pretrained,
         image_digest=None if visual is None else digest(visual.state_dict()),
         vocabulary=original.vocabulary,
+        notes=original.notes,
     )
 
 
@@ -116,7 +125,8 @@ def _full_precision(module: nn.Module) -> nn.Module:
     image = set() if visual is None else set(visual.parameters())
     if all(parameter.dtype in (torch.float32, torch.float64) for parameter in set(module.parameters()) - image):
         return module
-    dropped = [] if visual is None else [visual, *visual.children()]
+    # The `clip` package asks its first convolution which precision to run in.
+    dropped = [] if visual is None else [part for part in visual.children() if not isinstance(part, nn.Conv2d)]
     memo: dict[int, nn.Module] = {id(part): nn.Identity() for part in dropped}
     return copy.deepcopy(module, memo).float()
 

@@ -20,6 +20,7 @@ v, mlp, out).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias, get_args
@@ -43,6 +44,11 @@ class Layout(NamedTuple):
     unit_axis: int | None = None
     pos_axis: int = 1
 
+    @property
+    def query_by_key(self) -> bool:
+        """Whether it has two axes of positions, queries and behind them keys, as patterns have."""
+        return self.pos_axis == 2
+
 
 LAYOUTS: dict[Kind, Layout] = {
     "embed": Layout("blocks.{layer}.hook_resid_pre"),
@@ -59,6 +65,17 @@ LAYOUTS: dict[Kind, Layout] = {
 }
 """Every kind that can be patched as a site. A line more is a kind more: with
 `LAYOUTS["pre"] = Layout("blocks.{layer}.mlp.hook_pre", unit_axis=2)` the place `Site("pre", 3)` is like any other."""
+
+
+def layout_at(name: str) -> Layout:
+    """How the activation at a hook is laid out; one that no kind has is `pair pos ...`.
+
+    Example:
+        >>> layout_at("blocks.3.attn.hook_pattern").query_by_key, layout_at("blocks.0.hook_resid_post").pos_axis
+        (True, 1)
+    """
+    template = re.sub(r"^blocks\.\d+\.", "blocks.{layer}.", name)
+    return next((layout for layout in LAYOUTS.values() if layout.hook == template), Layout(template))
 
 
 @dataclass(frozen=True)
@@ -170,11 +187,12 @@ class Outside:
     """Every edge outside a circuit, patched together: a place by name, since it may have tens of thousands of members.
 
     `edges` of the tower's `of` edges are in the circuit; `share` of them was asked for, where a circuit was selected by
-    size (it may have fewer: what lies on no path is pruned), `ranking` says by which score, "signed" or "absolute".
+    size, `ranking` says by which score, "signed" or "absolute". `pruned`: what lies on no path from the embedding to
+    the output was taken out after the selection, which is another circuit.
 
     Example:
-        >>> str(Outside("exact", edges=20, of=1108))
-        'outside exact, 20 of 1108 edges'
+        >>> str(Outside("exact", edges=20, of=1108)), str(Outside("exact", edges=18, of=1108, pruned=True))
+        ('outside exact, 20 of 1108 edges', 'outside exact, 18 of 1108 edges, pruned')
     """
 
     circuit: str
@@ -182,10 +200,11 @@ class Outside:
     of: int
     share: float | None = None
     ranking: str = ""
+    pruned: bool = False
 
     def __str__(self) -> str:
-        ranking = f" ({self.ranking})" if self.ranking else ""
-        return f"outside {self.circuit}{ranking}, {self.edges} of {self.of} edges"
+        ranking, pruned = f" ({self.ranking})" if self.ranking else "", ", pruned" if self.pruned else ""
+        return f"outside {self.circuit}{ranking}, {self.edges} of {self.of} edges{pruned}"
 
 
 Place: TypeAlias = Site | Edge | Outside | tuple[Site | Edge, ...]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,9 @@ class Original:
     pretrained: str | None
     vocabulary: frozenset[int] | None = None
     library: str = "open_clip_torch"
+    notes: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
+    image_doubts: tuple[str, ...] = ()
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -56,9 +60,10 @@ def _exact(tensor: Tensor) -> Tensor:
     return tensor.double()
 
 
-def in_one_line(error: Exception) -> str:
-    """What an error says, short enough to stand in another's message."""
-    return shorten(str(error), 240, placeholder=" ...") or type(error).__name__
+def in_one_line(error: Exception, width: int = 240) -> str:
+    """What an error says, short enough to stand in another's message, and without colours."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    return shorten(plain, width, placeholder=" ...") or type(error).__name__
 
 
 @contextmanager

@@ -90,7 +90,8 @@ def adopt(module: nn.Module) -> nn.Module:
     """A module of transformers' under open_clip's names; any other module as it is.
 
     Raises:
-        ValueError: a module of transformers' that has no text tower with a projection to the joint space.
+        ValueError: a module of transformers' that has no text tower with a projection to the joint space, or one that
+            is TorchScript, whose parts can't be taken out.
 
     Example:
         >>> adopt(torch.nn.Linear(2, 2))
@@ -98,6 +99,11 @@ def adopt(module: nn.Module) -> nn.Module:
     """
     import transformers
 
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError(
+            f"the module in memory is TorchScript ({module.original_name}): save it, torch.jit.save(module, 'it.pt'), "
+            "and give the file: load(NAME, pretrained='it.pt') with open_clip's name of its architecture"
+        )
     if not isinstance(module, transformers.PreTrainedModel):
         return module
     if not isinstance(module, tuple(getattr(transformers, name) for name in MODEL_TYPES.values())):

@@ -12,13 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clip_lens.core.effects import BOUNDS, SLOTS, Effects, pivot, segments, toy_effects
+from clip_lens.core.record import Method, Record
 from clip_lens.model.site import Site
 
 EXACT = 1e-12  # the same sums in float64, in another order
 NAN = float("nan")
+MADE = Record(model="made by hand")
 
 
-def make(values, total, sides=None, sigma=None, keys=None, places=None, dtype=torch.float64, meta=None, **info):
+def make(values, total, sides=None, sigma=None, keys=None, places=None, dtype=torch.float64, record=MADE, **info):
     """Effects from plain lists; `places` default to the residual stream at position p of layer 0."""
     values, total = torch.tensor(values, dtype=dtype), torch.tensor(total, dtype=dtype)
     n = values.shape[1]
@@ -33,12 +35,11 @@ def make(values, total, sides=None, sigma=None, keys=None, places=None, dtype=to
             "side": sides or ["foil"] * n,
             "sigma": sigma,
             "d": d,
-            "segment": ["correct"] * n,
-            **info,
+            **{"segment": ["correct"] * n, **info},
         }
     )
     places = places or tuple(Site("resid", 0, slot=p) for p in range(len(values)))
-    return Effects(values, total, total * 0 + 20, places, pairs, meta or {"model": "made by hand"})
+    return Effects(values, total, total * 0 + 20, places, pairs, record)
 
 
 def random_effects(n_places=6, n_pairs=20, seed=0, missing=0.2, sides=("caption", "foil"), **other):
@@ -138,7 +139,7 @@ def test_pairs_are_counted_by_key():
 
 
 def test_bootstrap_equals_a_plain_loop_with_the_same_draws():
-    effects = random_effects(n_pairs=14, keys=[f"k{i // 4}-{i % 2}" for i in range(14)])
+    effects = random_effects(n_pairs=28, keys=[f"k{i // 4}-{i % 2}" for i in range(28)])
     for of in ("means", "ratios"):
         table = effects.table(0.9, of=of, resamples=60, seed=3)
         for number, side in enumerate(("caption", "foil")):
@@ -150,7 +151,8 @@ def test_bootstrap_equals_a_plain_loop_with_the_same_draws():
                 for draw in draws:
                     drawn = [c for c in columns for _ in range(draw[keys.index(effects.pairs["key"][c])])]
                     used = [c for c in drawn if not effects.values[place, c].isnan()]
-                    v, t = effects.signed()[place, used].numpy(), (effects.total[used] * effects._sigma[used]).numpy()
+                    sigma = effects.pairs["sigma"].to_numpy()[used]
+                    v, t = effects.values[place, used].numpy() * sigma, effects.total[used].numpy() * sigma
                     means.append(v.mean() if used else NAN)
                     fractions.append(((v / t).mean() if of == "ratios" else v.sum() / t.sum()) if used else NAN)
                 expected = [*np.nanquantile(fractions, [0.05, 0.95]), *np.nanquantile(means, [0.05, 0.95])]
@@ -372,9 +374,13 @@ def test_where_filters_places_and_pairs():
     assert effects.where(d=lambda d: d > 1.5).total.tolist() == [t for t in effects.total.tolist() if abs(t) > 1.5]
     assert len(effects.where(unit=None).places) == 4
     assert len(effects.where(slot=lambda slot: slot == "nowhere").fraction()) == 0
-    assert "selected" not in effects.where(slot=3, key=lambda key: key == key).meta
+    assert effects.where(slot=3, key=lambda key: key == key).record.selected == ()
     twice = effects.where(slot=3, noun="x", d=lambda d: d > -9).where(key=["pair 3"])
-    assert twice.meta["selected"] == "d filtered, noun = x: 2 of 6; key = ['pair 3']: 1 of 2"
+    assert twice.record.selected == (
+        "d filtered, noun = x: 2 of 6 (2 x, 2 y, 2 z)",
+        "key = ['pair 3']: 1 of 2 (1 pair 0, 1 pair 3)",
+    )
+    assert effects.where(key=["pair 3", "pair 1"]).record.selected == ("key = ['pair 3', 'pair 1']: 2 of 6",)
     assert effects.where(noun=lambda column: column.isin(["y"])).pairs["key"].tolist() == ["pair 1", "pair 4"]
     assert effects.where(slot=lambda slot: slot == "eot", layer=lambda layer: layer > 0).places == (places[2],)
     with pytest.raises(ValueError, match="one truth value per row"):
@@ -387,6 +393,18 @@ def test_where_filters_places_and_pairs():
         effects.where(noun=["q"])
 
 
+def test_a_selection_says_how_many_pairs_each_segment_had():
+    effects = random_effects(2, 9, segment=["correct"] * 4 + ["ambiguous"] * 3 + ["incorrect"] * 2)
+    assert effects.where(segment="correct").record.selected == (
+        "segment = correct: 4 of 9 (4 correct, 3 ambiguous, 2 incorrect)",
+    )
+    assert effects.where(segment=["correct", "ambiguous", "incorrect"]).record.selected == ()
+    tokens = Slots(torch.zeros(9, 2, dtype=torch.long), ("subject",), effects.pairs)
+    assert (
+        effects.by_slot(tokens).where(segment="incorrect").record.selected[0].startswith("segment = incorrect: 2 of 9")
+    )
+
+
 # Files
 
 
@@ -396,7 +414,7 @@ def same(one, two):
         torch.testing.assert_close(getattr(one, name), getattr(two, name), rtol=0, atol=0, equal_nan=True)
     assert one.places == two.places
     assert [type(site) for site in one.places] == [type(site) for site in two.places]
-    assert dict(one.meta) == dict(two.meta)
+    assert one.record == two.record
     pd.testing.assert_frame_equal(one.pairs, two.pairs)
     pd.testing.assert_frame_equal(one.index, two.index)
 
@@ -444,7 +462,7 @@ def test_any_result_survives_a_file(tmp_path, data, n_places, n_pairs, double):
         "segment": pd.Series(["correct"] * n_pairs, dtype="str"),
     }
     total = torch.tensor(draw(numbers, n_pairs), dtype=dtype)
-    effects = Effects(values, total, -total, PLACES[:n_places], pd.DataFrame(texts | rest), {"é": "</b>"})
+    effects = Effects(values, total, -total, PLACES[:n_places], pd.DataFrame(texts | rest), Record(notes=("é", "</b>")))
     effects.save(tmp_path / "e.parquet")
     same(effects, Effects.load(tmp_path / "e.parquet"))
 
@@ -515,11 +533,10 @@ def test_segments_include_their_lower_bound():
 
 
 def test_notebook_view_escapes_and_counts():
-    effects = random_effects(
-        3, 6, meta={"model": "<script>x</script>", "method": "patch", "pairs dropped": "2: no image"}
-    )
+    record = Record(Method("patch", "<i>patched</i>"), model="<script>x</script>", dropped={"no image": 2})
+    effects = random_effects(3, 6, record=record)
     shown = effects._repr_html_()
-    assert "<script>" not in shown and "2: no image" in shown and "3 caption, 3 foil" in shown
+    assert "<script>" not in shown and "<i>" not in shown and "2 no image" in shown and "3 caption, 3 foil" in shown
     assert "0 places" in effects.where(layer=lambda layer: layer == 9)._repr_html_()
     assert "0 pairs" in effects.where(key=lambda key: key == "none").__repr__()
 

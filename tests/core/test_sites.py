@@ -131,9 +131,23 @@ def test_hooks_patch_each_row_at_its_own_place(encoder, batch, rows, seed):
         assert torch.equal(current[name], untouched[name]), "a hook changed a tensor in place"
 
 
-def test_units_of_every_neuron_are_checked_quickly(encoder, batch):
-    """As many places as a large tower has neurons: an address costs no list of all units."""
-    assert len(address([Site("neuron", 1, unit) for unit in range(64)] * 300, encoder, batch).start) == 19200
+class Asked:
+    """Units that can be asked for, but not listed; counts how often they are."""
+
+    times = 0
+
+    def __contains__(self, unit):
+        self.times += 1
+        return 0 <= unit < 4 * WIDTH
+
+
+def test_a_unit_is_checked_once_without_a_list_of_all_units(encoder, batch, monkeypatch):
+    """As many places as a large tower has neurons, 300 for each of 64."""
+    asked = Asked()
+    monkeypatch.setattr(type(encoder), "units", lambda self, kind: asked)
+    found = address([Site("neuron", 1, unit) for unit in range(64)] * 300, encoder, batch)
+    assert found.sites.columns[:, 1].tolist() == [*range(64)] * 300
+    assert asked.times == 64
 
 
 def test_a_part_of_a_sum_cannot_be_patched() -> None:

@@ -85,7 +85,7 @@ def test_counterpart(name):
 def test_zeros(name):
     """By the oracle a head gives its part without the attention's bias, an MLP its output with the bias."""
     effects = hold(name, zeros, lambda text, row: {site: 0 * value for site, value in text.run.items()})
-    assert effects.meta["source"] == "zeros"
+    assert effects.record.source.name == "zeros"
     clip, encoder = tower(name)
     layers = [block.ls_1(block.attn.out_proj.bias) for block in getattr(clip, "text", clip).transformer.resblocks]
     last = sum(layers).expand(len(batch_of(name)), 1, -1)
@@ -197,7 +197,7 @@ def test_noise(name):
         return {site: named_site(encoder, cache, site) for site in text.run if site.kind != "out"}
 
     effects = hold(name, noise(0.5, 3), source_of)
-    assert effects.meta["source"] == "noise(0.5, seed=3)"
+    assert effects.record.source.name == "noise(0.5, seed=3)"
     own = encoder.cache(batch.tokens, names=names)
     for name_ in names:
         for pair, length in enumerate(batch.length.tolist()):
@@ -251,7 +251,7 @@ def test_via_is_a_run_patched_by_hand_with_the_rest_held(name, freeze):
             return {key: value * NAN if nothing else value for key, value in arrived.items()}
 
         effects = hold(name, via(place, freeze=freeze), source_of)
-        assert effects.meta["source"].startswith(f"via({place} from counterpart")
+        assert effects.record.source.name.startswith(f"via({place} from counterpart")
 
 
 def held(text, gives=same):
@@ -275,5 +275,5 @@ def test_via_an_edge_and_via_of_via():
     twice = patch_effects(encoder, batch, [Site("resid", 3)], source=via(MLP, source=via(Site("embed")))).values
     once = patch_effects(encoder, batch, [MLP], source=via(Site("embed"))).values
     assert torch.allclose(twice, once, rtol=0, atol=1e-10)
-    named = via(MLP, source=zeros, freeze=("head",)).__name__
+    named = via(MLP, source=zeros, freeze=("head",)).name
     assert named == "via(mlp 1 from zeros, head frozen)"

@@ -16,7 +16,8 @@ from towers import random_clip, random_encoder, random_store
 
 from clip_lens.data.batch import align, match_tokens, template_slots
 from clip_lens.data.images import ImageStore
-from clip_lens.data.pairs import Pairs, read_pairs
+from clip_lens.data.pairs import Pairs
+from clip_lens.data.read import read_pairs
 from clip_lens.model.load import load
 
 TENSORS = ("tokens", "other", "origin", "slot", "other_slot", "length", "other_length", "direction", "sigma")
@@ -397,6 +398,20 @@ def test_texts_that_are_the_same_to_the_tokenizer_stay_together(causal):
     for seed in range(8):
         parts = batch.split(0.5, seed, by="text")
         assert {part.pairs.key for part in parts} == {("pair 0", "pair 1"), ("pair 2",)}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)],
+)
+def test_the_direction_has_the_precision_that_the_encoder_scores_in(dtype, precision):
+    """In half precision a logit of 100 is rounded to .06 or .5: no direction is, whatever the tower runs in."""
+    encoder, pairs = random_encoder(dtype=dtype, **SMALL), make(REPHRASED, INSERTED)
+    store = random_store(pairs, 8)
+    batch = align(pairs, store, encoder)
+    exact = encoder.scale * store[["0.png", "1.png"]].double()
+    assert batch.direction.dtype == precision == batch.along(torch.arange(8)).direction.dtype
+    assert (batch.direction.double() - exact).abs().max() <= encoder.scale * torch.finfo(precision).eps
 
 
 # Slots

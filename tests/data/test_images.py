@@ -1,9 +1,12 @@
 """ImageStore and embed_images: open_clip's own embeddings, whichever way they came about; then every bad input."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 import warnings
 from functools import cache
-from itertools import pairwise
 
 import numpy as np
 import open_clip
@@ -15,6 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from clip_lens.data import embed as embedding
+from clip_lens.data import image_file
 from clip_lens.data import images as storing
 from clip_lens.data.embed import embed_images
 from clip_lens.data.images import ImageStore, UnknownImage
@@ -262,6 +266,64 @@ def test_what_failed_is_tried_again(folder, model, tmp_path):
     assert "a.png" in repaired and repaired.failed == ()
 
 
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """A function that has something else done, once, before a batch is computed."""
+    whole = embedding._ImageTower.__call__
+
+    def before_batch(number, do):
+        left = iter([*[None] * number, do])
+
+        def call(tower, images):
+            if other := next(left, None):
+                other()
+            return whole(tower, images)
+
+        monkeypatch.setattr(embedding._ImageTower, "__call__", call)
+
+    return before_batch
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3])
+@pytest.mark.parametrize("part", ["sub/06.png", "all"])
+def test_two_runs_into_one_store_end_well_and_lose_nothing(
+    folder, model, tmp_path, meanwhile, monkeypatch, batch, part
+):
+    """While one run is on its way, another begins and finishes."""
+    monkeypatch.setattr(embedding, "BATCHES_PER_CHUNK", 1)
+    whole = embed(folder, tmp_path / "whole", model, batch_size=3)
+    picture(tmp_path / "pictures2/more.png", 50)
+    chosen = [folder, tmp_path / "pictures2"] if part == "all" else [folder / part, tmp_path / "pictures2/more.png"]
+    meanwhile(batch, lambda: embed(chosen, tmp_path / "s", model, batch_size=3))
+    store = embed(folder, tmp_path / "s", model, batch_size=3)
+    more = {"more.png"} if part == "all" else {"pictures/sub/06.png", "pictures2/more.png"}
+    assert set(store.ids) == {*whole.ids, *more} and len(store) == len(set(store.ids))
+    assert (store[whole.ids] - whole[whole.ids]).abs().max() < 1e-5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures", "pictures2", "s", "whole"]
+
+
+def test_a_store_that_another_model_made_meanwhile_is_not_replaced(folder, model, other_model, tmp_path, meanwhile):
+    meanwhile(0, lambda: embed(folder / "sub", tmp_path / "s", other_model))
+    with pytest.raises(ValueError, match=r"s was made by .*; this run is"):
+        embed(folder, tmp_path / "s", model)
+    assert ImageStore.open(tmp_path / "s").model == other_model
+
+
+def test_a_part_that_another_run_removes_is_not_missed(folder, model, tmp_path, interrupted, monkeypatch):
+    interrupted(1)
+    with pytest.raises(KeyboardInterrupt):
+        embed(folder, tmp_path / "s", model, batch_size=3)
+    interrupted(9)
+    whole, opened = embed(folder, tmp_path / "whole", model, batch_size=3), ImageStore.open
+
+    def open_too_late(path):
+        shutil.rmtree(tmp_path / "s.partial", ignore_errors=True)
+        return opened(path)
+
+    monkeypatch.setattr(ImageStore, "open", open_too_late)
+    assert same(embed(folder, tmp_path / "s", model, batch_size=3), whole)
+
+
 def test_a_store_of_another_model_is_refused_with_both_names(folder, model, other_model, tmp_path):
     first = embed(folder, tmp_path / "s", model)
     before = (tmp_path / "s").read_bytes()
@@ -392,10 +454,19 @@ def test_saving_is_whole_or_not_at_all(rows, tmp_path, monkeypatch):
         path.write_bytes(before[:50])
         raise OSError("disk full")
 
-    monkeypatch.setattr(storing, "save_file", half_a_file)
+    monkeypatch.setattr(image_file, "save_file", half_a_file)
     with pytest.raises(OSError, match="disk full"):
         ImageStore.from_tensors(IDS, -rows).save(file)
     assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_store_may_be_read_by_whom_the_umask_says(rows, tmp_path):
+    before = os.umask(0o022)
+    try:
+        ImageStore.from_tensors(IDS, rows).save(tmp_path / "s")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "s").stat().st_mode & 0o777 == 0o644
 
 
 def test_a_store_can_be_saved_over_itself(rows, tmp_path):
@@ -405,19 +476,256 @@ def test_a_store_can_be_saved_over_itself(rows, tmp_path):
     assert same(ImageStore.open(tmp_path / "s"), store)
 
 
-def test_only_the_rows_asked_for_are_read(rows, tmp_path):
-    ImageStore.from_tensors(IDS, rows).save(tmp_path / "s")
+# Damage: nothing that a file holds changes unseen
+
+
+def old_file(path, rows, **metadata):
+    """A file of the first format, as it was written."""
+    texts = {"format": "clip_lens.images/1", "ids": json.dumps(IDS), "failed": "[]", "contents": "[]"}
+    save_file({"embeddings": rows}, path, metadata=texts | metadata)
+
+
+def place_of(tensor, path):
+    """Where a tensor's bytes begin in a safetensors file."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    return 8 + length + json.loads(content[8 : 8 + length])[tensor]["data_offsets"][0]
+
+
+def flip(path, at, bit):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def test_the_first_format_is_still_read(rows, tmp_path):
+    unit = UNIT(rows, dim=1)
+    contents = [f"{number:016x}" for number in range(6)]
+    failed = [["broken.png", "truncated"]]
+    old_file(
+        tmp_path / "s", unit, model="A", digest="0f", failed=json.dumps(failed), contents=json.dumps(contents), x="y"
+    )
     store = ImageStore.open(tmp_path / "s")
-    read = []
+    store.verify()
+    assert store.ids == tuple(IDS) and torch.equal(store[IDS], unit) and store.failed == (("broken.png", "truncated"),)
+    assert dict(store.provenance) == {"model": "A", "digest": "0f"} and list(store.contents.values()) == contents
+    store.save(tmp_path / "new")
+    again = ImageStore.open(tmp_path / "new")
+    assert same(again, store) and again.contents == store.contents and again.provenance == store.provenance
 
-    class Watched:
-        def __getitem__(self, part):
-            read.append((part.start, part.stop))
-            return rows[part]
 
-    store._rows = Watched()
-    assert torch.equal(store[[IDS[5], IDS[1], IDS[0], IDS[5]]], rows[[5, 1, 0, 5]])
-    assert read == [(0, 2), (5, 6)] and all(stop <= start for (_, stop), (start, _) in pairwise(read))
+@pytest.mark.parametrize("format", [1, 2])
+def test_a_file_in_which_ids_repeat_is_not_opened(rows, tmp_path, format):
+    ids = [*IDS[:5], IDS[0]]
+    if format == 1:
+        old_file(tmp_path / "s", UNIT(rows, dim=1), ids=json.dumps(ids))
+    else:
+        image_file.write(tmp_path / "s", image_file.Stored(ids, UNIT(rows, dim=1), {}, (), (), None))
+    with pytest.raises(ValueError, match=r"s is damaged: 1 ids repeat: x/a.png; .*; embed the images again"):
+        ImageStore.open(tmp_path / "s")
+
+
+@pytest.mark.parametrize("format", [1, 2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.0])
+def test_rows_that_are_no_unit_vectors_are_refused_when_they_are_read(rows, tmp_path, format, value):
+    unit = UNIT(rows, dim=1)
+    unit[2, 1] = value
+    if format == 1:
+        old_file(tmp_path / "s", unit)
+    else:
+        image_file.write(tmp_path / "s", image_file.Stored(IDS, unit, {}, (), (), None))
+    store = ImageStore.open(tmp_path / "s")
+    sound = [*IDS[:2], *IDS[3:]]
+    assert torch.equal(store[sound], unit[[0, 1, 3, 4, 5]])
+    message = r"1 of \d embeddings have other values in .*s than were written: c.jpg; embed these images again"
+    for read in (lambda: store[["c.jpg"]], lambda: store[IDS], store.verify, lambda: store.save(tmp_path / "t")):
+        with pytest.raises(ValueError, match=message):
+            read()
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_changed_bit_of_an_embedding_is_found_in_that_image_only(rows, tmp_path):
+    ImageStore.from_tensors(IDS, rows).save(tmp_path / "s")
+    start = place_of("embeddings", tmp_path / "s")
+    for bit in range(32):  # of the second number of the third row
+        flip(tmp_path / "s", start + 4 * (2 * 4 + 1) + bit // 8, bit % 8)
+        store = ImageStore.open(tmp_path / "s")
+        assert store[[IDS[5], IDS[1], IDS[0], IDS[5]]].shape == (4, 4)
+        with pytest.raises(ValueError, match=r"1 of 1 embeddings have other values .*: c.jpg"):
+            store[["c.jpg"]]
+        flip(tmp_path / "s", start + 4 * (2 * 4 + 1) + bit // 8, bit % 8)
+    ImageStore.open(tmp_path / "s").verify()
+
+
+def test_embeddings_that_change_their_places_are_found(rows, tmp_path):
+    ImageStore.from_tensors(IDS, rows).save(tmp_path / "s")
+    start, content = place_of("embeddings", tmp_path / "s"), bytearray((tmp_path / "s").read_bytes())
+    one, two = content[start : start + 16], content[start + 16 : start + 32]
+    content[start : start + 32] = two + one
+    (tmp_path / "s").write_bytes(content)
+    with pytest.raises(ValueError, match=r"2 of 6 embeddings have other values .*: x/a.png, x/b.png"):
+        ImageStore.open(tmp_path / "s").verify()
+
+
+def test_no_changed_bit_of_a_file_goes_unseen(folder, model, tmp_path):
+    """Whatever bit changes, the file is refused, or what is read from it is the same to the last bit."""
+    truncate(folder / "b.jpg")
+    with pytest.warns(UserWarning, match="1 of 12"):
+        whole = embed(folder, tmp_path / "s", model)
+    content = (tmp_path / "s").read_bytes()
+    places = np.random.default_rng(0).integers(0, 8 * len(content), 300).tolist()
+    refused = 0
+    for place in places:
+        flip(tmp_path / "s", place // 8, place % 8)
+        try:
+            store = ImageStore.open(tmp_path / "s")
+            rows = store[store.ids]
+        except ValueError as error:
+            refused += 1
+            assert str(tmp_path / "s") in str(error)
+        else:
+            assert same(store, whole) and torch.equal(rows, whole[whole.ids])
+            assert store.provenance == whole.provenance and store.contents == whole.contents
+        (tmp_path / "s").write_bytes(content)
+    assert refused >= 295
+
+
+@pytest.mark.parametrize("name", ["checks", "ids", "contents", "failed"])
+def test_a_changed_bit_of_what_lies_beside_the_embeddings_is_found_at_opening(folder, model, tmp_path, name):
+    truncate(folder / "b.jpg")
+    with pytest.warns(UserWarning, match="1 of 12"):
+        embed(folder, tmp_path / "s", model)
+    flip(tmp_path / "s", place_of(name, tmp_path / "s") + 3, 0)
+    with pytest.raises(ValueError, match="s is damaged: its ids or its provenance are not what was written"):
+        ImageStore.open(tmp_path / "s")
+
+
+ODD = ["", " ", "\n", "a\nb", "\U0001f40d.png", "\udcff.png", "Ka\u0308se.png", "'\"\\", "a" * 3000]
+
+
+def test_any_text_may_be_an_id(tmp_path):
+    rows = torch.randn(len(ODD), 4)
+    ImageStore.from_tensors(ODD, rows).save(tmp_path / "s")
+    store = ImageStore.open(tmp_path / "s")
+    assert store.ids == tuple(ODD) and torch.allclose(store[ODD[::-1]], UNIT(rows, dim=1).flip(0), atol=1e-6)
+    with pytest.raises(ValueError, match="ids can't contain the character NUL"):
+        ImageStore.from_tensors(["a\0b"], rows[:1])
+
+
+@pytest.mark.parametrize("ids", [[], [""], ["a"]])
+def test_a_store_of_none_or_one(tmp_path, ids):
+    ImageStore.from_tensors(ids, torch.ones(len(ids), 4)).save(tmp_path / "s")
+    store = ImageStore.open(tmp_path / "s")
+    store.verify()
+    assert store.ids == tuple(ids) and store[ids].shape == (len(ids), 4) and store.d_embed == 4
+
+
+# Large stores, on a small scale: what a million rows do in parts of 1,024, a few do in parts of three
+
+
+@pytest.fixture
+def parts_of_three(monkeypatch):
+    for module in (storing, image_file):
+        monkeypatch.setattr(module, "ROWS_AT_ONCE", 3)
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 7, 9])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_in_parts_or_at_once_gives_the_same_bits(parts_of_three, tmp_path, n, dtype):
+    rows = torch.randn(n, 64, generator=torch.Generator().manual_seed(n)).to(dtype)
+    ids = [f"{number}.png" for number in range(n)]
+    exact = rows.double() / rows.double().norm(dim=1, keepdim=True)
+    store = ImageStore.from_tensors(ids, rows)
+    assert torch.equal(store[ids], exact if dtype == torch.float64 else exact.float())
+    store.save(tmp_path / "s")
+    ImageStore.open(tmp_path / "s").verify()
+    assert torch.equal(ImageStore.open(tmp_path / "s")[ids], exact.float())
+
+
+def test_bad_rows_of_every_part_are_named(parts_of_three):
+    rows, ids = torch.ones(9, 4), [f"{number}.png" for number in range(9)]
+    rows[[0, 5, 8]] = float("nan")
+    with pytest.raises(ValueError, match=r"3 of 9 embeddings have NaN or infinite values: 0.png, 5.png, 8.png"):
+        ImageStore.from_tensors(ids, rows)
+    rows = torch.eye(9)
+    rows[7] *= 2
+    with pytest.raises(ValueError, match=r"1 of 9 embeddings have a norm other than 1: 7.png"):
+        ImageStore.from_tensors(ids, rows, normalize=False)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_store_is_not_changed_with_the_tensor_that_it_was_made_of(rows, normalize, dtype):
+    given = UNIT(rows, dim=1).to(dtype)
+    store = ImageStore.from_tensors(IDS, given, normalize=normalize)
+    before = store[IDS]
+    given.zero_()
+    assert torch.equal(store[IDS], before) and before.norm() > 2
+
+
+def test_rows_of_any_length_get_the_length_one():
+    rows = torch.tensor([[3e-30, 4e-30], [3e30, 4e30], [3.0, 4.0]])
+    found = ImageStore.from_tensors(["a", "b", "c"], rows)[["a", "b", "c"]]
+    assert torch.allclose(found, torch.tensor([0.6, 0.8]), atol=1e-7, rtol=0)
+
+
+MILLION = """
+import resource, sys, time, torch
+from clip_lens.data.images import ImageStore, UnknownImage
+
+def peak(what):
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - before
+    print(what, f"{time.perf_counter() - start:.2f} s, {grown:.2f} GiB at most", file=sys.stderr)
+    return grown
+
+ids = [f"{number % 997:03}/{number:083}.png" for number in range(1_000_000)]
+assert {len(name) for name in ids} == {91}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+start = time.perf_counter()
+if sys.argv[2] == "make":
+    rows = torch.empty(1_000_000, 512, dtype=torch.float16)
+    for part in rows.split(10_000):
+        part.normal_()
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    store = ImageStore.from_tensors(ids, rows)
+    assert peak("from_tensors") < 3  # the rows in float32 are 1.9 GiB
+    start = time.perf_counter()
+    store.save(sys.argv[1])
+    assert peak("save") < 4
+else:
+    store = ImageStore.open(sys.argv[1])
+    assert peak("open") < 1.5
+    start = time.perf_counter()
+    assert store.ids == tuple(ids) and store[ids[::-1000]].shape == (1000, 512)
+    peak("a thousand rows")
+    start = time.perf_counter()
+    try:
+        store[["000999999.png", "nothing.png"]]
+    except UnknownImage as error:
+        assert "nothing.png" in str(error)
+    peak("missing")
+    start = time.perf_counter()
+    store.verify()
+    peak("verify")
+"""
+
+
+@pytest.mark.slow
+def test_a_million_embeddings(tmp_path):
+    """What they cost is printed; the limits are on the memory, above what the process held before."""
+    for what in ("make", "open"):
+        subprocess.run([sys.executable, "-c", MILLION, str(tmp_path / "s"), what], check=True)
+
+
+def test_a_missing_id_is_found_among_many_in_any_folder_and_spelling():
+    ids = [f"some/folder/{number:06}.jpg" for number in range(5000)] + ["x/Cat.PNG"]
+    store = ImageStore.from_tensors(ids, torch.ones(5001, 2))
+    with pytest.raises(UnknownImage, match=r"'004999.png' may be some/folder/004999.jpg"):
+        store[["004999.png"]]
+    with pytest.raises(UnknownImage, match=r"'Cat.png' may be x/Cat.PNG"):
+        store[["Cat.png"]]
+    with pytest.raises(UnknownImage, match=r"'SOME/FOLDER/000001.JPG' may be some/folder/000001.jpg"):
+        store[["SOME/FOLDER/000001.JPG"]]
 
 
 def bad_tensors(rows):
@@ -500,7 +808,11 @@ REFUSED = [
 
 @pytest.mark.parametrize(("made", "needed"), ACCEPTED)
 def test_a_store_that_fits_is_accepted(rows, made, needed):
-    ImageStore.from_tensors(IDS, rows, **made).require(**needed)
+    """And refused for one thing more, its width."""
+    store = ImageStore.from_tensors(IDS, rows, **made)
+    store.require(**needed)
+    with pytest.raises(ValueError, match="have 4 dimensions"):
+        store.require(**needed | {"d_embed": 5})
 
 
 @pytest.mark.parametrize(("made", "needed", "message"), REFUSED)
@@ -525,11 +837,18 @@ def test_files_that_are_no_stores(rows, tmp_path):
             ImageStore.open(file)
 
 
-GOOD = {"format": storing.FORMAT, "ids": json.dumps(IDS)}
+GOOD = {"format": "clip_lens.images/1", "ids": json.dumps(IDS)}
 FOREIGN = [
     (None, "no store of images .format 'not given'.* use ImageStore.from_tensors"),
-    (GOOD | {"format": "clip_lens.images/2"}, "has the format clip_lens.images/2, this version reads .*upgrade"),
-    (GOOD | {"ids": "[]"}, r"is damaged: 0 ids and embeddings of shape \(6, 4\), F32; embed the images again"),
+    (GOOD | {"format": "clip_lens.images/3"}, "has the format clip_lens.images/3, this version reads .*upgrade"),
+    (GOOD | {"format": "clip_lens.images/2"}, "is damaged: .*checks"),
+    (GOOD | {"contents": '["1"]'}, "is damaged: 6 ids and 1 contents"),
+    (GOOD | {"ids": "[1, 2, 3, 4, 5, 6]"}, "is damaged: ids must be texts, got 1, 2"),
+    (GOOD | {"failed": "[1]"}, "is damaged: "),
+    (
+        GOOD | {"ids": "[]"},
+        r"is damaged: 0 ids and embeddings of shape \(6, 4\), torch.float32; embed the images again",
+    ),
     (GOOD | {"ids": "["}, "is damaged: .*; embed the images again"),
 ]
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from random import Random
 
 import networkx
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clip_lens.data.pairs import NEGATORS, Pairs, read_pairs
+import clip_lens
+from clip_lens.data.pairs import NEGATORS, OWN, Pairs
+from clip_lens.data.read import read_pairs
 
 ROWS = [
     {"caption": "There are no cats.", "foil": "There are cats.", "image": "00123", "count": 0},
@@ -231,7 +234,7 @@ def test_where_filters_by_function(many):
 def test_where_says_what_there_is(many):
     with pytest.raises(ValueError, match=r"no column 'from'; did you mean 'form'\?"):
         many.where(**{"from": "one"})
-    with pytest.raises(ValueError, match=r"no column 'zzz'; it has 'key', 'caption'.*'size'"):
+    with pytest.raises(ValueError, match=r"no column 'zzz'; there are key, caption, .*, size"):
         many.where(zzz=1)
     with pytest.raises(ValueError, match="no pair of pairs has form='three': form has 'one', 'two'"):
         many.where(form="three")
@@ -358,6 +361,19 @@ def test_digest_follows_the_content_not_the_name(many):
     assert Pairs.from_frame(frame.assign(form="x")).digest != many.digest
 
 
+def test_digest_and_side_follow_an_edited_column(many):
+    pairs = many[:]
+    before = pairs.digest, hash(pairs), pairs.side
+    assert pairs == many
+    pairs.info.loc[2, "size"] = 99
+    assert pairs.digest != before[0] and hash(pairs) != before[1] and pairs != many
+    pairs.info["negation"] = "foil"
+    assert pairs.side == ("foil",) * 12 != before[2]
+    del pairs.info["negation"]
+    pairs.info.loc[2, "size"] = 2
+    assert (pairs.digest, hash(pairs), pairs.side) == before and pairs == many
+
+
 def test_pairs_are_immutable(many):
     with pytest.raises(AttributeError):
         many.caption = ()
@@ -375,8 +391,12 @@ def test_columns_must_fit_together():
         Pairs(["a"], ["x"], [], ["1"])
     with pytest.raises(ValueError, match=r"repeats 1 keys: 'a'"):
         Pairs(["a", "a"], "xy", "zw", "12")
-    with pytest.raises(ValueError, match=r"named \['side'\]"):
+    with pytest.raises(ValueError, match=r"pairs can't have further columns named side: .* rename them"):
         Pairs("a", "x", "y", "1", info=pd.DataFrame({"side": ["foil"]}))
+    with pytest.raises(ValueError, match="pairs has several columns named x; remove or rename all but one"):
+        Pairs("a", "x", "y", "1", info=pd.DataFrame([[1, 2]], columns=["x", "x"]))
+    with pytest.raises(ValueError, match="frame has several columns named foil"):
+        Pairs.from_frame(pd.DataFrame([list("abcd")], columns=["caption", "foil", "image", "foil"]))
 
 
 def test_importing_pairs_imports_no_model_library():
@@ -417,8 +437,57 @@ BAD = {
         "a.csv repeats 1 keys: 'x'; every pair needs a key of its own",
     ),
     "keys missing": ("a.csv", "key,caption,foil,image\nx,a,b,1\n,c,d,2\n", r"no key in rows '1' \(from 0\); fill"),
-    "comma in a text": ("a.csv", "caption,foil,image\na,b,1\na, or b,c,2\n", "line 3, saw 4; put quotes around"),
-    "commas in every text": ("a.csv", "caption,foil,image\na, or b,c,2\n", "more fields than the header's 3; quote"),
+    "comma in a text": (
+        "a.csv",
+        "caption,foil,image\na,b,1\na, or b,c,2\n",
+        "a.csv, line 3, has 4 fields, the header has 3; put quotes around texts with commas",
+    ),
+    "commas in every text": ("a.csv", "caption,foil,image\na, or b,c,2\n", "line 2, has 4 fields, the header has 3"),
+    "cut off": ("a.csv", "caption,foil,image\na,b,1\n\nc,d", "a.csv, line 4, has 2 fields, the header has 3"),
+    "two captions": (
+        "a.csv",
+        "caption,foil,image,caption\na,b,1,c\n",
+        "a.csv has several columns named caption; remove or rename all but one",
+    ),
+    "two columns": ("a.csv", "caption,foil,image,x,y,x,y\na,b,1,c,d,e,f\n", "several columns named x, y; remove"),
+    "open quote": (
+        "a.csv",
+        'caption,foil,image\na,b,1\n"c,d,2\ne,f,3\ng,h,4\n',
+        r"a.csv, line 3, is not readable as csv \(unexpected end of data\); close every quote, and double those inside",
+    ),
+    "open quote in the header": ("a.csv", 'caption,"foil,image\na,b,1\n', "a.csv, line 1, is not readable as csv"),
+    "quote closed in a later line": (
+        "a.csv",
+        'caption,foil,image\na,b,1\n"c,d,2\ne,"f",3\n',
+        "a.csv, line 3, is not readable as csv .*close every quote",
+    ),
+    "quote in a quoted text": (
+        "a.csv",
+        'caption,foil,image\n"a "b" c",b,1\n',
+        "line 2, is not readable .*double those",
+    ),
+    "NUL": ("a.csv", "caption,foil,image\na,b,1\nc,d\0,2\n", "a.csv, line 3, has a NUL: the file is damaged, .*UTF-8"),
+    "NUL in json": ("a.jsonl", GOOD + "\n\0\n", "a.jsonl, line 2, has a NUL"),
+    "nested too deeply": ("a.json", "[" * 100_000, "a.json is broken json: it is nested too deeply; mend"),
+    "votes that are no number": (
+        "a.json",
+        json.dumps({"a": {**ROWS[0], "mturk": {"caption": "2"}}}),
+        "a.json, item 'a': '2' votes in mturk; they must be a number",
+    ),
+    **{
+        f"column {name}": (
+            "a.csv",
+            f"caption,foil,image,{name},sure\na,b,1,2,3\n",
+            f"a.csv can't have further columns named {name}: results have their own by these names; rename them",
+        )
+        for name in ("sigma", "d", "segment", "unaligned")
+    },
+    "several of ours": (
+        "a.jsonl",
+        json.dumps({**ROWS[0], "segment": "x", "d": 1}),
+        "a.jsonl can't have further columns named d, segment: ",
+    ),
+    "only a mark": ("a.csv", "\ufeff", "a.csv is empty"),
     "negation": ("a.csv", "caption,foil,image,negation\na,b,1,yes\n", "says 'yes'; it must say caption, foil or none"),
     "two sides": (
         "a.csv",
@@ -438,6 +507,48 @@ def test_bad_input_says_what_was_given_and_what_to_do(tmp_path, case):
     name, content, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         read_pairs(write(tmp_path, name, content))
+
+
+def test_columns_of_results_are_all_reserved():
+    """Whatever a table of results has of its own can't be a column of the pairs, or it would vanish there."""
+    encoder = clip_lens.load()
+    batch = clip_lens.align(read_pairs("tiny")[:2], clip_lens.ImageStore.open("tiny"), encoder)
+    effects = clip_lens.patch_effects(encoder, batch, [clip_lens.Site("resid", 0)], progress=False)
+    assert set(effects.pairs) - set(batch.pairs.info) == set(OWN)
+
+
+def test_quotes_commas_and_lines_within_texts_are_read_as_they_are(tmp_path):
+    rows = ['"no ""big"" cats, really",a,1.jpg,x', '"two\nlines",b,2.jpg,', "", "  ", ' a , 5" disk,3.jpg,"y"']
+    pairs = read_pairs(write(tmp_path, "a.csv", "\n".join(["caption,foil,image,note", *rows])))
+    assert pairs.caption == ('no "big" cats, really', "two\nlines", " a ") and pairs.foil == ("a", "b", ' 5" disk')
+    assert pairs.info.note.tolist()[::2] == ["x", "y"] and pd.isna(pairs.info.note[1])
+
+
+DAMAGED = {
+    "a.csv": as_csv([{**row, "negation": "none", "note": 'a "b", c'} for row in ROWS] * 3),
+    "a.json": json.dumps(ROWS, indent=1, ensure_ascii=False),
+    "a.jsonl": "\n".join(json.dumps({**row, "tags": ["x", {"y": 1}]}) for row in ROWS),
+    "items.json": json.dumps({f"k{n}": {**row, "mturk": {"caption": 2, "foil": 1}} for n, row in enumerate(ROWS)}),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_files_are_read_or_refused_by_name(tmp_path, name):
+    """A byte is changed, left out or added, or the end is cut off, at 300 places: never a foreign error."""
+    content, draw, refused = DAMAGED[name].encode(), Random(0), 0
+    for number in range(300):
+        at, byte = (
+            draw.randrange(len(content)),
+            bytes([draw.choice(b'"\\,\n{}[]:x7-\0\xff ') if number % 2 else draw.randrange(256)]),
+        )
+        rest = {0: content[at + 1 :], 1: content[at:], 2: b""}[number % 3]
+        file = write(tmp_path, name, content[:at] + byte * (number % 5 > 0) + rest)
+        try:
+            assert len(read_pairs(file))
+        except ValueError as error:
+            refused += 1
+            assert name in str(error)
+    assert refused > 100
 
 
 def test_missing_files_and_folders(tmp_path):

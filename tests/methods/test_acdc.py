@@ -9,14 +9,16 @@ from handmade import NAMES, handmade
 from oracle import TEXTS, TOWERS, Text, forward, same
 from towers import random_clip, random_store
 
-from clip_lens.core.metric import kl
+from clip_lens.core.metric import kl, metric
+from clip_lens.core.setting import Setting
 from clip_lens.core.source import zeros
 from clip_lens.data.batch import align
 from clip_lens.data.pairs import Pairs
 from clip_lens.methods.circuits import acdc as module
 from clip_lens.methods.circuits.acdc import acdc
-from clip_lens.methods.circuits.circuit import Circuit
+from clip_lens.methods.circuits.circuit import Circuit, Selection
 from clip_lens.methods.circuits.removal import Removal
+from clip_lens.methods.registry import ACDC
 from clip_lens.model.load import load
 
 BANK = torch.nn.functional.normalize(torch.randn(5, 16, generator=torch.Generator().manual_seed(8)).double(), dim=-1)
@@ -46,7 +48,7 @@ def setting(name, equal):
     return clip, encoder, batch
 
 
-def one_by_one(clip, encoder, batch, threshold, metric="logit", start=None):
+def one_by_one(clip, encoder, batch, threshold, metric="logit", start=None, two_sided=False):
     """Conmy et al.'s loop as it is told: every candidate a run of its own, each pair by hand."""
     texts = [(Text if metric == "logit" else Divergence)(clip, batch, pair) for pair in range(len(batch))]
     sign = batch.sigma.tolist() if metric == "logit" else [1] * len(batch)
@@ -64,7 +66,7 @@ def one_by_one(clip, encoder, batch, threshold, metric="logit", start=None):
     current, kept = mean(removed), {}
     for edge in reversed([edge for edge in every if edge in start]):
         after = mean([*removed, edge])
-        change = after - current if metric == "kl" else abs(after - current)
+        change = after - current if metric == "kl" and not two_sided else abs(after - current)
         if change < threshold:
             removed, current = [*removed, edge], after
         else:
@@ -123,25 +125,78 @@ def test_the_circuits_written_by_hand_are_what_is_left(name, causal):
     assert set(acdc(tower.encoder, tower.batch, 0.05, among=circuit).edges()) == tower.edges
 
 
-def test_edges_that_nothing_reads_any_more_do_not_run():
+def test_edges_that_nothing_reads_any_more_do_not_run(monkeypatch):
     tower = handmade("chain")
-    circuit = acdc(tower.encoder, tower.batch, 0.05)
-    assert int(circuit.meta["sets run"]) < len(tower.encoder.edges()) / 3
+    sets, means = [], Removal.means
+    monkeypatch.setattr(Removal, "means", lambda removal, removed: sets.append(len(removed)) or means(removal, removed))
+    acdc(tower.encoder, tower.batch, 0.05)
+    assert 0 < sum(sets) < len(tower.encoder.edges()) / 3
 
 
 def test_unaligned_positions_pass_what_is_removed_so_that_nothing_is_skipped():
     _, encoder, batch = setting("causal", False)
-    assert not Removal.of(encoder, batch, module.counterpart, module.logit, 256).complete
-    assert Removal.of(encoder, batch, zeros, module.logit, 256).complete
+    assert not Removal.of(Setting.of(encoder, batch)).complete
+    assert Removal.of(Setting.of(encoder, batch, source=zeros)).complete
 
 
-def test_a_high_threshold_leaves_nothing_and_the_meta_says_how():
+def test_a_high_threshold_leaves_nothing_and_the_circuit_says_how():
     _, encoder, batch = setting("causal", True)
     circuit = acdc(encoder, batch, 1e6, source=zeros)
-    assert len(circuit) == 0
-    expected = {"method": "ACDC", "threshold": "1e+06", "source": "zeros", "metric": "logit"}
-    assert {name: circuit.meta[name] for name in expected} == expected
-    assert circuit.meta["started from"] == f"{len(encoder.edges())} edges"
+    assert len(circuit) == 0 and circuit.name == "ACDC"
+    assert circuit.record.method is ACDC and circuit.record.batch == batch.digest
+    assert (circuit.record.source.name, circuit.record.metric.name) == ("zeros", "logit")
+    settings = {"threshold": 1e6, "one_sided": False, "started_from": Circuit.full(encoder).digest}
+    assert circuit.record.settings == settings
+    assert circuit.selection == Selection("removal", of=len(encoder.edges()), threshold=1e6)
+
+
+def test_what_a_metric_is_decides_which_changes_count_not_its_name():
+    """`kl` wrapped in a function of another name finds what it finds; said to be no divergence, every change counts."""
+    clip, encoder, batch = setting("causal", True)
+    divergence = kl(BANK)
+    wrapped = metric(lambda u, readout: divergence(u, readout), oriented=False, name="mine", divergence=True)
+    own = acdc(encoder, batch, 3e-3, metric=divergence)
+    assert acdc(encoder, batch, 3e-3, metric=wrapped).keep.equal(own.keep)
+    two_sided = metric(lambda u, readout: divergence(u, readout), oriented=False, name="kl over 5 texts")
+    both = acdc(encoder, batch, 3e-3, metric=two_sided)
+    assert set(both.edges()) == set(one_by_one(clip, encoder, batch, 3e-3, "kl", two_sided=True)) != set(own.edges())
+    with pytest.raises(ValueError, match="a divergence grows on both sides"):
+        metric(lambda u, readout: u[:, 0], oriented=True, divergence=True)
+
+
+def test_candidates_that_need_no_run_need_no_mask(monkeypatch):
+    """What is held at once are the sets that run: the same ones as when every candidate had its own."""
+    tower, held = handmade("chain"), []
+    means = Removal.means
+
+    def noted(removal, removed):
+        held.append(removed)
+        return means(removal, removed)
+
+    monkeypatch.setattr(Removal, "means", noted)
+    without = module.Search._without
+    repeated = []
+
+    def every(search, cells, running):
+        sets = search.removed.repeat(len(cells), 1, 1)
+        for number, cell in enumerate(cells):
+            sets[number:, cell[0], cell[1]] = True
+        repeated.append(len(cells))
+        found = without(search, cells, running)
+        assert found.equal(sets[running])
+        return found
+
+    monkeypatch.setattr(module.Search, "_without", every)
+    acdc(tower.encoder, tower.batch, 0.05, rows=16)
+    most = max(1, 16 // len(tower.batch))
+    assert max(map(len, held)) <= most < max(repeated)
+
+
+def test_hooks_of_the_users_are_refused():
+    _, encoder, batch = setting("causal", True)
+    hooks = encoder.tower.hooks([("blocks.0.hook_mlp_out", lambda value, hook: value * 0)])
+    with hooks, pytest.raises(ValueError, match=r"hooks of yours on, at blocks\.0\.hook_mlp_out"):
+        acdc(encoder, batch, 0.1)
 
 
 @pytest.mark.parametrize("threshold", [0.0, -1.0, float("nan")])

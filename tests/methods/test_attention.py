@@ -7,12 +7,14 @@ import open_clip
 import pandas as pd
 import pytest
 import torch
+from slow_study import patterns
 from towers import random_clip, random_store
 
 import clip_lens
 from clip_lens.core.metric import logit
 from clip_lens.data.batch import align
-from clip_lens.data.pairs import Pairs, read_pairs
+from clip_lens.data.pairs import Pairs
+from clip_lens.data.read import read_pairs
 from clip_lens.methods.attention import attention_effects
 from clip_lens.methods.patching import patch_effects
 from clip_lens.methods.statistics import correlations
@@ -37,26 +39,6 @@ def encoder(clip):
 @pytest.fixture(scope="module")
 def rephrased(shared):
     return read_pairs(shared / "data" / "valse" / "existence.json").rephrased()
-
-
-@torch.no_grad()
-def patterns(clip, text):
-    """Every head's weights, [layer, head, query, key], and the end of text, from open_clip's blocks."""
-    tokens = open_clip.tokenize([text])
-    inputs, found = [], []
-    handles = [
-        block.ln_1.register_forward_hook(lambda module, args, output: inputs.append(output))
-        for block in clip.transformer.resblocks
-    ]
-    clip.encode_text(tokens)
-    for handle in handles:
-        handle.remove()
-    for block, x in zip(clip.transformer.resblocks, inputs, strict=True):
-        weights = block.attn(
-            x, x, x, need_weights=True, average_attn_weights=False, attn_mask=clip.attn_mask.to(x.dtype)
-        )[1]
-        found.append(weights[0])
-    return torch.stack(found), int(tokens.argmax())
 
 
 def sides(pairs):
@@ -93,7 +75,7 @@ def test_selectivity_of_all_490_pairs_equals_the_plain_loop(slot, slow, batch, e
 
 
 def test_in_float32_selectivity_agrees_to_a_thousandth(slow, clip, rephrased):
-    encoder = load(clip, tokenizer=open_clip.SimpleTokenizer())
+    encoder = load(clip, tokenizer=open_clip.SimpleTokenizer(), dtype=torch.float32)
     assert encoder.dtype == torch.float32
     batch = align(rephrased, random_store(rephrased, 16, seed=3), encoder)
     values = attention_effects(encoder, batch).values
@@ -158,9 +140,10 @@ def test_it_is_a_result_like_any_other(batch, encoder):
         assert rows.effect.tolist() == pytest.approx(means, abs=1e-12)
     pooled = effects.fraction(pooled=True).fraction.tolist()
     assert pooled == pytest.approx(effects.values.mean(1).tolist(), abs=1e-12)
-    assert set(effects.pairs.sigma) == {1} and set(effects.total.tolist()) == {1.0}
+    assert not effects.record.metric.oriented and torch.equal(effects.signed(), effects.values)
+    assert set(effects.total.tolist()) == {1.0}
     reference = patch_effects(encoder, batch, encoder.sites("resid", layers=[2], slots=("eot",))).pairs
-    columns = [name for name in reference if name != "sigma"]
+    columns = list(reference)
     pd.testing.assert_frame_equal(effects.pairs[columns], reference[columns], check_exact=False, atol=1e-10)
     assert list(correlations(effects).n[:1]) == [250]
 
@@ -260,9 +243,9 @@ def test_the_result_says_what_was_compared(encoder, texts):
     batch = align(texts, random_store(texts, 16), encoder, run="caption")
     meta = attention_effects(encoder, batch).meta
     assert meta["method"] == "attention selectivity" and meta["slot"] == "negator"
-    assert "without a side, other minus run" in meta["convention"] and meta["pairs without a value"] == "2"
+    assert "without a side, other minus run" in meta["convention"] and meta["pairs without a source"] == "2"
     sided = attention_effects(encoder, batch[:4]).meta
-    assert "side" not in sided["convention"] and sided["metric"] == "attention weight"
+    assert "side" not in sided["convention"] and sided["metric"] == "attention weight, in attention weight"
 
 
 @pytest.mark.parametrize(

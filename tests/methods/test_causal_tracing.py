@@ -12,10 +12,11 @@ import open_clip
 import pandas as pd
 import pytest
 import torch
+from slow_study import slow_tracing
 from towers import random_clip, random_store
 
 from clip_lens.data.batch import SLOTS, align
-from clip_lens.data.pairs import read_pairs
+from clip_lens.data.read import read_pairs
 from clip_lens.methods.patching import patch_effects
 from clip_lens.model.load import load
 
@@ -41,45 +42,6 @@ def clip():
 @pytest.fixture(scope="module")
 def store(rephrased):
     return random_store(rephrased, 16, seed=3)
-
-
-def slow_tracing(clip, texts, image):
-    """d* at each (layer, position) of the affirmative text, and d; `texts` are (affirmative, negated)."""
-    affirmative, negated = open_clip.tokenize(texts)
-    modules = [clip.transformer.resblocks[0], *clip.transformer.resblocks]
-
-    def logit(tokens):
-        return clip.logit_scale.exp() * (clip.encode_text(tokens[None], normalize=True)[0] @ image)
-
-    stream = []
-
-    def keep_input(module, args):
-        stream.append(args[0].clone())
-
-    def keep_output(module, args, output):
-        stream.append(output.clone())
-
-    handles = [modules[0].register_forward_pre_hook(keep_input)]
-    handles += [module.register_forward_hook(keep_output) for module in modules[1:]]
-    target = logit(negated)
-    for handle in handles:
-        handle.remove()
-    plain = logit(affirmative)
-
-    moved = []
-    for layer, module in enumerate(modules):
-        for position in range(int(affirmative.argmax()) + 1):
-
-            def patch(module, args, output=None, layer=layer, position=position):
-                value = (args[0] if output is None else output).clone()
-                value[0, position] = stream[layer][0, position]
-                return value if output is not None else (value, *args[1:])
-
-            register = module.register_forward_pre_hook if layer == 0 else module.register_forward_hook
-            handle = register(patch)
-            moved.append(logit(affirmative) - plain)
-            handle.remove()
-    return torch.stack(moved).reshape(LAYERS + 1, -1), target - plain
 
 
 @torch.no_grad()

@@ -1,24 +1,27 @@
 """Circuits as sets of edges: against Python's sets, networkx's reachability, and what a person would read and break."""
 
 import json
+from dataclasses import replace
 from itertools import product
 
 import networkx
 import pytest
 import torch
 
-from clip_lens.methods.circuits.circuit import Circuit, Graph, overlaps, random_circuit
+from clip_lens.core.record import Method, MetricRecord, Record, SourceRecord
+from clip_lens.methods.circuits.circuit import Circuit, Graph, Selection, random_circuit
 from clip_lens.model.site import Edge, Site, precedes, readers, writers
 
 LAYERS, HEADS = 3, 2
 
 
-def drawn(seed, density=0.3, scores=True, **meta):
+def drawn(seed, density=0.3, scores=True, **said):
     generator = torch.Generator().manual_seed(seed)
     edges = Graph.of(LAYERS, HEADS).edges
     keep = edges & (torch.rand(edges.shape, generator=generator) < density)
     numbers = torch.randn(edges.shape, generator=generator, dtype=torch.float64) if scores else None
-    return Circuit(keep, LAYERS, HEADS, numbers, {"method": f"drawn {seed}", **meta})
+    record = Record(Method("toy", f"drawn {seed}"), **said) if said else None
+    return Circuit(keep, LAYERS, HEADS, numbers, f"drawn {seed}", record)
 
 
 def lines(circuit):
@@ -53,6 +56,36 @@ def owner(receiver):
     return Site("head", receiver.layer, receiver.unit) if receiver.kind in ("q", "k", "v") else receiver
 
 
+def test_nothing_of_a_circuit_or_a_graph_is_shared_with_what_it_was_made_of():
+    graph, scores = Graph.of(LAYERS, HEADS), torch.zeros(Graph.of(LAYERS, HEADS).edges.shape, dtype=torch.float64)
+    circuit = Circuit(graph.edges, LAYERS, HEADS, scores)
+    n = len(circuit)
+    graph.edges[:], graph.node_of[:], scores[:] = False, 0, 7.0
+    assert len(circuit) == n and circuit.scores[circuit.keep].abs().max() == 0
+    circuit.keep[:] = False
+    circuit.graph.edges[:], circuit.graph.node_of[:] = False, 0
+    again = Graph.of(LAYERS, HEADS)
+    assert int(again.edges.sum()) == n and again.node_of.any()
+    assert len(Circuit(again.edges, LAYERS, HEADS).pruned()) == n
+    with pytest.raises(TypeError):
+        again.sender_at[Site("mlp", 0)] = 3
+
+
+def test_pruning_is_said_with_what_was_asked_for():
+    circuit = replace(drawn(1, 0.3), selection=Selection("above", "signed", threshold=0.1, of=46))
+    pruned = circuit.pruned()
+    assert pruned.selection == Selection("above", "signed", None, len(circuit), True, 46, 0.1)
+    assert pruned.pruned().selection == pruned.selection and not circuit.selection.pruned
+
+
+def test_the_baseline_of_a_pruned_circuit_is_drawn_as_large_and_pruned():
+    like = drawn(1, 0.3, model="tiny", batch="of these pairs")
+    whole, pruned = (random_circuit(one, 4) for one in (like, like.pruned()))
+    assert len(whole) == len(like) > len(like.pruned()) and pruned.keep.equal(whole.pruned().keep)
+    assert whole.scores is None and whole.record == Record(model="tiny") and whole.name == "random(4)"
+    assert whole.selection == Selection("drawn", asked=len(like), of=len(Circuit(like.graph.edges, LAYERS, HEADS)))
+
+
 def test_pruned_keeps_scores_of_what_stays():
     circuit = drawn(1, 0.3)
     pruned = circuit.pruned()
@@ -71,9 +104,10 @@ def test_set_operations_are_those_of_sets(seed):
 
 
 def test_joined_circuits_say_what_they_are_and_keep_the_left_ones_scores():
-    a, b = drawn(1, model="tiny", source="zeros"), drawn(2, model="tiny", source="mean")
+    a, b = (drawn(seed, model="tiny", source=SourceRecord(name)) for seed, name in ((1, "zeros"), (2, "mean")))
     both = a | b
-    assert both.meta == {"model": "tiny", "method": "(drawn 1) | (drawn 2)"}
+    assert both.name == "(drawn 1) | (drawn 2)" and both.record == Record(model="tiny")
+    assert both.selection == Selection("joined") and (a | drawn(2)).record is None
     assert both.scores[a.keep].equal(a.scores[a.keep]) and both.scores[(b - a).keep].isnan().all()
 
 
@@ -91,7 +125,7 @@ def test_circuits_of_towers_of_other_shapes_are_not_compared():
 
 def test_overlaps_have_a_row_for_each_two():
     circuits = {name: drawn(seed) for seed, name in enumerate("abc")}
-    table = overlaps(circuits)
+    table = Circuit.overlaps(circuits)
     assert list(zip(table["first"], table["second"], strict=True)) == [("a", "b"), ("a", "c"), ("b", "c")]
     a, b, n = len(circuits["a"]), len(circuits["b"]), int(Graph.of(LAYERS, HEADS).edges.sum())
     assert table["jaccard"][0] == circuits["a"].jaccard(circuits["b"]) and table["by_chance"][0] == a * b / n
@@ -136,16 +170,18 @@ def test_networkx_gets_every_edge_with_its_score():
             target = receiver if through in ("mlp", "out") else receiver.replace("head", through)
             found[f"{sender} -> {target}"] = score
     assert found == {str(edge): score for edge, score in circuit.scored().items()}
-    assert graph.nodes["head 0.1"] == {"kind": "head", "layer": 0, "unit": 1} and graph.graph == dict(circuit.meta)
+    assert graph.nodes["head 0.1"] == {"kind": "head", "layer": 0, "unit": 1} and graph.graph == circuit.as_text()
 
 
 @pytest.mark.parametrize("scores", [True, False])
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
 def test_a_file_gives_back_the_circuit(tmp_path, density, scores):
-    circuit = drawn(2, density, scores, data='Büßer "quoted"')
+    circuit = drawn(2, density, scores, data='Büßer "quoted"', metric=MetricRecord("mine", False), hooks=("a",))
+    circuit = replace(circuit, selection=Selection("above", "signed", None, 7, True, 46, 0.1 + 0.2, (3, 8)))
     circuit.save(tmp_path / "c.json")
     again = Circuit.load(tmp_path / "c.json")
-    assert again.keep.equal(circuit.keep) and again.meta == circuit.meta
+    assert again.keep.equal(circuit.keep) and again.name == circuit.name
+    assert again.record == circuit.record and again.selection == circuit.selection
     assert (again.n_layers, again.n_heads) == (LAYERS, HEADS)
     if scores:
         torch.testing.assert_close(again.scores, circuit.scores, rtol=0, atol=0, equal_nan=True)
@@ -180,6 +216,13 @@ def damaged(change):
         (lambda path: path.write_bytes(b"\xff\xfe\x00"), "no whole JSON"),
         (lambda path: path.write_text("[1, 2]"), "not a circuit"),
         (lambda path: path.write_text('{"format": "other"}'), "not a circuit"),
+        (
+            lambda path: path.write_text('{"format": "clip_lens circuit 1", "meta": {}}'),
+            "0.1, .*find the circuit again",
+        ),
+        (damaged(lambda content: content.pop("selection")), "damaged"),
+        (damaged(lambda content: content["selection"].update(ruel="top")), "damaged"),
+        (damaged(lambda content: content.update(record={"modle": "tiny"})), "damaged"),
         (damaged(lambda content: content.pop("layers")), "damaged: KeyError 'layers'"),
         (damaged(lambda content: content.update(edges=[1])), "damaged"),
         (damaged(lambda content: content["edges"].update({"embed -> out": "much"})), "damaged"),

@@ -1,5 +1,6 @@
 """Scores and confounds: features against open_clip and by hand, tables against scipy, numpy and counting."""
 
+import numpy as np
 import open_clip
 import pandas as pd
 import pytest
@@ -11,7 +12,8 @@ from towers import random_clip, random_store
 
 import clip_lens
 from clip_lens.data.batch import align
-from clip_lens.data.pairs import Pairs, read_pairs
+from clip_lens.data.pairs import Pairs
+from clip_lens.data.read import read_pairs
 from clip_lens.methods.confounds import FEATURES, WITHOUT, Confounds, confounds, subject_phrases
 from clip_lens.methods.patching import patch_effects
 from clip_lens.methods.scores import pair_scores, scores, tally
@@ -28,6 +30,7 @@ SUBJECTS = ["people", "dog", "people", "red cars", "cat", "dog", "people here", 
 SIDES = ["caption", "foil", "caption", "foil", "caption", "caption", "foil", "foil"]
 FREQUENT = [True, False, True, False, False, False, False, False]
 SIZES = [0.0, 0.5, 0.1, 0.3, 0.0, 0.05, 0.6, 0.2]
+DEFINED = [None, 0.5, None, 0.3, None, None, 0.6, 0.2]  # where the caption negates the subject it has no size
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +97,14 @@ def test_features_are_those_counted_by_hand(found, plain):
     assert frame.correct.tolist() == (d > 0).tolist() and 0 < frame.correct.sum() < 8
     assert frame.tokens.tolist() == TOKENS and frame.subject.tolist() == SUBJECTS
     assert frame.side.tolist() == SIDES and frame.most_frequent.tolist() == FREQUENT
-    assert frame.subject_size.tolist() == SIZES
-    assert found.missing == {} and found.most_frequent == "There are no people."
+    assert frame.subject_size.tolist() == pytest.approx(
+        [float("nan") if s is None else s for s in DEFINED], nan_ok=True
+    )
+    assert found.missing == {
+        "subject_size": "not defined for negation in the caption (4 of 8 pairs); the sizes given for 2 of them are not "
+        "used"
+    }
+    assert found.most_frequent == "There are no people."
 
 
 def test_correlations_are_scipys_per_side_with_and_without_the_most_frequent_caption(found):
@@ -105,7 +114,7 @@ def test_correlations_are_scipys_per_side_with_and_without_the_most_frequent_cap
     compared = 0
     for (pairs, feature, side), row in table.iterrows():
         part = frame[frame.most_frequent == 0] if pairs == WITHOUT else frame
-        part = part if side == "pooled" else part[part.side == side]
+        part = (part if side == "pooled" else part[part.side == side]).dropna(subset=feature)
         assert row.n == len(part)
         if len(part) < 3 or part[feature].nunique() < 2:
             assert pd.isna(row.r) and row.note
@@ -114,7 +123,7 @@ def test_correlations_are_scipys_per_side_with_and_without_the_most_frequent_cap
         bounds = expected.confidence_interval(0.9)
         assert row[["r", "p", "lower", "upper"]].tolist() == pytest.approx([*expected, *bounds], abs=1e-12)
         compared += 1
-    assert compared == 16
+    assert compared == 15
     assert table.note[(WITHOUT, "most_frequent", "pooled")] == "most_frequent is constant"
     assert table.note[(WITHOUT, "cosine", "caption")] == "2 pairs, a correlation needs 3"
 
@@ -124,13 +133,18 @@ def test_regression_is_numpys_with_hc3_by_formula(found):
     whole = table[table.pairs == "all"].set_index("term")
     frame = found.frame
     terms = ["intercept", "cosine", "tokens", "subject_size", "most_frequent", "side = foil"]
-    columns = [frame[name] for name in terms[1:5]]
+    columns = [frame[name].fillna(1.6 / 4) for name in terms[1:5]]  # the mean of the sizes that are defined
     X = torch.tensor([[1.0] * 8, *(column.astype(float).tolist() for column in columns), (frame.side == "foil") * 1.0])
     expected, r2 = by_formula(frame.d.to_numpy(), X.double().T.numpy())
     assert list(whole.index[:6]) == terms and set(whole.n) == {8} and whole.r2.iloc[0] == pytest.approx(r2, abs=1e-9)
     fitted = whole.loc[terms, ["coefficient", "error", "lower", "upper", "p"]].to_numpy()
     assert fitted == pytest.approx(expected, rel=1e-6, abs=1e-8)
     assert whole.note["subject"] == "no entry occurs 3 times"
+    spread = dict(zip(terms, X.double().std(1, correction=0).tolist(), strict=True))
+    for term in terms[1:]:
+        expected = whole.coefficient[term] * spread[term] / frame.d.std(ddof=0)
+        assert whole.standardised[term] == pytest.approx(expected, rel=1e-10)
+    assert pd.isna(whole.standardised["intercept"])
     without = table[table.pairs == WITHOUT].set_index("term")
     assert set(without.n) == {6} and without.note["most_frequent"] == "constant (0)"
 
@@ -157,15 +171,15 @@ def test_accuracy_by_hand():
 
 
 def test_accuracy_by_subject_size_by_hand():
-    """At least .1: b wrong, c tied, d g h right; at least .3: b wrong, d g right; at least .7: none."""
-    table = hand().by_size([0.1, 0.3, 0.7])
+    """More than .05: b wrong, c tied, d g h right; than .3: b wrong, g right (d has .3 itself); than .7: none."""
+    table = hand().by_size([0.05, 0.3, 0.7])
     rows = table.set_index(["pairs", "threshold", "side"])
     share = lambda *cell: (rows.accuracy[cell], rows.n[cell])
-    assert share("all", 0.1, "overall") == (0.6, 5) and share("all", 0.3, "overall") == (2 / 3, 3)
-    assert share("all", 0.1, "caption") == (0.0, 1) and share("all", 0.1, "foil") == (0.75, 4)
-    assert share(WITHOUT, 0.1, "overall") == (0.75, 4) and rows.n[(WITHOUT, 0.1, "caption")] == 0
+    assert share("all", 0.05, "overall") == (0.6, 5) and share("all", 0.3, "overall") == (0.5, 2)
+    assert share("all", 0.05, "caption") == (0.0, 1) and share("all", 0.05, "foil") == (0.75, 4)
+    assert share(WITHOUT, 0.05, "overall") == (0.75, 4) and rows.n[(WITHOUT, 0.05, "caption")] == 0
     assert rows.n[("all", 0.7, "overall")] == 0 and pd.isna(rows.accuracy[("all", 0.7, "overall")])
-    assert rows.loc[("all", 0.1, "overall"), ["lower", "upper"]].tolist() == list(proportion(3, 5)[1:3])
+    assert rows.loc[("all", 0.05, "overall"), ["lower", "upper"]].tolist() == list(proportion(3, 5)[1:3])
     assert sorted(set(hand().by_size().threshold))[0] == 0.0 and len(set(hand().by_size().threshold)) <= 10
 
 
@@ -180,7 +194,7 @@ def test_missing_and_constant_features_are_said_and_no_crash(encoder, store):
     assert "missing: subject_size, most_frequent" in repr(bare) and "every caption" in bare._repr_html_()
     table = bare.regression().set_index(["pairs", "term"])
     assert table.note[("all", "subject_size")] == "missing"
-    assert table.note[("all", "most_frequent")] == "constant (0)"
+    assert "most_frequent" not in bare.features and set(bare.accuracy().pairs) == {"all"}
     assert len(bare.by_size()) == 0 and len(bare.by_size([0.1])) == 0
     cells = bare.correlations().set_index(["pairs", "feature", "side"])
     assert cells.note[("all", "subject_size", "pooled")].startswith("0 pairs, a correlation needs 3; 5 of 5")
@@ -189,10 +203,60 @@ def test_missing_and_constant_features_are_said_and_no_crash(encoder, store):
 def test_some_sizes_missing(encoder, store):
     sizes = [None, "big", *SIZES[2:]]
     some = confounds(encoder, align(eight(subject_size=sizes), store, encoder))
-    assert some.missing == {"subject_size": "missing in 2 of 8 pairs"}
-    assert some.frame.subject_size.isna().sum() == 2
-    assert some.regression().set_index("term").note["subject_size"].iloc[0] == "missing in 2, which are left out"
-    assert some.by_size([0.0]).n.max() == 6
+    unused = "not defined for negation in the caption (4 of 8 pairs); the sizes given for 2 of them are not used"
+    assert some.missing == {"subject_size": f"{unused}; of the others missing in 1 of 4 pairs"}
+    assert some.frame.subject_size.isna().sum() == 5
+    assert some.regression().set_index("term").note["subject_size"].iloc[0] == "missing in 1, which are left out"
+    assert some.by_size([0.0]).n.max() == 3
+
+
+def made(n, captions, sides, sizes, seed=0):
+    """Confounds of made-up scores, and the scores."""
+    generator = torch.Generator().manual_seed(seed)
+    d = torch.randn(n, generator=generator, dtype=torch.float64)
+    cosine = torch.rand(n, generator=generator, dtype=torch.float64)
+    pairs = Pairs(
+        range(n), captions, ["A cow."] * n, ["1.png"] * n, DataFrame({"negation": sides, "subject_size": sizes})
+    )
+    return Confounds.of(pairs, d, cosine, [7 + row % 3 for row in range(n)]), d.numpy(), cosine.numpy()
+
+
+def test_the_sizes_slope_is_that_of_the_pairs_that_have_one():
+    """Beside nothing but the side, the slope of the size is that of a line through the foil side's points alone."""
+    n, sides = 40, ["caption", "foil"] * 20
+    sizes = [None if side == "caption" else ((7 * row) % 40) / 40 for row, side in enumerate(sides)]
+    found, d, _ = made(n, [f"There is no {row}." for row in range(n)], sides, sizes)
+    table = Confounds(found.frame, ("subject_size",)).regression().set_index("term")
+    foil = [row for row in range(n) if sides[row] == "foil"]
+    slope, level = np.polyfit([sizes[row] for row in foil], d[foil], 1)
+    assert table.n.iloc[0] == n and table.coefficient["subject_size"] == pytest.approx(slope, rel=1e-9)
+    mean = np.mean([sizes[row] for row in foil])
+    assert table.coefficient["intercept"] == pytest.approx(d[::2].mean() - slope * mean, rel=1e-9)
+    assert table.coefficient[["intercept", "side = foil"]].sum() == pytest.approx(level, rel=1e-9)
+
+
+@pytest.mark.parametrize(("repeats", "used"), [(1, False), (4, False), (5, True)])
+def test_the_most_frequent_caption_counts_from_a_twentieth_of_the_pairs_on(repeats, used):
+    captions = ["There is a cat."] * repeats + [f"There is a {row}." for row in range(100 - repeats)]
+    found, *_ = made(100, captions, ["foil"] * 100, [0.1] * 100)
+    tables = [found.correlations(), found.accuracy(), found.by_size(), found.regression()]
+    assert ("most_frequent" in found.features) == used == bool(found.most_frequent)
+    assert all((WITHOUT in set(table.pairs)) == used for table in tables)
+    assert ("most_frequent" in set(found.regression().term)) == used
+    why = {
+        1: "every caption occurs once",
+        4: "'There is a cat.' is the most frequent caption, 4 of 100 pairs: below 5%",
+    }
+    assert found.missing.get("most_frequent") == why.get(repeats)
+
+
+def test_scores_that_are_known_give_the_same_tables(found):
+    frame = found.frame
+    again = Confounds.of(eight(subject_size=SIZES), frame.d, frame.cosine, frame.tokens)
+    pd.testing.assert_frame_equal(again.frame, frame)
+    assert (again.features, again.missing, again.most_frequent) == (found.features, found.missing, found.most_frequent)
+    with pytest.raises(ValueError, match="d, tokens must have one number for each of 8 pairs"):
+        Confounds.of(eight(), frame.d[:7], frame.cosine, 7)
 
 
 def test_further_columns_are_features_of_numbers_or_of_texts(encoder, store):

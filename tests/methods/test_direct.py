@@ -10,8 +10,9 @@ from torch import nn
 import clip_lens
 from clip_lens.core.address import address
 from clip_lens.core.effects import Effects
-from clip_lens.methods import direct
-from clip_lens.methods.direct import UNALIGNED, UNNAMED, components, direct_effects, logit_lens
+from clip_lens.methods import direct, lens, reading
+from clip_lens.methods.direct import UNALIGNED, UNNAMED, components, direct_effects
+from clip_lens.methods.lens import logit_lens
 from clip_lens.model.site import Edge, Site, members
 
 NAN = float("nan")
@@ -189,7 +190,10 @@ def test_without_contrast_the_run_alone(name):
     batch, places = batch_of(name), [*KINDS, *SOURCES]
     effects = direct_effects(tower(name)[1], batch, places, contrast=False)
     agree(effects, by_hand(name, batch, places, contrast=False))
-    assert (effects.pairs["sigma"] == 1).all() and torch.equal(effects.total, effects.baseline)
+    assert not effects.record.metric.oriented and torch.equal(
+        effects.signed().nan_to_num(), effects.values.nan_to_num()
+    )
+    assert torch.equal(effects.total, effects.baseline)
     assert torch.equal(effects.signed().nan_to_num(), effects.values.nan_to_num())
 
 
@@ -295,7 +299,7 @@ def test_the_lens_is_open_clips_last_layers_on_each_stream(name, norms):
     agree(alone, run.tolist())
     assert torch.allclose(alone.values[-1], alone.total, rtol=0, atol=1e-10 * float(alone.total.abs().max()))
     assert alone.places == tuple(Site("resid", layer) for layer in range(4))
-    assert alone.meta["norms"] == direct.NORMS[norms] and (alone.pairs["sigma"] == 1).all()
+    assert alone.meta["norms"] == lens.NORMS[norms] and not alone.record.metric.oriented
 
 
 def test_the_frozen_lens_climbs_by_what_each_layer_writes():
@@ -333,7 +337,7 @@ def test_pairs_at_a_time_change_nothing(monkeypatch):
     encoder, batch = tower("bidirectional")[1], batch_of("bidirectional")
     places = [*KINDS, *SOURCES]
     at_once = direct_effects(encoder, batch, places)
-    monkeypatch.setattr(direct, "HELD", 1)
+    monkeypatch.setattr(reading, "LINES_AT_ONCE", 1)
     one = direct_effects(encoder, batch, places)
     assert torch.allclose(at_once.values, one.values, rtol=0, atol=1e-12, equal_nan=True)
     assert torch.allclose(at_once.total, one.total, rtol=0, atol=1e-12)
@@ -352,7 +356,11 @@ def test_the_result_says_what_it_is(tmp_path):
     effects = direct_effects(encoder, batch, components(encoder, batch, "source"))
     assert effects.meta["method"] == "direct logit attribution" and effects.meta["source"] == "counterpart"
     assert "frozen" in effects.meta["norms"] and effects.meta["values"].startswith("C(other) - C(run)")
-    assert effects.meta["metric"] == "logit" and effects.meta["run"] == "the caption is the run"
+    assert (
+        effects.record.metric.name == "logit"
+        and effects.record.metric.oriented
+        and effects.meta["run"] == "the caption is the run"
+    )
     unnamed = sum(len(positions(batch, pair, UNNAMED, other)) for pair in range(len(batch)) for other in (False, True))
     assert effects.meta["source tokens in no named slot"] == str(unnamed) != "0"
     assert {UNNAMED, "negator"} <= set(effects.index["slot"]) and "suffix" not in set(effects.index["slot"])
@@ -435,7 +443,7 @@ def test_parts_are_no_places_of_a_patch():
 
 def test_only_the_pooled_position_of_what_is_named_is_kept(monkeypatch):
     """No activation per position, but for what patterns and values are reduced to, and none that no place names."""
-    kept, observe = {}, direct.observe
+    kept, observe = {}, reading.observe
 
     def watched(*arguments):
         kept.update(observe(*arguments))

@@ -13,12 +13,13 @@ from towers import random_encoder, random_store
 import clip_lens
 from clip_lens.core.effects import Effects
 from clip_lens.core.keep import Keep
+from clip_lens.core.record import Method
 from clip_lens.data.pairs import Pairs
 from clip_lens.methods.circuits import discover as module
 from clip_lens.methods.circuits.circuit import Circuit, Graph, random_circuit
-from clip_lens.methods.circuits.discover import agreement, discover, random_sizes
-from clip_lens.methods.circuits.faithfulness import cpr_cmd, faithfulness, faithfulness_table
-from clip_lens.methods.circuits.selection import SHARES, sized_circuits, stability, top_edges
+from clip_lens.methods.circuits.discover import agreement, discover
+from clip_lens.methods.circuits.faithfulness import faithfulness
+from clip_lens.methods.circuits.selection import SHARES, random_sizes, sized_circuits, stability, top_edges
 from clip_lens.methods.gradient import gradient_effects
 from clip_lens.methods.patching import patch_effects
 
@@ -33,12 +34,12 @@ def fewer(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tower():
-    """A small random tower and twelve pairs of six images, split."""
+    """A small random tower and twelve pairs of six images, split; of each noun both orders, not at the same image."""
     encoder = random_encoder(layers=2, heads=2, width=32, dtype=torch.float64)
     nouns = ("dogs", "cats", "cars", "trees", "birds", "boats")
     texts = [(f"There are no {noun}.", f"There are some {noun}.") for noun in nouns]
     captions, foils = zip(*(pair[::turn] for pair in texts for turn in (1, -1)), strict=True)
-    pairs = Pairs([str(n) for n in range(12)], captions, foils, [f"{n // 2}.png" for n in range(12)])
+    pairs = Pairs([str(n) for n in range(12)], captions, foils, [f"{n % 6}.png" for n in range(12)])
     batch = clip_lens.align(pairs, random_store(pairs, encoder.d_embed), encoder, run="caption")
     return encoder, *batch.split()
 
@@ -66,22 +67,31 @@ def test_its_parts_are_what_the_functions_give(tower, method, run, options):
     scores = run(encoder, found, encoder.edges(), **options)
     torch.testing.assert_close(done.scores.values, scores.values)
     top = top_edges(scores, EDGES)
-    assert done.circuit.keep.equal(top.pruned().keep)
+    assert done.circuit.keep.equal(top.keep) and done.circuit.selection == top.selection
     circuits = [circuit for signed in (True, False) for circuit in sized_circuits(scores, signed=signed)]
-    effects = faithfulness(encoder, judged, circuits)
+    judge = faithfulness(encoder, judged, circuits)
     own = [row for row, place in enumerate(done.judged.places) if place.circuit == done.name]
-    torch.testing.assert_close(done.judged.values[own], effects.values)
+    torch.testing.assert_close(done.judged.effects.values[own], judge.effects.values)
+    assert all(place.pruned for place in done.judged.places)
     pd.testing.assert_frame_equal(
         done.areas[done.areas["circuit"] == done.name].drop(columns="circuit").reset_index(drop=True),
-        cpr_cmd(effects, seed=4).drop(columns="circuit"),
+        judge.areas(seed=4).drop(columns="circuit"),
     )
-    verdict = faithfulness_table(faithfulness(encoder, judged, top.pruned()), seed=4)
+    verdict = faithfulness(encoder, judged, [top, top.pruned()]).table(seed=4)
     same = done.verdict[done.verdict["circuit"] == done.name].reset_index(drop=True)
     pd.testing.assert_frame_equal(same.drop(columns="circuit"), verdict.drop(columns="circuit"))
     pd.testing.assert_frame_equal(done.stability, stability(scores, [EDGES], resamples=10, seed=4))
     torch.testing.assert_close(done.exact.values, patch_effects(encoder, judged, encoder.edges()).values)
     row = done.summary.iloc[-1]
-    assert row["side"] == "pooled" and row["edges"] == len(done.circuit) and row["pairs"] == len(judged)
+    assert row["side"] == "pooled" and row["edges"] == EDGES and row["pairs"] == len(judged)
+    assert row["edges_pruned"] == len(top.pruned())
+    for form in (False, True):
+        line = verdict[(verdict["side"] == "pooled") & (verdict["pruned"] == form)].iloc[0]
+        chance = done.verdict.query(f"circuit != {done.name!r} and side == 'pooled' and pruned == {form}")["f"]
+        ending = "_pruned" if form else ""
+        for name in ("f", "lower", "upper"):
+            assert row[f"{name}{ending}"] == pytest.approx(line[name], rel=1e-9)
+        assert row[f"random_f{ending}"] == pytest.approx(chance.mean()) and len(chance) == 2
     assert (
         row["CMD"] == done.areas[(done.areas["circuit"] == done.name) & (done.areas["side"] == "pooled")]["CMD"].item()
     )
@@ -109,10 +119,10 @@ def test_random_circuits_are_nested_of_the_sizes_asked_for_and_of_no_scores(towe
     encoder, found, judged = tower
     n = len(encoder.edges())
     sizes = random_sizes(encoder, 3)
-    assert [circuit.meta["share"] for circuit in sizes] == [f"{share:g}" for share in SHARES]
+    assert [circuit.selection.share for circuit in sizes] == list(SHARES)
     whole = [random_circuit(Circuit(first_edges(encoder, int(share * n)), 2, 2), 3) for share in SHARES]
     for circuit, drawn in zip(sizes, whole, strict=True):
-        assert len(drawn) == int(float(circuit.meta["share"]) * n) and circuit.keep.equal(drawn.pruned().keep)
+        assert len(drawn) == int(circuit.selection.share * n) and circuit.keep.equal(drawn.pruned().keep)
     assert all(len(a - b) == 0 for a, b in pairwise(whole))
     done = discover(encoder, found, judged, method="random", edges=EDGES, seed=5)
     assert done.scores is None and done.name == "random(5)" and done.stability.empty
@@ -130,10 +140,61 @@ def first_edges(encoder, n):
     return keep
 
 
+def test_a_result_says_how_the_pairs_were_held_out_and_which_judged_texts_were_found_on(tower):
+    encoder, found, judged = tower
+    nouns = [text.split()[-1] for text in judged.pairs.caption]
+    pairs = Pairs(
+        ["new", "again", "turned"],
+        ["There are no kites.", "There are no kites.", f"There are some {nouns[0]}"],
+        ["There are some kites.", found.pairs.foil[0], "There are some kites."],
+        ["k.png", "l.png", "m.png"],
+    )
+    batch = clip_lens.align(pairs, random_store(pairs, encoder.d_embed), encoder, run="caption")
+    assert nouns[0] not in " ".join(found.pairs.caption)
+    done = discover(encoder, found, batch, method="eap", edges=EDGES)
+    assert done.repeated == 1 and set(done.summary["repeated"]) == {1}
+    assert repr(done).endswith("judged on 3, 1 of them with a text that it was found on)")
+    halves = batch_of_both(tower).split(by="text")
+    apart = discover(encoder, *halves, method="eap", edges=EDGES)
+    assert (apart.repeated, apart.held_out) == (0, "by text") and set(apart.summary["held_out"]) == {"by text"}
+    assert apart.circuit.record.held_out == "by text" and repr(apart).endswith("held out by text)")
+
+
+def batch_of_both(tower):
+    encoder, found, judged = tower
+    texts = [
+        [*getattr(found.pairs, name), *getattr(judged.pairs, name)] for name in ("key", "caption", "foil", "image")
+    ]
+    pairs = Pairs(*texts)
+    return clip_lens.align(pairs, random_store(pairs, encoder.d_embed), encoder, run="caption")
+
+
+def test_a_finder_of_ones_own_is_one_entry(tower, monkeypatch):
+    encoder, found, judged = tower
+    everything = lambda setting, options: Circuit.full(setting.encoder).named("everything")
+    mine = module.Finder(Method("mine", "mine"), search=everything)
+    monkeypatch.setitem(module.FINDERS, "mine", mine)
+    done = discover(encoder, found, judged, method="mine", edges=EDGES)
+    assert done.name == "everything" and done.method is mine.method
+    assert done.summary["f"].to_numpy() == pytest.approx(1.0, abs=1e-9)
+
+
+def test_either_form_of_the_circuit_is_judged(tower):
+    """From zeros they part: a pruned circuit's f is another number."""
+    encoder, found, judged = tower
+    apart, same = (
+        discover(encoder, found, judged, method="random", edges=8, source=source).summary.iloc[-1]
+        for source in (clip_lens.zeros, clip_lens.counterpart)
+    )
+    assert apart["edges_pruned"] == same["edges_pruned"] < 8 == same["edges"]
+    assert abs(apart["f_pruned"] - apart["f"]) > 0.01
+    assert same["f_pruned"] == pytest.approx(same["f"], abs=1e-9)
+
+
 def test_acdc_has_a_circuit_and_no_areas(tower):
     encoder, found, judged = tower
     done = discover(encoder, found, judged, method="acdc", threshold=0.5)
-    assert done.circuit.keep.equal(clip_lens.acdc(encoder, found, 0.5).pruned().keep)
+    assert done.circuit.keep.equal(clip_lens.acdc(encoder, found, 0.5).keep)
     assert done.summary[["CPR", "CMD", "jaccard", "r"]].isna().all().all()
     own = done.curve[done.curve["circuit"] == "ACDC"]
     assert len(own) == 2 * 3 and set(own["ranking"]) == {"signed", "absolute"}
@@ -152,7 +213,7 @@ def test_a_tower_whose_circuit_is_known_gives_it(method):
 
 def test_what_is_finished_is_not_computed_again(tower, tmp_path, monkeypatch):
     encoder, found, judged = tower
-    common = Keep(tmp_path)
+    common, files = Keep(tmp_path), {"exact": f"exact-{EDGES}", "acdc": "acdc-0.02"}
     how = {"edges": EDGES, "exact": True, "shared": common}
     first = {m: discover(encoder, found, judged, method=m, keep=Keep(tmp_path / m), **how) for m in ("exact", "acdc")}
 
@@ -164,14 +225,19 @@ def test_what_is_finished_is_not_computed_again(tower, tmp_path, monkeypatch):
     for method, done in first.items():
         again = discover(encoder, found, judged, method=method, keep=Keep(tmp_path / method), **how)
         pd.testing.assert_frame_equal(again.summary, done.summary)
-        assert Circuit.load(tmp_path / method / "circuit.json").jaccard(done.circuit) == 1.0
-        saved = pd.read_csv(tmp_path / method / "summary.csv")
+        assert Circuit.load(tmp_path / method / f"circuit-{files[method]}.json").jaccard(done.circuit) == 1.0
+        saved = pd.read_csv(tmp_path / method / f"summary-{files[method]}.csv")
         assert saved["f"].to_numpy() == pytest.approx(done.summary["f"].to_numpy())
     assert Effects.load(tmp_path / "exact" / "scores-exact.parquet").values.equal(first["exact"].scores.values)
     with pytest.raises(AssertionError, match="computed again"):
         discover(encoder, found, judged, method="acdc", threshold=0.7, keep=Keep(tmp_path / "acdc"), **how)
-    with pytest.raises(AssertionError, match="computed again"):
+    with pytest.raises(ValueError, match=r"another result: .*batch"):
         discover(encoder, found[:4], judged, method="exact", keep=Keep(tmp_path / "exact"), **how)
+    with pytest.raises(ValueError, match=r"another circuit: .*batch"):
+        discover(encoder, found[:4], judged, method="acdc", keep=Keep(tmp_path / "acdc"), **how)
+    with pytest.raises(AssertionError, match="computed again"):
+        again = Keep(tmp_path / "acdc", overwrite=True)
+        discover(encoder, found[:4], judged, method="acdc", keep=again, **how)
 
 
 def test_an_interrupted_sweep_goes_on_with_its_next_part(tower, tmp_path, monkeypatch):

@@ -10,27 +10,24 @@ from handmade import NAMES, handmade
 from oracle import TOWERS, agree, batch_of, texts_of, tower
 
 from clip_lens.core.effects import Effects
-from clip_lens.core.metric import kl, logit
-from clip_lens.core.source import mean, resample, zeros
-from clip_lens.methods.circuits.circuit import Circuit, Graph
-from clip_lens.methods.circuits.faithfulness import (
-    completeness,
-    cpr_cmd,
-    faithfulness,
-    faithfulness_table,
-    minimality,
-)
+from clip_lens.core.metric import cosine, kl
+from clip_lens.core.record import Record
+from clip_lens.core.setting import Setting
+from clip_lens.core.source import counterpart, mean, resample, zeros
+from clip_lens.methods.circuits.circuit import Circuit, Graph, Selection
+from clip_lens.methods.circuits.faithfulness import Faithfulness, _Trial, completeness, faithfulness, minimality
 from clip_lens.methods.circuits.removal import Removal
 from clip_lens.methods.patching import patch_effects
+from clip_lens.methods.registry import FAITHFULNESS
 from clip_lens.model.site import Outside, Site
 
 LAYERS, HEADS = 3, 4
 
 
-def drawn(seed, density, method="drawn", **meta):
+def drawn(seed, density, name="drawn"):
     edges = Graph.of(LAYERS, HEADS).edges
     keep = edges & (torch.rand(edges.shape, generator=torch.Generator().manual_seed(seed)) < density)
-    return Circuit(keep, LAYERS, HEADS, None, {"method": method, **meta})
+    return Circuit(keep, LAYERS, HEADS, name=name)
 
 
 CIRCUITS = [drawn(seed, density) for seed, density in enumerate((0.02, 0.3, 0.7, 0.98))]
@@ -40,18 +37,35 @@ FULL, EMPTY = drawn(0, 2.0), drawn(0, -1.0)
 @pytest.mark.parametrize("equal", [True, False])
 @pytest.mark.parametrize("name", TOWERS)
 def test_a_circuits_run_is_every_other_edge_patched_by_hand(name, equal):
-    effects = faithfulness(tower(name)[1], batch_of(name, equal), CIRCUITS)
+    effects = faithfulness(tower(name)[1], batch_of(name, equal), CIRCUITS).effects
     texts = texts_of(name, equal)
     agree(effects, [[text.effect(tuple(circuit.removed())) for text in texts] for circuit in CIRCUITS])
 
 
 @pytest.mark.parametrize("name", ["causal", "bidirectional"])
 def test_with_zeros_it_is_what_is_left_when_they_give_nothing(name):
-    effects = faithfulness(tower(name)[1], batch_of(name, False), CIRCUITS, source=zeros)
+    effects = faithfulness(tower(name)[1], batch_of(name, False), CIRCUITS, source=zeros).effects
     texts = texts_of(name, False)
     nothing = [{site: torch.zeros_like(value) for site, value in text.run.items()} for text in texts]
     both = list(zip(texts, nothing, strict=True))
     agree(effects, [[text.effect(tuple(c.removed()), source) for text, source in both] for c in CIRCUITS])
+
+
+@pytest.mark.parametrize(("source", "equal", "parts"), [(None, True, False), (None, False, True), (zeros, True, True)])
+def test_a_pruned_circuit_is_another_one_unless_the_source_is_a_run_on_equal_lengths(source, equal, parts):
+    """Selected and pruned against two runs by hand: a head cut off from the embedding still computes, on what the
+    source gives it, and that is what the source has there only where the source is a run that passes no position by."""
+    encoder, batch, texts = tower("causal")[1], batch_of("causal", equal), texts_of("causal", equal)
+    selected = replace(drawn(21, 0.3, "mine"), selection=Selection("top", "absolute", asked=300))
+    both = [selected, selected.pruned()]
+    assert 0 < len(both[1]) < len(selected)
+    found = faithfulness(encoder, batch, both, source=source or counterpart)
+    given = [{site: torch.zeros_like(value) for site, value in text.run.items()} if source else None for text in texts]
+    each = list(zip(texts, given, strict=True))
+    agree(found.effects, [[text.effect(tuple(c.removed()), nothing) for text, nothing in each] for c in both])
+    apart = (found.effects.values[0] - found.effects.values[1]).abs().max() / found.effects.total.abs().max()
+    assert apart > 0.01 if parts else apart < 1e-10
+    assert [place.pruned for place in found.places] == [False, True]
 
 
 @pytest.mark.parametrize("source", [zeros, mean])
@@ -60,7 +74,7 @@ def test_sets_of_edges_are_patched_like_tuples_of_them(name, source):
     encoder, batch = tower(name)[1], batch_of(name)
     circuits = [drawn(5, 0.9), drawn(6, 0.97)]
     expected = patch_effects(encoder, batch, [tuple(circuit.removed()) for circuit in circuits], source=source)
-    found = faithfulness(encoder, batch, circuits, source=source)
+    found = faithfulness(encoder, batch, circuits, source=source).effects
     agree(found, expected.values.tolist())
     scale = expected.total.abs().max()
     assert (found.total - expected.total).abs().max() <= 1e-10 * scale
@@ -70,36 +84,36 @@ def test_sets_of_edges_are_patched_like_tuples_of_them(name, source):
 @pytest.mark.parametrize("rows", [1, 5, 1000])
 def test_how_many_rows_run_at_once_changes_nothing(rows):
     encoder, batch = tower("causal")[1], batch_of("causal")
-    expected = faithfulness(encoder, batch, [*CIRCUITS, FULL])
-    agree(faithfulness(encoder, batch, [*CIRCUITS, FULL], rows=rows), expected.values.tolist())
+    expected = faithfulness(encoder, batch, [*CIRCUITS, FULL]).effects
+    agree(faithfulness(encoder, batch, [*CIRCUITS, FULL], rows=rows).effects, expected.values.tolist())
 
 
 @pytest.mark.parametrize("run", ["caption", "foil"])
 @pytest.mark.parametrize("name", TOWERS)
 def test_everything_is_1_and_nothing_is_0(name, run):
     encoder, batch = tower(name)[1], batch_of(name, run=run)
-    effects = faithfulness(encoder, batch, [FULL, EMPTY])
+    effects = faithfulness(encoder, batch, [FULL, EMPTY]).effects
     assert effects.values[0].abs().max() == 0
     other = patch_effects(encoder, batch, [Site("resid", LAYERS)]).total
     for empty in (effects.values[1], effects.total):
         assert (empty - other).abs().max() <= 1e-10 * other.abs().max()
-    table = faithfulness_table(effects, resamples=5)
+    table = Faithfulness(effects).table(resamples=5)
     assert table["f"].to_numpy() == pytest.approx(np.tile([1.0, 0.0], len(table) // 2), abs=1e-9)
 
 
 def test_a_pair_without_a_source_has_no_value():
     encoder, batch = tower("causal")[1], batch_of("causal")
-    effects = faithfulness(encoder, batch, [FULL, EMPTY, CIRCUITS[1]], source=zeros_but_for_pair_2)
-    assert effects.meta["pairs without a source"] == "1"
+    effects = faithfulness(encoder, batch, [FULL, EMPTY, CIRCUITS[1]], source=zeros_but_for_pair_2).effects
+    assert effects.record.unsourced == 1
     assert (effects.values.isnan() == (torch.arange(len(batch)) == 2)).all() and effects.total[2].isnan()
-    table = faithfulness_table(effects, resamples=5)
+    table = Faithfulness(effects).table(resamples=5)
     assert table.groupby("side")[["n", "dropped"]].sum().loc["pooled"].tolist() == [18, 3]
-    without = faithfulness(encoder, batch[[0, 1, 3, 4, 5, 6]], [CIRCUITS[1]], source=zeros)
+    without = faithfulness(encoder, batch[[0, 1, 3, 4, 5, 6]], [CIRCUITS[1]], source=zeros).effects
     assert torch.allclose(effects.values[2, [0, 1, 3, 4, 5, 6]], without.values[0], rtol=1e-10)
-    few = Removal.of(encoder, batch, zeros_but_for_pair_2, logit, 256)
+    few = Removal.of(Setting.of(encoder, batch, source=zeros_but_for_pair_2))
     assert few.n == 6 and float(few.means(EMPTY.graph.edges[None])) == pytest.approx(few.total)
     with pytest.raises(ValueError, match="nothing for any of the 7 pairs"):
-        Removal.of(encoder, batch, resample(0), logit, 256)
+        Removal.of(Setting.of(encoder, batch, source=resample(0)))
 
 
 def zeros_but_for_pair_2(encoder, batch):
@@ -116,20 +130,24 @@ def test_the_circuits_written_by_hand_do_everything_and_no_part_of_them_does(nam
     tower_ = handmade(name)
     whole = Circuit.of(tower_.edges, n_layers=LAYERS, n_heads=HEADS)
     parts = [Circuit.of(tower_.edges - {edge}, n_layers=LAYERS, n_heads=HEADS) for edge in tower_.edges]
-    f = faithfulness_table(faithfulness(tower_.encoder, tower_.batch, [whole, *parts]), resamples=5)
+    f = faithfulness(tower_.encoder, tower_.batch, [whole, *parts]).table(resamples=5)
     assert f["f"][f["edges"] == len(whole)].to_numpy() == pytest.approx(1, abs=1e-9)
     assert (f["f"][f["edges"] < len(whole)] - 1).abs().min() > 0.01
 
 
 def test_a_result_says_what_was_judged_and_is_small_on_disk(tmp_path):
     encoder, batch = tower("causal")[1], batch_of("causal")
-    here = replace(drawn(1, 0.3, "EAP", ranking="signed", share="0.3").named("mine"))
-    found = faithfulness(encoder, batch, [here])
-    assert found.places == (Outside("mine", len(here), len(FULL), 0.3, "signed"),)
+    here = replace(drawn(1, 0.3, "mine"), selection=Selection("top", "signed", 0.3))
+    found = faithfulness(encoder, batch, [here, here.pruned()]).effects
+    ends = (len(FULL), 0.3, "signed")
+    assert found.places == (Outside("mine", len(here), *ends), Outside("mine", len(here.pruned()), *ends, True))
+    assert Faithfulness(found).table()["pruned"].tolist() == [False, True] * 4
     assert found.index.iloc[0][["place", "kind"]].tolist() == [str(found.places[0]), "circuit"]
-    assert found.meta["method"] == "faithfulness of circuits" and found.meta["found on these pairs"] == "none"
-    same = Circuit(here.keep, LAYERS, HEADS, None, {"method": "EAP", "batch": found.meta["batch"]})
-    assert faithfulness(encoder, batch, [same]).meta["found on these pairs"] == "EAP"
+    assert found.record.method is FAITHFULNESS and found.record.settings["found_on_these_pairs"] == "none"
+    same = replace(here, record=Record(batch=batch.digest))
+    again = faithfulness(encoder, batch, [same]).effects.record.settings
+    assert again["found_on_these_pairs"] == "mine"
+    assert again["circuits"] != faithfulness(encoder, batch, CIRCUITS[:1]).effects.record.settings["circuits"]
     found.save(tmp_path / "f.parquet")
     again = Effects.load(tmp_path / "f.parquet")
     assert again.places == found.places and again.values.equal(found.values)
@@ -142,7 +160,7 @@ def judged(values, total, side, places):
     text = {name: [f"{name} {i}" for i in n] for name in ("key", "caption", "foil", "image")}
     pairs = pd.DataFrame({**text, "side": side, "sigma": -1, "d": 1.0, "segment": "correct"})
     values, total = (-torch.as_tensor(x, dtype=torch.float64) for x in (values, total))
-    return Effects(values, total, torch.zeros(len(side), dtype=torch.float64), places, pairs, {})
+    return Effects(values, total, torch.zeros(len(side), dtype=torch.float64), places, pairs)
 
 
 def curve(name, ranking, shares):
@@ -174,12 +192,12 @@ def area(f, measure):
 @pytest.mark.parametrize(("side", "columns"), [("caption", [0, 1]), ("foil", [2, 3, 4]), ("pooled", [0, 1, 2, 3, 4])])
 def test_f_is_a_ratio_of_means_and_the_areas_are_trapezoids(side, columns):
     effects, values = made()
-    table = faithfulness_table(effects, resamples=5)
+    table = Faithfulness(effects).table(resamples=5)
     table = table[table["side"] == side]
     f = by_hand(values, columns)
     assert table["f"].to_numpy() == pytest.approx(f, abs=1e-12) and set(table["n"]) == {len(columns)}
     assert table["lost"].to_numpy() == pytest.approx(values[:, columns].mean(1), abs=1e-12)
-    areas = cpr_cmd(effects, resamples=5).set_index(["circuit", "side"])
+    areas = Faithfulness(effects).areas(resamples=5).set_index(["circuit", "side"])
     for number, name in enumerate("ab"):
         line = areas.loc[(name, side)]
         assert line["CPR"] == pytest.approx(area(f[6 * number : 6 * number + 3], "CPR"), abs=1e-12)
@@ -189,27 +207,52 @@ def test_f_is_a_ratio_of_means_and_the_areas_are_trapezoids(side, columns):
 
 def test_a_circuit_that_is_perfect_at_every_size_has_all_of_cpr_and_none_of_cmd():
     places = tuple(curve("best", "signed", SHARES) + curve("best", "absolute", SHARES))
-    line = cpr_cmd(judged(np.zeros((6, 5)), TOTAL, SIDE, places), resamples=5).iloc[0]
+    line = Faithfulness(judged(np.zeros((6, 5)), TOTAL, SIDE, places)).areas(resamples=5).iloc[0]
     assert line["CPR"] == pytest.approx(0.999) and line["CMD"] == 0
 
 
 def test_intervals_are_of_pairs_drawn_anew():
     effects, values = made()
-    counts = np.random.default_rng([4, 1]).multinomial(3, np.full(3, 1 / 3), 40)  # the side "foil"
-    columns = [2, 3, 4]
+    counts = np.random.default_rng([4, 3]).multinomial(5, np.full(5, 1 / 5), 40)  # "pooled": fewer pairs have none
+    columns = [0, 1, 2, 3, 4]
     f = np.array([1 - (values[:, columns] @ row) / (np.array(TOTAL)[columns] @ row) for row in counts])
-    table = faithfulness_table(effects, resamples=40, seed=4)
-    table = table[table["side"] == "foil"]
+    every = Faithfulness(effects).table(resamples=40, seed=4)
+    table = every[every["side"] == "pooled"]
+    assert every.loc[every["side"] != "pooled", ["lower", "upper"]].isna().all().all()
     lower, upper = np.quantile(f, [0.025, 0.975], axis=0)
     assert table["lower"].to_numpy() == pytest.approx(lower) and table["upper"].to_numpy() == pytest.approx(upper)
     areas = [area(line[3:6], "CMD") for line in f]
-    line = cpr_cmd(effects, resamples=40, seed=4).query("circuit == 'a' and side == 'foil'").iloc[0]
+    drawn_anew = Faithfulness(effects).areas(resamples=40, seed=4)
+    assert drawn_anew.loc[drawn_anew["side"] != "pooled", ["CPR_lower", "CMD_upper"]].isna().all().all()
+    line = drawn_anew.query("circuit == 'a' and side == 'pooled'").iloc[0]
     assert [line["CMD_lower"], line["CMD_upper"]] == pytest.approx(np.quantile(areas, [0.025, 0.975]))
+
+
+def test_metrics_that_are_not_oriented_are_averaged_as_they_are():
+    """By cosine both sides grow: `sigma * value` would cancel them in f and in the areas."""
+    encoder, batch = tower("causal")[1], batch_of("causal", True, run="affirmative")
+    assert len(set(batch.sigma.tolist())) == 2
+    sized = [
+        replace(drawn(3, 0.6, "a"), selection=Selection("top", ranking, 0.5)) for ranking in ("signed", "absolute")
+    ]
+    found = faithfulness(encoder, batch, sized, metric=cosine)
+    f = 1 - float(found.effects.values[0].sum() / found.effects.total.sum())
+    assert found.table(resamples=5).query("side == 'pooled'")["f"].tolist() == pytest.approx([f, f], abs=1e-12)
+    line = found.areas(resamples=5).query("side == 'pooled'").iloc[0]
+    assert line[["CPR", "CMD"]].tolist() == pytest.approx([(f + 1) / 4, abs(1 - f) / 4], abs=1e-12)
+
+
+def test_f_is_nan_where_the_source_moves_nothing():
+    places = tuple(curve("a", "signed", SHARES))
+    found = Faithfulness(judged(np.ones((3, 5)), [0.0] * 5, SIDE, places))
+    areas = found.areas(resamples=5)
+    assert areas[["CPR", "CPR_lower"]].isna().all().all() and found.table(resamples=5)["f"].isna().all()
 
 
 def test_a_measure_whose_ranking_is_missing_is_nan():
     effects, _ = made()
-    line = cpr_cmd(replace(effects, values=effects.values[:3], places=effects.places[:3]), resamples=5).iloc[0]
+    signed = replace(effects, values=effects.values[:3], places=effects.places[:3])
+    line = Faithfulness(signed).areas(resamples=5).iloc[0]
     assert np.isnan(line["CMD"]) and not np.isnan(line["CPR"])
 
 
@@ -240,12 +283,56 @@ class ByHand:
 
 
 @pytest.mark.parametrize("by", ["node", "edge"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_edges_that_go_with_members_are_those_of_a_product_of_matrices(by, whole):
+    circuit = drawn(9, 0.1)
+    trial = _Trial.of(None, circuit, by)
+    members = members_of(circuit, by)
+    assert trial.members == list(members)
+    touching = torch.stack([Circuit.of(e, n_layers=LAYERS, n_heads=HEADS).keep for e in members.values()])
+    chosen = torch.rand(7, len(members), generator=torch.Generator().manual_seed(1)) < 0.3
+    chosen[0], chosen[1] = False, True
+    edges = (chosen.double() @ touching.flatten(1).double() > 0).unflatten(1, circuit.keep.shape)
+    expected = edges if whole else edges | (circuit.graph.edges & ~circuit.keep)
+    assert trial.removed(chosen, whole).equal(expected)
+
+
+@pytest.mark.parametrize("by", ["node", "edge"])
+def test_how_many_sets_are_held_at_once_changes_nothing(by, monkeypatch):
+    encoder, batch, circuit, held = tower("causal")[1], batch_of("causal", True)[:1], drawn(8, 0.2), []
+    whole = [f(encoder, batch, circuit, by=by, samples=3) for f in (completeness, minimality)]
+    means = Removal.means
+    monkeypatch.setattr(Removal, "means", lambda removal, sets: held.append(len(sets)) or means(removal, sets))
+    monkeypatch.setattr("clip_lens.methods.circuits.faithfulness.at_once", lambda graph: 2)
+    few = [f(encoder, batch, circuit, by=by, samples=3) for f in (completeness, minimality)]
+    assert max(held) == 2 and sum(held) > 20
+    for one, two in zip(whole, few, strict=True):
+        one, two = (frame.sort_values(list(frame)[:1], kind="stable").select_dtypes("number") for frame in (one, two))
+        assert one.abs().to_numpy().max() > 1e-3
+        np.testing.assert_allclose(one.to_numpy(), two.to_numpy(), atol=1e-10)
+
+
+def test_a_circuit_without_edges_has_no_members():
+    encoder, batch = tower("causal")[1], batch_of("causal", True)[:1]
+    assert minimality(encoder, batch, EMPTY).empty and minimality(encoder, batch, EMPTY, by="node").empty
+    assert completeness(encoder, batch, EMPTY, samples=2, greedy=3)["size"].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("call", [faithfulness, completeness, minimality])
+def test_hooks_of_the_users_are_refused(call):
+    encoder = tower("causal")[1]
+    hooks = encoder.tower.hooks([("blocks.0.hook_mlp_out", lambda value, hook: value * 0)])
+    with hooks, pytest.raises(ValueError, match=r"hooks of yours on, at blocks\.0\.hook_mlp_out"):
+        call(encoder, batch_of("causal", True), FULL)
+
+
+@pytest.mark.parametrize("by", ["node", "edge"])
 def test_completeness_is_how_far_circuit_and_model_part(by):
     circuit = drawn(9, 0.04)
     table = completeness(tower("causal")[1], batch_of("causal", True)[:1], circuit, by=by, samples=4, greedy=2)
     hand, scale = (
         ByHand(circuit, by),
-        abs(faithfulness(tower("causal")[1], batch_of("causal", True)[:1], EMPTY).total).max(),
+        abs(faithfulness(tower("causal")[1], batch_of("causal", True)[:1], EMPTY).effects.total).max(),
     )
     assert table["found"].tolist() == ["nothing"] + ["sampled"] * 4 + ["greedy"] * 2
     assert table["size"].tolist()[0] == 0 and table["size"].tolist()[-2:] == [1, 2]
@@ -261,7 +348,7 @@ def test_minimality_is_the_largest_change_that_a_member_makes(by):
     circuit = drawn(9, 0.03)
     encoder, batch = tower("causal")[1], batch_of("causal", True)[:1]
     table = minimality(encoder, batch, circuit, by=by, samples=2)
-    hand, scale = ByHand(circuit, by), abs(faithfulness(encoder, batch, EMPTY).total).max()
+    hand, scale = ByHand(circuit, by), abs(faithfulness(encoder, batch, EMPTY).effects.total).max()
     assert sorted(table["member"]) == sorted(hand.members) and table["minimality"].is_monotonic_decreasing
     alone_changes = []
     for row in table.itertuples():
@@ -300,8 +387,8 @@ def test_a_backup_matters_only_when_what_it_stands_in_for_is_gone():
             "2 layers x 2 heads, .* has 3 x 4",
         ),
         (lambda encoder, batch: completeness(encoder, batch, FULL, by="head"), "one of node, edge"),
-        (lambda encoder, batch: cpr_cmd(faithfulness(encoder, batch, FULL)), "as sized_circuits gives them"),
-        (lambda encoder, batch: faithfulness_table(patch_effects(encoder, batch, [Site("mlp", 0)])), "Got mlp 0"),
+        (lambda encoder, batch: faithfulness(encoder, batch, FULL).areas(), "as sized_circuits gives them"),
+        (lambda encoder, batch: Faithfulness(patch_effects(encoder, batch, [Site("mlp", 0)])), "Got mlp 0"),
         (lambda encoder, batch: patch_effects(encoder, batch, [Outside("a", 1, 2)]), "give the circuit itself"),
     ],
 )
@@ -313,4 +400,4 @@ def test_what_can_not_be_judged_is_refused(call, message):
 def test_a_share_that_comes_twice_is_refused():
     effects, _ = made()
     with pytest.raises(ValueError, match=r"0.001 of a \(signed\) comes twice"):
-        cpr_cmd(replace(effects, places=(effects.places[0],) * 12))
+        Faithfulness(replace(effects, places=(effects.places[0],) * 12)).areas()

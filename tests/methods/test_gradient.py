@@ -13,8 +13,8 @@ from oracle import TOWERS, Text, agree, bare, batch_of, forward, tower
 from towers import random_encoder, random_store
 
 from clip_lens.core import rows as running
-from clip_lens.core.metric import cosine, kl, logit
-from clip_lens.core.source import counterpart, mean, named, noise, resample, zeros
+from clip_lens.core.metric import cosine, kl, logit, metric
+from clip_lens.core.source import counterpart, mean, noise, resample, zeros
 from clip_lens.core.via import via
 from clip_lens.data.batch import align
 from clip_lens.data.pairs import Pairs
@@ -380,7 +380,7 @@ def test_chunks_change_nothing(name, steps, monkeypatch):
         for field in ("values", "total", "baseline"):
             found, expected = getattr(parts, field), getattr(whole, field)
             assert torch.allclose(found, expected, rtol=0, atol=1e-11, equal_nan=True)
-    monkeypatch.setattr(running, "HELD", 1)
+    monkeypatch.setattr(running, "SENT_AT_ONCE", 1)
     one_by_one = gradient_effects(encoder, batch, places, steps=steps).values
     assert torch.allclose(one_by_one, whole.values, rtol=0, atol=1e-11, equal_nan=True)
 
@@ -416,7 +416,7 @@ def test_total_baseline_pairs_and_nan_are_those_of_patch_effects(name, source):
         assert torch.allclose(found.baseline, exact.baseline, rtol=0, atol=1e-12)
         assert found.pairs.drop(columns="d").equals(exact.pairs.drop(columns="d")) and found.places == exact.places
         changed = {name for name in found.meta if found.meta[name] != exact.meta.get(name)}
-        assert changed == {"method", "gradient", "difference"}
+        assert changed == {"method", "steps", "gradient", "difference"}
 
 
 @BOTH
@@ -450,12 +450,14 @@ def test_the_result_says_what_it_is():
     edge, site = Edge(EMBED, OUT), Site("mlp", 1)
     for places, steps, method in (
         ([edge], 1, "EAP"),
-        ([edge], 5, "EAP-IG, 5 steps"),
+        ([edge], 5, "EAP-IG"),
         ([site], 1, "attribution patching"),
-        ([site], 2, "attribution patching, 2 steps"),
+        ([site], 2, "attribution patching"),
         ([(site, edge)], 1, "attribution patching and EAP"),
     ):
-        meta = gradient_effects(encoder, batch, places, steps=steps).meta
+        record = gradient_effects(encoder, batch, places, steps=steps).record
+        meta = record.as_text()
+        assert record.settings["steps"] == steps and record.method.estimates
         assert meta["method"] == method and meta["difference"] == "source minus run, both unpatched"
         line = f"mean over the input embeddings other + k/{steps} (run - other), k = 1..{steps}"
         assert meta["gradient"] == ("at the run" if steps == 1 else line)
@@ -468,8 +470,8 @@ def test_errors():
         (("steps", 0),): "steps=0",
         (("steps", 2.5),): "steps=2.5",
         (("rows", 0),): "rows=0",
-        (("metric", named(lambda u, readout: logit(u.detach(), readout), "cut")),): "no gradient",
-        (("metric", named(lambda u, readout: u.sum(), "one")),): "one number per row",
+        (("metric", metric(lambda u, readout: logit(u.detach(), readout), oriented=True)),): "no gradient",
+        (("metric", metric(lambda u, readout: u.sum(), oriented=True)),): "one number per row",
     }.items():
         with pytest.raises(ValueError, match=message):
             gradient_effects(encoder, batch, place, **dict(options))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 from towers import random_clip, random_encoder, random_store
 
-from clip_lens.core.metric import logit
+from clip_lens.core.metric import logit, metric
 from clip_lens.core.source import counterpart, noise, resample
 from clip_lens.data.batch import align
 from clip_lens.data.pairs import Pairs
@@ -386,6 +386,7 @@ def test_own_sources_and_metrics_are_functions():
             name: 0 * value for name, value in encoder.cache(batch.tokens[pairs], names=names).items()
         }
 
+    @metric(oriented=False, unit="cosine")
     def cosine(u, readout):
         return (u * readout.other).sum(-1)
 
@@ -393,7 +394,8 @@ def test_own_sources_and_metrics_are_functions():
     hook = ("blocks.1.hook_mlp_out", lambda value, hook: 0 * value)
     expected = (encoder(batch.tokens, hooks=[hook]) - encoder(batch.tokens)) * encoder(batch.other)
     assert torch.allclose(effects.values[0], expected.sum(1), atol=1e-12)
-    assert (effects.meta["source"], effects.meta["metric"]) == ("zeros", "cosine")
+    assert (effects.record.source.name, effects.record.metric.name) == ("zeros", "cosine")
+    assert not effects.record.metric.oriented and effects.record.source.swaps is False
 
 
 def test_result_says_what_it_is():
@@ -433,8 +435,11 @@ def test_model_is_left_as_it_was():
         ({"places": [Site("mlp", 0, slot="verb")]}, "no slot 'verb'; the batch has sot, prefix"),
         ({"places": [(Site("mlp"), Site("mlp", 0, slot=9))]}, r"positions 0\.\.8"),
         ({"rows": 0}, "rows=0"),
-        ({"metric": lambda u, readout: u}, r"one number per row, \(6,\); this one gave \(6, 16\)"),
-        ({"metric": lambda u, readout: 0 * logit(u, readout) / 0}, "not finite"),
+        (
+            {"metric": metric(lambda u, readout: u, oriented=True)},
+            r"one number per row, \(6,\); this one gave \(6, 16\)",
+        ),
+        ({"metric": metric(lambda u, readout: 0 * logit(u, readout) / 0, oriented=True)}, "not finite"),
     ],
 )
 def test_bad_input_gets_its_error(change, message):
@@ -452,6 +457,7 @@ def test_bad_input_gets_its_error(change, message):
         ({"source": noise}, "noise makes a source: call it"),
         ({"source": resample}, "resample makes a source: call it"),
         ({"metric": "cosine"}, "metric='cosine' is no function; give clip_lens.logit"),
+        ({"metric": lambda u, readout: u.sum(-1)}, "does not say whether its sign turns with the side.*oriented=True"),
     ],
 )
 def test_a_name_or_a_maker_in_the_place_of_a_function_is_refused(change, message):

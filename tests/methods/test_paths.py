@@ -83,10 +83,10 @@ def test_direct_is_the_edges_and_says_so():
     edges = patch_effects(encoder, batch, effects.places, source=zeros, metric=cosine)
     assert torch.equal(effects.values.isnan(), edges.values.isnan())
     assert torch.equal(effects.values.nan_to_num(), edges.values.nan_to_num())
-    assert effects.meta["method"] == "path patching, direct" and effects.meta["source"] == "zeros"
+    assert effects.meta["method"] == "path patching, direct" and effects.record.source.name == "zeros"
     through = path_effects(encoder, batch, SENDERS, RECEIVERS, through="mlp", source=zeros, metric=cosine)
     assert through.meta["method"] == "path patching through MLPs, attention frozen"
-    assert (through.meta["source"], through.meta["metric"]) == ("zeros", "cosine")
+    assert (through.record.source.name, through.record.metric.name) == ("zeros", "cosine")
     assert torch.allclose(through.total, effects.total, rtol=0, atol=1e-12)
 
 

@@ -18,8 +18,12 @@ from clip_lens.core.source import steered
 from clip_lens.data.batch import align
 from clip_lens.data.pairs import Pairs
 from clip_lens.methods.patching import patch_effects
+from clip_lens.methods.probes import controls
+from clip_lens.methods.probes import fit as fit_module
 from clip_lens.methods.probes import probe as module
-from clip_lens.methods.probes.probe import probe, probe_effects, steer
+from clip_lens.methods.probes import split as splitting
+from clip_lens.methods.probes.probe import probe, probe_effects
+from clip_lens.methods.steering import steer
 from clip_lens.model.load import load
 from clip_lens.model.site import Site
 from clip_lens.tiny.scenes import COLOURS
@@ -260,32 +264,50 @@ def test_turned_batches_say_the_same(tiny, embedded):
     assert one.drop(columns="note").equals(two.drop(columns="note"))
 
 
-NOUNS = ("dog", "cat", "zebra", "red ball", "cube")
+NOUNS = ("dog", "cat", "zebra", "cube", "star", "ball", "ring", "tree", "car", "man", "horse", "cross")
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    st.lists(st.tuples(st.sampled_from(NOUNS), st.sampled_from(NOUNS), st.booleans()), min_size=8, max_size=20),
-    st.integers(0, 5),
-)
+@st.composite
+def linked(draw):
+    """Pairs of nouns, (in the text without negation, in the text with it), in 4 to 6 parts that share no noun; within
+    a part pairs share texts by chance, so that most are linked through others."""
+    parts, size = draw(st.integers(4, 6)), 2
+    nouns = [NOUNS[part * size : (part + 1) * size] for part in range(parts)]
+    some = [draw(st.lists(st.tuples(*[st.sampled_from(own)] * 2), min_size=1, max_size=5)) for own in nouns]
+    return draw(st.permutations([(*pair, draw(st.booleans())) for pairs in some for pair in pairs]))
+
+
+@settings(max_examples=50, deadline=None)
+@given(linked(), st.integers(0, 5))
 def test_no_text_is_on_both_sides_of_the_split(nouns, seed):
+    """Groups by a search of its own: a text's pairs, their texts, those texts' pairs, until nothing is added."""
     encoder = small()
     texts = [(f"There is a {one}.", f"There is no {two}.")[:: 1 if order else -1] for one, two, order in nouns]
-    batch = made_up(texts, encoder)
-    try:
-        split = module._split(encoder, batch, [0], seed, 0.4)
-    except ValueError as error:
-        assert "groups that share no text" in str(error)
-        return
-    texts = [{tuple(run), tuple(other)} for run, other in zip(batch.tokens.tolist(), batch.other.tolist(), strict=True)]
+    split = splitting.split_texts(encoder, made_up(texts, encoder), [0], seed, 0.4)
+    texts = [
+        {tuple(run), tuple(other)}
+        for run, other in zip(split.batch.tokens.tolist(), split.batch.other.tolist(), strict=True)
+    ]
     held = split.held.tolist()
     trained = set().union(*(text for text, is_held in zip(texts, held, strict=True) if not is_held))
     tested = set().union(*(text for text, is_held in zip(texts, held, strict=True) if is_held))
     assert trained
     assert tested
     assert not trained & tested
+    groups = connected(texts)
+    assert split.groups == len(groups)
+    assert sum(group <= tested for group in groups) == round(0.4 * len(groups))
     kinds = {tuple(sorted(text)) for text in texts}
-    assert len(split.distinct) == len(kinds)
+    assert len({tuple(sorted(texts[row])) for row in split.distinct.tolist()}) == len(split.distinct) == len(kinds)
+
+
+def connected(texts):
+    """Sets of texts that are linked by pairs."""
+    groups = []
+    for pair in texts:
+        apart = [group for group in groups if not group & pair]
+        groups = [*apart, pair.union(*(group for group in groups if group & pair))]
+    return groups
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -305,52 +327,52 @@ def test_shuffled_texts_keep_their_words_and_ends():
         encoder = random_encoder(causal=causal, width=16, heads=2, layers=1, d_embed=8)
         texts = ["There are no red dogs in the old picture.", "no", "There is a skateboarder on a red zebra."]
         tokens = encoder.tokens(texts)
-        shuffled = module._shuffled(encoder, tokens, 0)
+        shuffled = controls.shuffled(encoder, tokens, 0)
         for before, after in zip(tokens.tolist(), shuffled.tolist(), strict=True):
             end = before.index(EOT)
             assert sorted(before) == sorted(after)
             assert (before[0], before[end:]) == (after[0], after[end:])
         assert tokens[0].tolist() != shuffled[0].tolist()
-        alone = module._shuffled(encoder, encoder.tokens(texts[2:]), 0)
+        alone = controls.shuffled(encoder, encoder.tokens(texts[2:]), 0)
         assert alone[0].tolist()[:8] == shuffled[2].tolist()[:8]
-        assert not torch.equal(shuffled, module._shuffled(encoder, tokens, 1))
+        assert not torch.equal(shuffled, controls.shuffled(encoder, tokens, 1))
 
 
 def test_shuffled_is_the_probe_on_shuffled_texts(tiny, embedded):
-    split = module._split(tiny, embedded, [2], 0, 0.5)
-    tokens = [module._shuffled(tiny, part[split.distinct], 0) for part in (split.batch.tokens, split.batch.other)]
+    split = splitting.split_texts(tiny, embedded, [2], 0, 0.5)
+    tokens = [controls.shuffled(tiny, part[split.distinct], 0) for part in (split.batch.tokens, split.batch.other)]
     batch = replace(split.batch[split.distinct], tokens=tokens[0], other=tokens[1])
-    again = torch.stack([module._streams(tiny, part, [2])[0] for part in (batch.tokens, batch.other)])
+    again = torch.stack([splitting.streams_of(tiny, part, [2])[0] for part in (batch.tokens, batch.other)])
     labels = np.stack([np.zeros(len(batch)), np.ones(len(batch))]).astype(int)
-    fit = module._tell(again, split.test, labels)
+    fit = fit_module.tell(again, split.test, labels)
     assert module._readable(tiny, split, 0, 0.95)["shuffled"][0] == fit.accuracy
 
 
 def test_the_control_is_what_memory_gives():
     types, test = np.tile(np.arange(10), 12), np.repeat([True, False], 60)
     one_hot = torch.nn.functional.one_hot(torch.from_numpy(types)).double().expand(2, -1, -1)
-    assert module._control(one_hot, test, types, 0).accuracy == 1.0
+    assert controls.control_fit(one_hot, test, types, 0).accuracy == 1.0
     noise = draw(2, 120, 5)
-    assert 0.3 < module._control(noise, test, types, 0).accuracy < 0.7
-    assert module._control(one_hot, test, np.where(test, 1, 0), 0) is None
-    assert module._control(one_hot, test, np.full(120, -1), 0) is None
+    assert 0.3 < controls.control_fit(noise, test, types, 0).accuracy < 0.7
+    assert controls.control_fit(one_hot, test, np.where(test, 1, 0), 0) is None
+    assert controls.control_fit(one_hot, test, np.full(120, -1), 0) is None
     unseen = np.where(test & (types < 5), 99, types)
-    assert len(module._control(one_hot, test, unseen, 0).right) == 2 * 30 * module.CONTROLS
+    assert len(controls.control_fit(one_hot, test, unseen, 0).right) == 2 * 30 * controls.CONTROLS
 
 
 def test_subjects_that_never_recur_count_by_their_first_token():
     encoder = small()
     nouns = ("dog", "cat", "cube", "ball")
     texts = [(f"There is no {n} {end}.", f"There is a {n} {end}.") for n in nouns for end in ("here", "there", "too")]
-    split = module._split(encoder, made_up(texts, encoder), [0], 0, 0.5)
-    types, words = module._types(split), [text.split()[3] for text in split.batch.pairs.caption]
+    split = splitting.split_texts(encoder, made_up(texts, encoder), [0], 0, 0.5)
+    types, words = controls.types_of(split), [text.split()[3] for text in split.batch.pairs.caption]
     assert len({*zip(types.tolist(), words, strict=True)}) == len(set(types)) == 4
     phrases = [(f"{start} is no {n}.", f"{start} is a {n}.") for n in nouns for start in ("In it there", "There")]
-    split = module._split(encoder, made_up(phrases, encoder), [0], 0, 0.5)
+    split = splitting.split_texts(encoder, made_up(phrases, encoder), [0], 0, 0.5)
     split = replace(split, held=torch.tensor([True, False] * 3 + [True, True]))
-    whole = module._subjects(split, ("subject", "subject_rest"))
-    assert module._recurring(whole, split.test).tolist() == [True, False] * 3 + [False, False]
-    assert module._types(split).tolist() == whole.tolist()
+    whole = controls._subjects(split, ("subject", "subject_rest"))
+    assert controls._recurring(whole, split.test).tolist() == [True, False] * 3 + [False, False]
+    assert controls.types_of(split).tolist() == whole.tolist()
 
 
 def test_swapped_determiners(tiny):
@@ -360,8 +382,8 @@ def test_swapped_determiners(tiny):
         ("There are no circles.", "There are some circles."),
         *((f"There is no {colour} star.", f"There is a {colour} star.") for colour in ("red", "green", "white")),
     ]
-    split = module._split(tiny, made_up(texts, tiny), [0], 0, 0.5)
-    swap = module._swapped(split)
+    split = splitting.split_texts(tiny, made_up(texts, tiny), [0], 0, 0.5)
+    swap = controls.swapped(split)
     words = {tiny.tower.tokenizer.decode(text[1:].tolist()).split("<end")[0] for line in swap.texts for text in line}
     assert {" ".join(text.split()) for text in words} == {
         "there is a red circle and no blue star .",
@@ -385,8 +407,8 @@ def test_what_is_missing_is_noted(tiny):
 
 
 def test_a_probe_that_does_not_converge(tiny, embedded, monkeypatch):
-    monkeypatch.setattr(module, "MAX_ITER", 1)
-    split = module._split(tiny, embedded[:60], [2], 0, 0.5)
+    monkeypatch.setattr(fit_module, "MAX_ITER", 1)
+    split = splitting.split_texts(tiny, embedded[:60], [2], 0, 0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert "accuracy did not converge" in module._readable(tiny, split, 0, 0.95)["note"][0]
@@ -422,7 +444,7 @@ def test_a_direction_that_is_known():
     assert table["cosine"][1] == pytest.approx(1.0, abs=1e-4)
     for name in ("added_caption", "added_foil", "removed_caption", "removed_foil"):
         assert table[name].tolist() == pytest.approx([0.0, 1.0], abs=1e-9)
-    split = module._split(encoder, made_up(texts, encoder), [1], 0, 0.5)
+    split = splitting.split_texts(encoder, made_up(texts, encoder), [1], 0, 0.5)
     cosine = torch.nn.functional.cosine_similarity(split.directions[0], v - v.mean(), dim=0)
     assert cosine > 1 - 1e-5  # LayerNorm's eps
     assert table["removed_caption_random"][1] < 0.5

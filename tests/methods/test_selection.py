@@ -9,11 +9,10 @@ import torch
 from handmade import NAMES, handmade
 
 from clip_lens.core.effects import Effects
-from clip_lens.methods.circuits.circuit import Circuit, Graph
+from clip_lens.core.record import Method, MetricRecord, Record
+from clip_lens.methods.circuits.circuit import Circuit, Graph, Selection
 from clip_lens.methods.circuits.selection import (
-    edges_above,
     selection_frequency,
-    shuffled,
     sized_circuits,
     stability,
     top_edges,
@@ -24,7 +23,7 @@ from clip_lens.model.site import Edge, Site
 LAYERS, HEADS = 2, 2
 
 
-def made(values=None, places=None, sigma=None, seed=0, **meta):
+def made(values=None, places=None, sigma=None, seed=0, **said):
     """Effects over all edges of a small tower, eight pairs, four of either sigma."""
     places = Circuit(Graph.of(LAYERS, HEADS).edges, LAYERS, HEADS).edges() if places is None else places
     sigma = np.array([1, -1] * 4) if sigma is None else np.array(sigma)
@@ -36,8 +35,8 @@ def made(values=None, places=None, sigma=None, seed=0, **meta):
     text = {name: [f"{name} {i}" for i in n] for name in ("key", "caption", "foil", "image")}
     pairs = pd.DataFrame({**text, "side": "caption", "sigma": sigma, "d": 1.0, "segment": "correct"})
     total = torch.ones(len(sigma), dtype=torch.float64)
-    known = {"layers": str(LAYERS), "heads": str(HEADS), "metric": "logit", "method": "made", **meta}
-    return Effects(values, total, total, tuple(places), pairs, known)
+    record = Record(**{"method": Method("made", "made"), "layers": LAYERS, "heads": HEADS, **said})
+    return Effects(values, total, total, tuple(places), pairs, record)
 
 
 def lines(circuit):
@@ -64,7 +63,9 @@ def test_top_edges_are_the_first_of_a_sorted_list(n, signed):
     assert set(lines(circuit)) == {name for name, _ in expected}
     scores = {str(edge): score for edge, score in circuit.scored().items()}
     assert all(abs(scores[name] - score) < 1e-12 for name, score in expected)
-    assert circuit.meta["ranking"] == ("signed" if signed else "absolute") and circuit.name == "made"
+    ranking = "signed" if signed else "absolute"
+    assert circuit.selection == Selection("top", ranking, asked=n, of=46, entered=(8, 8))
+    assert circuit.name == "made" and circuit.record is effects.record
 
 
 def test_pairs_of_both_sides_are_signed_before_they_are_averaged():
@@ -74,12 +75,15 @@ def test_pairs_of_both_sides_are_signed_before_they_are_averaged():
     assert lines(top_edges(replace(effects, values=values), 1)) == [str(effects.places[3])]
 
 
-def test_metrics_without_sides_are_taken_as_they_are():
+def test_metrics_without_sides_are_taken_as_they_are_whatever_they_are_called():
     values = torch.zeros(46, 2)
     values[3], values[5] = torch.tensor([1.0, -1.0]), torch.tensor([0.5, 0.5])
-    for metric in ("cosine", "kl over 5 texts"):
-        effects = made(values, sigma=[-1, -1], metric=metric)
-        assert lines(top_edges(effects, 1, signed=True)) == [str(effects.places[5])]
+    for name in ("cosine", "kl over 5 texts", "mine", "logit"):
+        plain, turning = (
+            made(values, sigma=[1, -1], metric=MetricRecord(name, oriented)) for oriented in (False, True)
+        )
+        assert lines(top_edges(plain, 1, signed=True)) == [str(plain.places[5])]
+        assert lines(top_edges(turning, 1, signed=True)) == [str(plain.places[3])]
 
 
 def test_a_mean_is_over_the_pairs_that_have_a_value_and_their_number_is_said():
@@ -88,9 +92,9 @@ def test_a_mean_is_over_the_pairs_that_have_a_value_and_their_number_is_said():
     values[3, 1:], values[3, 0], values[4] = torch.nan, 50.0, torch.nan
     effects = replace(effects, values=values)
     circuit = top_edges(effects, 1)
-    assert lines(circuit) == [str(effects.places[3])] and circuit.meta["pairs per edge"] == "0 to 8"
+    assert lines(circuit) == [str(effects.places[3])] and circuit.selection.entered == (0, 8)
     assert effects.places[4] not in top_edges(effects, 45) and len(top_edges(effects, 46)) == 46
-    assert effects.places[4] not in edges_above(effects, 0.0)
+    assert effects.places[4] not in top_edges(effects, threshold=0.0)
 
 
 def test_of_equals_the_first_in_the_tower_is_taken_whatever_the_order_of_the_result():
@@ -107,7 +111,10 @@ def test_of_equals_the_first_in_the_tower_is_taken_whatever_the_order_of_the_res
 def test_edges_above_a_threshold(signed):
     effects = made()
     expected = {name for name, score in ranked(effects, signed) if (score if signed else abs(score)) > 0.2}
-    assert 0 < len(expected) < 46 and set(lines(edges_above(effects, 0.2, signed=signed))) == expected
+    circuit = top_edges(effects, threshold=0.2, signed=signed)
+    assert 0 < len(expected) < 46 and set(lines(circuit)) == expected
+    ranking = "signed" if signed else "absolute"
+    assert circuit.selection == Selection("above", ranking, None, len(expected), False, 46, 0.2, (8, 8))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -138,7 +145,7 @@ def test_the_circuits_written_by_hand_are_found(name, select):
     effects = patch_effects(tower.encoder, tower.batch, tower.encoder.edges())
     circuit = top_edges(effects, len(tower.edges), select=select)
     assert set(circuit.edges()) == tower.edges == set(circuit.pruned().edges())
-    assert set(edges_above(effects, 0.1).edges()) == tower.edges
+    assert set(top_edges(effects, threshold=0.1).edges()) == tower.edges
     supporting = top_edges(effects, len(tower.edges - tower.negative), signed=True)
     assert set(supporting.edges()) == tower.edges - tower.negative
 
@@ -148,20 +155,14 @@ def test_circuits_of_sizes_are_cut_before_they_are_pruned():
     circuits = sized_circuits(effects, (0.05, 0.5, 1.0))
     for share, circuit in zip((0.05, 0.5, 1.0), circuits, strict=True):
         whole = top_edges(effects, int(share * 46))
-        assert lines(circuit) == lines(whole.pruned()) and float(circuit.meta["share"]) == share
+        assert lines(circuit) == lines(whole.pruned()) and circuit.selection.share == share
+        assert circuit.selection.pruned and circuit.selection.asked == int(share * 46)
 
 
 def test_shares_are_counted_without_rounding_errors():
     places = [Edge(Site("embed"), Site("v", 0, unit)) for unit in range(100)]
-    effects = made(torch.ones(100, 8), places, heads="100")
-    assert sized_circuits(effects, (0.29,))[0].meta["selection"] == "top 29 of 100"
-
-
-def test_the_random_baseline_has_the_same_scores_elsewhere():
-    effects = made()
-    other = shuffled(effects, 1)
-    assert not other.values.equal(effects.values) and other.values.sort(0).values.equal(effects.values.sort(0).values)
-    assert shuffled(effects, 1).values.equal(other.values) and not shuffled(effects, 2).values.equal(other.values)
+    effects = made(torch.ones(100, 8), places, heads=100)
+    assert str(sized_circuits(effects, (0.29,))[0].selection) == "the top 29 of 100 edges by absolute score, pruned"
 
 
 def test_a_result_of_some_edges_says_how_deep_its_tower_is():
@@ -214,6 +215,10 @@ def test_edges_that_never_change_are_stable():
         (lambda e: top_edges(e, 47), "has 46 edges"),
         (lambda e: top_edges(e, -1), "n=-1"),
         (lambda e: top_edges(e, 3, select="best"), "one of top, greedy"),
+        (lambda e: top_edges(e), "either a number of edges or a threshold"),
+        (lambda e: top_edges(e, 3, threshold=0.1), "either a number of edges or a threshold"),
+        (lambda e: top_edges(e, threshold=0.1, select="greedy"), "for select='top' alone"),
+        (lambda e: top_edges(e, threshold=float("nan")), "a threshold is a number"),
         (lambda e: sized_circuits(e, (1.5,)), "between 0 and 1. Got 1.5"),
         (lambda e: stability(e, 3, resamples=0), "at least 1"),
         (lambda e: stability(e, 3, interval=1), "between 0 and 1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -10,14 +11,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from clip_lens.core.metric import Metric, logit
-from clip_lens.core.source import Source, counterpart
+from clip_lens.core.record import Record
+from clip_lens.core.setting import Setting
+from clip_lens.core.source import Function, Source, counterpart
 from clip_lens.data.batch import Batch
-from clip_lens.methods.circuits.circuit import Circuit, Graph
+from clip_lens.methods.circuits.circuit import Circuit, Graph, Selection
 from clip_lens.methods.circuits.removal import Removal
-from clip_lens.methods.patching import describe
+from clip_lens.methods.registry import ACDC
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Edge
 from clip_lens.progress import progress_bar
+
+log = logging.getLogger(__name__)
 
 Cell = tuple[int, int]
 
@@ -28,7 +33,7 @@ def acdc(
     threshold: float,
     *,
     among: Circuit | Iterable[Edge] | None = None,
-    source: Source = counterpart,
+    source: Source | Function = counterpart,
     metric: Metric = logit,
     rows: int = 256,
     progress: bool = True,
@@ -36,10 +41,11 @@ def acdc(
     """The circuit that is left when every edge goes whose removal changes the metric by less than `threshold`.
 
     Latest receiver first, within it latest sender first; an edge goes when removing it, given what is removed
-    already, changes the mean over pairs of the signed metric (`sigma * metric`, so that both sides count alike) by less
-    than the threshold in absolute value; of a metric `kl(...)`, when it increases its mean by less (method, section 8;
-    Conmy et al. 2023). Removed edges carry the source's value. `among` starts from a circuit: what is outside of it is
-    removed from the beginning. The circuit's scores are those changes, positive = the edge supports d.
+    already, changes the mean over pairs of the metric (of an oriented one `sigma * metric`, so that both sides count
+    alike) by less than the threshold in absolute value; of a divergence from the run, such as `kl(...)`, when it
+    increases its mean by less (method, section 8; Conmy et al. 2023). Removed edges carry the source's value. `among`
+    starts from a circuit: what is outside of it is removed from the beginning. The circuit's scores are those changes,
+    in units of the metric; of an oriented one positive = the edge supports d.
 
     The next candidates run together, each with all before it removed too, and count up to the first that stays; edges
     into what the output can no longer read are not run where the source has every position. Both give what
@@ -53,30 +59,32 @@ def acdc(
         >>> batch = clip_lens.align(clip_lens.read_pairs()[:4], store, encoder, run="caption")
         >>> out = encoder.edges(receivers=[clip_lens.Site("out")])
         >>> circuit = acdc(encoder, batch, 0.1, among=out)
-        >>> circuit.meta["method"], set(circuit.edges()) < set(out)
+        >>> circuit.name, set(circuit.edges()) < set(out)
         ('ACDC', True)
     """
     if not threshold > 0:
         raise ValueError(f"threshold={threshold}: a change of the metric below which an edge goes, so more than 0")
+    setting = Setting.of(encoder, batch, source=source, metric=metric, rows=rows, progress=progress)
     start = _start(encoder, among)
-    removal = Removal.of(encoder, batch, source, metric, rows)
-    name = getattr(metric, "__name__", "")
+    removal = Removal.of(setting)
     search = Search(
-        removal,
-        start.graph,
-        start.graph.edges & ~start.keep,
-        threshold,
-        name.startswith("kl"),
-        max(1, rows // removal.n),
-    )
+        removal, start.graph, ~start.keep, threshold, setting.metric.divergence, max(1, rows // removal.n)
+    )  # fmt: skip
     bar = progress_bar(len(start), "edge", "ACDC", show=progress)
     with bar:
         for done in search.run([(r, s) for r, s in start.keep.nonzero().flip(0).tolist()]):
             bar.update(done)
-    described = describe(encoder, batch, method="ACDC", source=source, metric=metric)
-    meta = {key: value for key, value in described.items() if key not in ("layers", "heads")}
-    meta |= {"threshold": f"{threshold:g}", "started from": f"{len(start)} edges", "sets run": str(search.sets)}
-    return Circuit(start.keep & ~search.removed, start.n_layers, start.n_heads, search.scores, meta)
+    log.info("ACDC ran %d sets of edges on %d pairs", search.sets, removal.n)
+    selection = Selection("removal", of=len(start), threshold=threshold)
+    record = acdc_record(setting, threshold, start)
+    return Circuit(start.keep & ~search.removed, start.n_layers, start.n_heads, search.scores, "", record, selection)
+
+
+def acdc_record(setting: Setting, threshold: float, start: Circuit | None = None) -> Record:
+    """What the search with a threshold says of itself, from every edge or from those of a circuit."""
+    start = Circuit.full(setting.encoder) if start is None else start
+    one_sided, edges = setting.metric.divergence, start.digest
+    return setting.record(ACDC, threshold=float(threshold), one_sided=one_sided, started_from=edges)
 
 
 def _start(encoder: HookedTextEncoder, among: Circuit | Iterable[Edge] | None) -> Circuit:
@@ -101,7 +109,7 @@ class Search:
     sets: int = 0
 
     def __post_init__(self) -> None:
-        self.removed = self.removed.clone()
+        self.removed = self.removed & self.graph.edges
         self.scores = torch.full(self.removed.shape, torch.nan, dtype=torch.float64)
         self.skips = self.removal.complete
         self.current = float(self.removal.means(self.removed[None])[0])
@@ -136,10 +144,7 @@ class Search:
     def _decide(self, block: list[tuple[Cell, bool]]) -> int:
         """Removes the candidates up to the first that has to stay; how many went."""
         running = [number for number, (_, free) in enumerate(block) if not free]
-        sets = self.removed.repeat(len(block), 1, 1)
-        for number, (cell, _) in enumerate(block):
-            sets[number:, cell[0], cell[1]] = True
-        means = dict(zip(running, self._means(sets[running]), strict=True))
+        means = dict(zip(running, self._means(self._without([cell for cell, _ in block], running)), strict=True))
         for number, (cell, free) in enumerate(block):
             change = 0.0 if free else means[number] - self.current
             if not (change if self.one_sided else abs(change)) < self.threshold:
@@ -148,6 +153,15 @@ class Search:
             self.removed[cell] = True
             self.current = means.get(number, self.current)
         return len(block)
+
+    def _without(self, cells: list[Cell], running: list[int]) -> Bool[Tensor, "set receiver sender"]:
+        """What is removed when each running candidate goes with all before it: those that don't run need no set."""
+        sets, done = self.removed.repeat(len(running), 1, 1), 0
+        for number, end in enumerate(running):
+            receivers, senders = zip(*cells[done : end + 1], strict=True)
+            sets[number:, list(receivers), list(senders)] = True
+            done = end + 1
+        return sets
 
     def _means(self, sets: Bool[Tensor, "set receiver sender"]) -> list[float]:
         self.sets += len(sets)

@@ -1,6 +1,7 @@
 """`Circuit`: which edges of a tower are kept. A value: compared, drawn, written and read, never run by itself.
 
-Edges are a matrix of truth values, receivers by senders, both in the order in which the tower computes them.
+Edges are a matrix of truth values, receivers by senders, both in the order in which the tower computes them. A circuit
+says by which record it was found and by which rule its edges were selected.
 """
 
 from __future__ import annotations
@@ -8,25 +9,33 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from html import escape
+from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from pandas import DataFrame
 from torch import Tensor
 
-from clip_lens.core.store import written_whole
+from clip_lens.core.identity import identity_of
+from clip_lens.core.record import Record, as_json, of_json
+from clip_lens.files import written_whole
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Edge, Site, precedes, readers, writers
 
 if TYPE_CHECKING:
     from networkx import DiGraph
 
-FORMAT = "clip_lens circuit 1"
+FORMAT = "clip_lens circuit 2"
+OLD = "clip_lens circuit 1"
+
+Rule = Literal["", "all", "top", "greedy", "above", "removal", "drawn", "joined"]
+Ranking = Literal["", "signed", "absolute"]
 
 
 @dataclass(frozen=True)
@@ -50,19 +59,9 @@ class Graph:
     receiver_at: Mapping[Site, int]
 
     @staticmethod
-    @lru_cache(maxsize=16)
     def of(n_layers: int, n_heads: int) -> Graph:
-        senders, receivers = writers(n_layers, n_heads), readers(n_layers, n_heads)
-        sender_at = {site: number for number, site in enumerate(senders)}
-        owner = [Site("head", site.layer, site.unit) if site.kind in "qkv" else site for site in receivers]
-        return Graph(
-            tuple(senders),
-            tuple(receivers),
-            torch.tensor([[precedes(sender, receiver) for sender in senders] for receiver in receivers]),
-            torch.tensor([sender_at.get(site, len(senders)) for site in owner]),
-            sender_at,
-            {site: number for number, site in enumerate(receivers)},
-        )
+        known = _graph(n_layers, n_heads)
+        return replace(known, edges=known.edges.clone(), node_of=known.node_of.clone())
 
     def nodes(self, keep: Bool[Tensor, "receiver sender"]) -> Bool[Tensor, "node sender"]:
         """Which node reads from which sender, through any of its inputs; the last node is `out`."""
@@ -86,13 +85,76 @@ class Graph:
         return reaches
 
 
+@lru_cache(maxsize=16)
+def _graph(n_layers: int, n_heads: int) -> Graph:
+    """The one graph of a shape, never handed out: whoever edits a tensor of theirs edits nobody else's."""
+    senders, receivers = writers(n_layers, n_heads), readers(n_layers, n_heads)
+    sender_at = {site: number for number, site in enumerate(senders)}
+    owner = [Site("head", site.layer, site.unit) if site.kind in "qkv" else site for site in receivers]
+    return Graph(
+        tuple(senders),
+        tuple(receivers),
+        torch.tensor([[precedes(sender, receiver) for sender in senders] for receiver in receivers]),
+        torch.tensor([sender_at.get(site, len(senders)) for site in owner]),
+        MappingProxyType(sender_at),
+        MappingProxyType({site: number for number, site in enumerate(receivers)}),
+    )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """By which rule a circuit's edges were chosen.
+
+    `rule`: "top" and "greedy" take the `asked` strongest edges, "above" those with a score above `threshold`, "removal"
+    leaves what changes the metric by at least `threshold`, "drawn" takes `asked` edges at random, "joined" comes of two
+    circuits, "all" is every edge, "" a list that somebody wrote. `ranking` says by which score, "signed" or "absolute"
+    (by size). `asked` counts edges before pruning, `of` those there were to choose from; `share` is what was asked
+    for, where a circuit was selected by its share of them. `entered` are the fewest and the most pairs that the score
+    of an edge is the mean over.
+
+    Example:
+        >>> print(Selection("top", "signed", asked=200, of=1108, pruned=True))
+        the top 200 of 1108 edges by signed score, pruned
+    """
+
+    rule: Rule = ""
+    ranking: Ranking = ""
+    share: float | None = None
+    asked: int | None = None
+    pruned: bool = False
+    of: int | None = None
+    threshold: float | None = None
+    entered: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        by = f" by {self.ranking} score" if self.ranking else ""
+        number = f"{self.asked} of {self.of} edges" if self.of is not None else f"{self.asked} edges"
+        bound = "" if self.threshold is None else f"{self.threshold:g}"
+        said = {
+            "": "",
+            "all": "every edge",
+            "top": f"the top {number}{by}",
+            "greedy": f"{number} grown from the output{by}",
+            "above": f"{number} above {bound}{by}",
+            "removal": f"{number} left by a search with the threshold {bound}",
+            "drawn": f"{number} drawn at random",
+            "joined": "joined of two circuits",
+        }[self.rule]
+        return ", ".join(filter(None, [said, "pruned" if self.pruned else ""]))
+
+
+LISTED = Selection()
+"""The selection of edges that somebody listed."""
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Circuit:
     """The edges of a tower that a method kept, `keep[receiver, sender]`, with a score for each where there is one.
 
     A circuit's run reads, along every edge outside it, the source's value (method, section 8; `faithfulness`). `scores`
-    are in units of the metric, positive = the edge supports the model's own d, NaN where there is none. `meta` says how
-    the circuit came about: model, weights, method, source, metric, data.
+    are in units of the metric, positive = the edge supports the model's own d, NaN where there is none. `name` is what
+    tables and pictures call it, by default the title of its record's method; `record` says what was run on what to find
+    it, None where nothing was; `selection` by which rule its edges were chosen. Both tensors are copies of those given.
 
     Raises:
         ValueError: matrices of another shape than this depth and number of heads have, or a kept pair of a receiver
@@ -113,22 +175,25 @@ class Circuit:
     n_layers: int
     n_heads: int
     scores: Float[Tensor, "receiver sender"] | None = None
-    meta: Mapping[str, str] = field(default_factory=dict)
+    name: str = ""
+    record: Record | None = None
+    selection: Selection = LISTED
 
     def __post_init__(self) -> None:
-        keep = torch.as_tensor(self.keep).detach().cpu()
-        if keep.dtype != torch.bool or keep.shape != self.graph.edges.shape:
+        keep, graph = torch.as_tensor(self.keep).detach().cpu().clone(), self.graph
+        if keep.dtype != torch.bool or keep.shape != graph.edges.shape:
             raise ValueError(
-                f"keep must be truth values [receiver, sender] = {list(self.graph.edges.shape)} for {self.n_layers} "
+                f"keep must be truth values [receiver, sender] = {list(graph.edges.shape)} for {self.n_layers} "
                 f"layers x {self.n_heads} heads. Got {keep.dtype} of shape {list(keep.shape)}"
             )
-        if bool((keep & ~self.graph.edges).any()):
-            receiver, sender = (keep & ~self.graph.edges).nonzero()[0].tolist()
+        if bool((keep & ~graph.edges).any()):
+            receiver, sender = (keep & ~graph.edges).nonzero()[0].tolist()
             raise ValueError(
-                f"no edge runs from {self.graph.senders[sender]} to {self.graph.receivers[receiver]}, yet it is kept"
+                f"no edge runs from {graph.senders[sender]} to {graph.receivers[receiver]}, yet it is kept"
             )
         object.__setattr__(self, "keep", keep)
-        object.__setattr__(self, "meta", {str(name): str(value) for name, value in self.meta.items()})
+        found_by = "" if self.record is None else self.record.method.title
+        object.__setattr__(self, "name", self.name or found_by or "circuit")
         if self.scores is not None:
             object.__setattr__(self, "scores", _scores(self.scores, keep))
 
@@ -139,7 +204,7 @@ class Circuit:
         *,
         n_layers: int,
         n_heads: int,
-        meta: Mapping[str, str] | None = None,
+        name: str = "",
     ) -> Circuit:
         """The circuit of some edges; a mapping gives their scores. An end without unit is all heads of its layer.
 
@@ -158,7 +223,7 @@ class Circuit:
             for at in _cells(edge, graph, n_heads):
                 keep[at] = True
                 scores[at] = edges[edge] if isinstance(edges, Mapping) else torch.nan
-        return cls(keep, n_layers, n_heads, scores if isinstance(edges, Mapping) else None, meta or {})
+        return cls(keep, n_layers, n_heads, scores if isinstance(edges, Mapping) else None, name)
 
     @classmethod
     def full(cls, encoder: HookedTextEncoder) -> Circuit:
@@ -168,9 +233,9 @@ class Circuit:
             >>> Circuit.full(clip_lens.load())
             Circuit(1108 of 1108 edges, 32 of 32 nodes; every edge; tiny)
         """
-        keep = Graph.of(encoder.n_layers, encoder.n_heads).edges.clone()
-        meta = {"model": encoder.full_name, "weights": encoder.digest, "method": "every edge"}
-        return cls(keep, encoder.n_layers, encoder.n_heads, None, meta)
+        keep = Graph.of(encoder.n_layers, encoder.n_heads).edges
+        record = Record(model=encoder.full_name, weights=encoder.digest)
+        return cls(keep, encoder.n_layers, encoder.n_heads, None, "every edge", record, Selection("all"))
 
     @property
     def graph(self) -> Graph:
@@ -178,9 +243,15 @@ class Circuit:
         return Graph.of(self.n_layers, self.n_heads)
 
     @property
-    def name(self) -> str:
-        """What tables and pictures call it: `meta["name"]`, else the method that found it."""
-        return self.meta.get("name") or self.meta.get("method") or "circuit"
+    def digest(self) -> str:
+        """16 hexadecimal digits that say which edges these are, of a tower of which shape.
+
+        Example:
+            >>> full = Circuit.full(clip_lens.load())
+            >>> full.digest == full.named("all").digest != (full - full).digest
+            True
+        """
+        return cast(str, identity_of(self.n_layers, self.n_heads, self.keep))
 
     def named(self, name: str) -> Circuit:
         """The same circuit under another name.
@@ -189,7 +260,23 @@ class Circuit:
             >>> Circuit.full(clip_lens.load()).named("all").name
             'all'
         """
-        return replace(self, meta={**self.meta, "name": name})
+        return replace(self, name=name)
+
+    def as_text(self) -> dict[str, str]:
+        """How it came about, as lines for files and pages: a heading and a text each.
+
+        Example:
+            >>> Circuit.full(clip_lens.load()).as_text()["selection"]
+            'every edge'
+        """
+        entered = self.selection.entered
+        said = {
+            "name": self.name,
+            "selection": str(self.selection),
+            "pairs per edge": "" if entered is None else " to ".join(map(str, dict.fromkeys(entered))),
+            **({} if self.record is None else self.record.as_text()),
+        }
+        return {heading: text for heading, text in said.items() if text}
 
     def __len__(self) -> int:
         return int(self.keep.sum())
@@ -223,8 +310,13 @@ class Circuit:
         return [Edge(graph.senders[s], graph.receivers[r]) for r, s in mask.nonzero().tolist()]
 
     def pruned(self) -> Circuit:
-        """The edges on a path from the embedding to the output. The others change nothing but the amount of edges:
-        what does not come from the embedding is the same in all texts, what does not reach the output is not read.
+        """The edges on a path from the embedding to the output; `selection.pruned` says so.
+
+        It is another circuit, and may do something else. What reaches no output is not read, and cutting it changes
+        nothing. But a component that nothing kept leads to from the embedding computes on what it reads along its cut
+        edges, the source's values, and what it gives is not what the source has there, unless the source is a run on
+        texts of equal length. Then, and only then, both forms do the same; of zeros, of means, or where a text has
+        positions without counterpart, `faithfulness` says two numbers.
 
         Example:
             >>> full = Circuit.full(clip_lens.load())
@@ -233,10 +325,9 @@ class Circuit:
         """
         graph = self.graph
         sends, reads = graph.from_embed(self.keep)[:-1], graph.to_out(self.keep)[graph.node_of]
-        return self._with(self.keep & sends & reads[:, None])
-
-    def _with(self, keep: Bool[Tensor, "receiver sender"], meta: Mapping[str, str] | None = None) -> Circuit:
-        return replace(self, keep=keep, meta=self.meta if meta is None else meta)
+        asked = len(self) if self.selection.asked is None else self.selection.asked
+        selection = replace(self.selection, asked=asked, pruned=True)
+        return replace(self, keep=self.keep & sends & reads[:, None], selection=selection)
 
     def nodes(self) -> DataFrame:
         """The senders, and the output, that have an edge: node, kind, layer, unit, incoming, outgoing (edges kept),
@@ -287,7 +378,7 @@ class Circuit:
         """
         import networkx
 
-        graph = networkx.DiGraph(**self.meta)
+        graph = networkx.DiGraph(**self.as_text())
         sites = [*self.graph.senders, Site("out")]
         for row in self.nodes().itertuples():
             site = next(site for site in sites if str(site) == row.node)
@@ -312,9 +403,9 @@ class Circuit:
 
     def _joined(self, other: Circuit, keep: Bool[Tensor, "receiver sender"], sign: str) -> Circuit:
         """Scores are the left circuit's, since those of two methods or models have no common scale."""
-        shared = {name: value for name, value in self.meta.items() if other.meta.get(name) == value}
-        shared = {name: value for name, value in shared.items() if name not in ("name", "method")}
-        return self._with(keep, {**shared, "method": f"({self.name}) {sign} ({other.name})"})
+        name = f"({self.name}) {sign} ({other.name})"
+        record, selection = _shared(self.record, other.record), Selection("joined")
+        return replace(self, keep=keep, name=name, record=record, selection=selection)
 
     def _same(self, other: Circuit) -> Circuit:
         if (self.n_layers, self.n_heads) != (other.n_layers, other.n_heads):
@@ -337,6 +428,33 @@ class Circuit:
         """
         either = int((self.keep | self._same(other).keep).sum())
         return int((self.keep & other.keep).sum()) / either if either else 1.0
+
+    @staticmethod
+    def overlaps(circuits: Mapping[str, Circuit]) -> DataFrame:
+        """How much each two circuits share, across methods, seeds or models of one shape: a row per two of them.
+
+        Columns: first, second, edges_first, edges_second, shared, jaccard, and by_chance, the number that two circuits
+        of these sizes drawn at random share on average (`edges_first * edges_second / all edges`).
+
+        Raises:
+            ValueError: the circuits are of towers of different shapes.
+
+        Example:
+            >>> full = Circuit.full(clip_lens.load())
+            >>> Circuit.overlaps({"all": full, "none": full - full})[["first", "second", "shared", "jaccard"]]
+              first second  shared  jaccard
+            0   all   none       0      0.0
+        """
+        lines = [
+            (a, b, len(one), len(two), len(one & two), one.jaccard(two), one._by_chance(two))
+            for (a, one), (b, two) in combinations(circuits.items(), 2)
+        ]
+        columns = ["first", "second", "edges_first", "edges_second", "shared", "jaccard", "by_chance"]
+        return DataFrame(lines, columns=columns)
+
+    def _by_chance(self, other: Circuit) -> float:
+        """The edges that two circuits of these sizes drawn at random share on average."""
+        return len(self) * len(other) / int(self.graph.edges.sum())
 
     def scored(self) -> dict[Edge, float]:
         """The score of each edge kept, NaN where there is none.
@@ -363,7 +481,8 @@ class Circuit:
         return frame.loc[order].reset_index(drop=True)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a JSON file that a person can read: the tower's shape, the meta, and a line per edge with its score.
+        """Writes a JSON file that a person can read: the tower's shape, the name, what it was found by and selected by,
+        and a line per edge with its score.
 
         An interrupted call leaves an existing file as it was.
 
@@ -371,15 +490,15 @@ class Circuit:
             >>> from clip_lens import Edge, Site
             >>> path = getfixture("tmp_path") / "circuit.json"
             >>> scores = {Edge(Site("embed"), Site("out")): 1.5}
-            >>> Circuit.of(scores, n_layers=1, n_heads=1, meta={"method": "me"}).save(path)
+            >>> Circuit.of(scores, n_layers=1, n_heads=1, name="mine").save(path)
             >>> print(path.read_text())
             {
-              "format": "clip_lens circuit 1",
+              "format": "clip_lens circuit 2",
               "layers": 1,
               "heads": 1,
-              "meta": {
-                "method": "me"
-              },
+              "name": "mine",
+              "record": null,
+              "selection": {},
               "scored": true,
               "edges": {
                 "embed -> out": 1.5
@@ -390,7 +509,9 @@ class Circuit:
             "format": FORMAT,
             "layers": self.n_layers,
             "heads": self.n_heads,
-            "meta": dict(self.meta),
+            "name": self.name,
+            "record": None if self.record is None else as_json(self.record),
+            "selection": _given(self.selection),
             "scored": self.scores is not None,
             "edges": {str(edge): None if n != n else n for edge, n in self.scored().items()},
         }
@@ -402,7 +523,8 @@ class Circuit:
         """The circuit that `save` wrote.
 
         Raises:
-            ValueError: the file is damaged, not one that `save` wrote, or names an edge that its tower does not have.
+            ValueError: the file is damaged, not one that `save` wrote, one that clip_lens 0.1 wrote, or names an edge
+                that its tower does not have.
 
         Example:
             >>> path = getfixture("tmp_path") / "circuit.json"
@@ -422,65 +544,51 @@ class Circuit:
             f"{len(self)} of {int(self.graph.edges.sum())} edges, "
             f"{len(self.nodes())} of {len(self.graph.senders) + 1} nodes",
             self.name if self.name != "circuit" else "",
-            self.meta.get("model", ""),
+            "" if self.record is None else self.record.model,
         ]
         return f"Circuit({'; '.join(filter(None, parts))})"
 
     def _repr_html_(self) -> str:
-        said = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in self.meta.items())
+        said = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in self.as_text().items())
         table = self.table().head(10)[["edge", "score"]]
         shown = table.to_html(index=False, float_format="{:.3f}".format, na_rep="", border=0)
         more = f"<p>... and {len(self) - len(table)} more edges</p>" if len(self) > len(table) else ""
         return f"<p>{escape(repr(self))}</p><dl>{said}</dl>{shown}{more}"
 
 
-def overlaps(circuits: Mapping[str, Circuit]) -> DataFrame:
-    """How much each two circuits share, across methods, seeds or models of one shape: a row per two of them.
-
-    Columns: first, second, edges_first, edges_second, shared, jaccard, and by_chance, the number that two circuits of
-    these sizes drawn at random share on average (`edges_first * edges_second / all edges`).
-
-    Raises:
-        ValueError: the circuits are of towers of different shapes.
-
-    Example:
-        >>> full = Circuit.full(clip_lens.load())
-        >>> overlaps({"all": full, "none": full - full})[["first", "second", "shared", "jaccard"]]
-          first second  shared  jaccard
-        0   all   none       0      0.0
-    """
-    items = list(circuits.items())
-    lines = [
-        {
-            "first": a,
-            "second": b,
-            "edges_first": len(one),
-            "edges_second": len(two),
-            "shared": len(one & two),
-            "jaccard": one.jaccard(two),
-            "by_chance": len(one) * len(two) / int(one.graph.edges.sum()),
-        }
-        for number, (a, one) in enumerate(items)
-        for b, two in items[number + 1 :]
-    ]
-    columns = ["first", "second", "edges_first", "edges_second", "shared", "jaccard", "by_chance"]
-    return DataFrame(lines, columns=columns)
-
-
 def random_circuit(like: Circuit, seed: int = 0) -> Circuit:
-    """As many edges as `like` has, drawn at random from all of its tower: the baseline for a circuit of that size.
+    """A circuit drawn at random from all edges of the tower in the way `like` was selected: the baseline for it.
+
+    It has as many edges, or where `like` was pruned as many as that had before, and is then pruned as well. Those of
+    one seed are nested: a larger one has all edges of a smaller one.
 
     Example:
         >>> full = Circuit.full(clip_lens.load())
         >>> len(random_circuit(full & full, seed=1)), len(random_circuit(full - full))
         (1108, 0)
     """
+    asked = like.selection.asked if like.selection.pruned and like.selection.asked is not None else len(like)
     cells = like.graph.edges.nonzero()
-    drawn = cells[torch.randperm(len(cells), generator=torch.Generator().manual_seed(seed))[: len(like)]]
+    drawn = cells[torch.randperm(len(cells), generator=torch.Generator().manual_seed(seed))[:asked]]
     keep = torch.zeros_like(like.keep)
     keep[drawn[:, 0], drawn[:, 1]] = True
-    meta = {name: like.meta[name] for name in ("model", "weights", "share", "ranking") if name in like.meta}
-    return Circuit(keep, like.n_layers, like.n_heads, None, {**meta, "method": f"random({seed})"})
+    name, selection = f"random({seed})", replace(like.selection, rule="drawn", asked=asked, of=len(cells), pruned=False)
+    selection = replace(selection, threshold=None, entered=None)
+    made = replace(like, keep=keep, scores=None, name=name, record=_of_tower(like.record), selection=selection)
+    return made.pruned() if like.selection.pruned else made
+
+
+def _of_tower(record: Record | None) -> Record | None:
+    """What a record says of the tower alone: nothing was run to draw edges."""
+    return None if record is None else Record(model=record.model, weights=record.weights)
+
+
+def _shared(one: Record | None, two: Record | None) -> Record | None:
+    """What two records have in common, but the method."""
+    if one is None or two is None:
+        return None
+    same = {each.name: getattr(one, each.name) for each in fields(Record) if each.name != "method"}
+    return Record(**{name: value for name, value in same.items() if getattr(two, name) == value})
 
 
 def _scores(
@@ -491,6 +599,17 @@ def _scores(
     if scores.shape != keep.shape:
         raise ValueError(f"scores must be [receiver, sender] = {list(keep.shape)}. Got {list(scores.shape)}")
     return scores.masked_fill(~keep, torch.nan)
+
+
+def _given(selection: Selection) -> dict[str, Any]:
+    """What a selection says, as JSON has it."""
+    named = {each.name: getattr(selection, each.name) for each in fields(selection)}
+    return {name: value for name, value in named.items() if value != getattr(LISTED, name)}
+
+
+def _selection(plain: Mapping[str, Any]) -> Selection:
+    entered = plain.get("entered")
+    return Selection(**{**plain, "entered": None if entered is None else tuple(entered)})
 
 
 def _cells(edge: Edge, graph: Graph, n_heads: int) -> list[tuple[int, int]]:
@@ -518,10 +637,17 @@ def _unique(entries: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _fields(content: Any, path: str) -> dict[str, Any]:
     """The fields of a circuit from what its file says."""
+    if isinstance(content, dict) and content.get("format") == OLD:
+        raise ValueError(
+            f"{path} was written by clip_lens 0.1, which did not record by what its metric and source are known; find "
+            "the circuit again (its edges and scores can be read from the file as JSON)"
+        )
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is JSON, but not a circuit that this version's Circuit.save wrote")
     try:
-        n_layers, n_heads, meta = content["layers"], content["heads"], dict(content["meta"])
+        n_layers, n_heads, name = content["layers"], content["heads"], str(content["name"])
+        record = None if content["record"] is None else of_json(content["record"])
+        selection = _selection(content["selection"])
         lines, scored = dict(content["edges"]), bool(content["scored"])
         graph = Graph.of(int(n_layers), int(n_heads))
         numbers = torch.tensor([float("nan") if n is None else float(n) for n in lines.values()], dtype=torch.float64)
@@ -539,5 +665,6 @@ def _fields(content: Any, path: str) -> dict[str, Any]:
         keep[list(rows), list(columns)] = True
         scores[list(rows), list(columns)] = numbers
     return {
-        "keep": keep, "n_layers": n_layers, "n_heads": n_heads, "scores": scores if scored else None, "meta": meta,
+        "keep": keep, "n_layers": n_layers, "n_heads": n_heads, "scores": scores if scored else None, "name": name,
+        "record": record, "selection": selection,
     }  # fmt: skip

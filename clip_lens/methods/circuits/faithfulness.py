@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from pandas import DataFrame
 from torch import Tensor
 
 from clip_lens.core.effects import Effects
+from clip_lens.core.identity import identity_of
 from clip_lens.core.metric import Metric, logit
-from clip_lens.core.source import Source, counterpart
-from clip_lens.core.table import Draws, sides_of
+from clip_lens.core.record import Record
+from clip_lens.core.setting import Setting
+from clip_lens.core.source import Function, Source, counterpart
+from clip_lens.core.sweep import Part, swept, unpatched
+from clip_lens.core.table import FEWEST, Draws, divide, sides_of
 from clip_lens.data.batch import Batch
-from clip_lens.methods.circuits.circuit import Circuit
-from clip_lens.methods.circuits.removal import Removal, parts
-from clip_lens.methods.patching import describe, pairs_frame
+from clip_lens.methods.circuits.circuit import Circuit, Graph
+from clip_lens.methods.circuits.removal import Removal, at_once
+from clip_lens.methods.circuits.removal import parts as removals
+from clip_lens.methods.registry import FAITHFULNESS
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Outside
-from clip_lens.progress import progress_bar
 
 By = Literal["node", "edge"]
+MEASURES = {"signed": "CPR", "absolute": "CMD"}
+"""MIB's two areas, by the ranking of the circuits that each is of."""
+AREAS = [f"{measure}{end}" for measure in MEASURES.values() for end in ("", "_lower", "_upper")]
 
 
 def faithfulness(
@@ -32,53 +39,67 @@ def faithfulness(
     batch: Batch,
     circuits: Circuit | Sequence[Circuit],
     *,
-    source: Source = counterpart,
+    source: Source | Function = counterpart,
     metric: Metric = logit,
     rows: int = 256,
     progress: bool = True,
-) -> Effects:
-    """What each circuit loses in each pair, in units of the metric: an `Effects` with a place per circuit, its outside.
+) -> Faithfulness:
+    """What each circuit loses in each pair, in units of the metric, with its tables: a `Faithfulness`.
 
-    In a circuit's run every edge outside it carries the source's value (method, section 8). `values = m(C) - m(full)`,
-    `total = m(empty) - m(full)`: a circuit that loses nothing has 0, one that keeps nothing the total, and
-    `f(C) = 1 - values / total`, a ratio of dataset means, is what `faithfulness_table` and `cpr_cmd` say (Mueller et
-    al. 2025, MIB). Circuits usually run the caption: `align(..., run="caption")`.
+    In a circuit's run every edge outside it carries the source's value (method, section 8). Each circuit is run as it
+    is given; whether it was pruned, its place says. Circuits usually run the caption: `align(..., run="caption")`.
 
     Raises:
-        ValueError: no circuit, one of a tower of another shape, or what `patch_effects` refuses.
+        ValueError: no circuit, one of a tower of another shape, hooks of yours on the tower, or what `patch_effects`
+            refuses.
 
     Example:
         >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
         >>> batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder, run="caption")
         >>> full = clip_lens.Circuit.full(encoder)
-        >>> effects = faithfulness(encoder, batch, [full, (full - full).named("nothing")])
-        >>> faithfulness_table(effects, resamples=10)[["circuit", "side", "f"]].tail(2).round(6)
+        >>> judged = faithfulness(encoder, batch, [full, (full - full).named("nothing")])
+        >>> judged.table(resamples=10)[["circuit", "side", "f"]].tail(2).round(6)
               circuit    side    f
         4  every edge  pooled  1.0
         5     nothing  pooled  0.0
     """
+    setting = Setting.of(encoder, batch, source=source, metric=metric, rows=rows, progress=progress)
     circuits = [circuits] if isinstance(circuits, Circuit) else list(circuits)
     if not circuits:
         raise ValueError("no circuits to judge; top_edges and acdc find some")
     for circuit in circuits:
         _fits(circuit, encoder)
     removed = torch.stack([circuit.graph.edges & ~circuit.keep for circuit in circuits])
-    values = torch.zeros(len(circuits), len(batch), dtype=encoder.dtype)
-    total, baseline, d = values.new_zeros(3, len(batch))
-    bar = progress_bar(values.numel(), "row", "running circuits", show=progress)
-    with bar:
-        for part in parts(encoder, batch, source, metric, rows):
-            values[:, part.index] = part.values(removed)
-            total[part.index], baseline[part.index], d[part.index] = part.total, part.baseline, part.d
-            bar.update(len(circuits) * len(part.index))
-    meta = describe(encoder, batch, method=METHOD, source=source, metric=metric)
-    meta["found on these pairs"] = _found_here(circuits, meta["batch"])
-    if missing := int(total.isnan().sum()):
-        meta["pairs without a source"] = str(missing)
-    return Effects(values, total, baseline, tuple(map(outside, circuits)), pairs_frame(batch, d), meta)
+
+    def parts(advance: Callable[[int], object]) -> Iterator[Part]:
+        for part in removals(setting):
+            moved = {"values": part.values(removed), "total": part.total}
+            yield part.index, {**moved, **unpatched(setting, part.chunk, part.readout)}
+            advance(len(circuits) * len(part.index))
+
+    record = faithfulness_record(setting, circuits)
+    rows = len(circuits) * len(batch)
+    return Faithfulness(swept(setting, tuple(map(outside, circuits)), parts, record, rows, what="running circuits"))
 
 
-METHOD = "faithfulness of circuits"
+def faithfulness_record(setting: Setting, circuits: Sequence[Circuit]) -> Record:
+    """What judging some circuits says of itself: which ones, and which of them were found on the very pairs that judge
+    them, those whose figures flatter."""
+    here = setting.batch.digest
+    names = dict.fromkeys(circuit.name for circuit in circuits if circuit.record and circuit.record.batch == here)
+    which = identity_of(*(circuit.digest for circuit in circuits))
+    return setting.record(FAITHFULNESS, circuits=which, found_on_these_pairs=", ".join(names) or "none")
+
+
+def outside(circuit: Circuit) -> Outside:
+    """The place under which `faithfulness` says what a circuit loses.
+
+    Example:
+        >>> str(outside(Circuit.full(clip_lens.load())))
+        'outside every edge, 1108 of 1108 edges'
+    """
+    chosen, size = circuit.selection, int(circuit.graph.edges.sum())
+    return Outside(circuit.name, len(circuit), size, chosen.share, chosen.ranking, chosen.pruned)
 
 
 def _fits(circuit: Circuit, encoder: HookedTextEncoder) -> None:
@@ -89,29 +110,14 @@ def _fits(circuit: Circuit, encoder: HookedTextEncoder) -> None:
         )
 
 
-def outside(circuit: Circuit) -> Outside:
-    """The place under which `faithfulness` says what a circuit loses.
+@dataclass(frozen=True, repr=False)
+class Faithfulness:
+    """How much of what the model does some circuits do: a view of an `Effects` that has a place per circuit, its
+    outside.
 
-    Example:
-        >>> str(outside(Circuit.full(clip_lens.load())))
-        'outside every edge, 1108 of 1108 edges'
-    """
-    share, ranking = circuit.meta.get("share"), circuit.meta.get("ranking", "")
-    size = int(circuit.graph.edges.sum())
-    return Outside(circuit.name, len(circuit), size, None if share is None else float(share), ranking)
-
-
-def _found_here(circuits: Sequence[Circuit], batch: str) -> str:
-    """Which circuits were found on the very pairs that judge them: those figures flatter."""
-    names = dict.fromkeys(circuit.name for circuit in circuits if circuit.meta.get("batch") == batch)
-    return ", ".join(names) or "none"
-
-
-def faithfulness_table(effects: Effects, interval: float = 0.95, *, resamples: int = 1000, seed: int = 0) -> DataFrame:
-    """f of every circuit: a row per circuit and side, and if there are several sides, over all pairs ("pooled").
-
-    Columns: circuit, ranking, share (asked for, else kept), edges (kept), of (all edges), side, f, lower, upper (the
-    bootstrap over pairs of `Effects.table`), lost (mean of what the circuit loses of d, metric units), n, dropped.
+    `effects.values = m(C) - m(full)`, `effects.total = m(empty) - m(full)`, per pair: a circuit that loses nothing has
+    0, one that keeps nothing the total, and `f(C) = 1 - values / total`, a ratio of means over pairs (Mueller et al.
+    2025, MIB). `Faithfulness(Effects.load(path))` is what was saved by `.effects.save(path)`.
 
     Raises:
         ValueError: the result has places that are no circuits' outsides.
@@ -119,76 +125,94 @@ def faithfulness_table(effects: Effects, interval: float = 0.95, *, resamples: i
     Example:
         >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
         >>> batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder, run="caption")
-        >>> effects = faithfulness(encoder, batch, clip_lens.Circuit.full(encoder))
-        >>> faithfulness_table(effects, resamples=10)[["side", "f", "lower", "upper", "lost", "n"]].tail(1)
-             side    f  lower  upper  lost  n
-        2  pooled  1.0    1.0    1.0   0.0  8
+        >>> faithfulness(encoder, batch, clip_lens.Circuit.full(encoder))
+        Faithfulness(1 circuit x 8 pairs; 4 caption, 4 foil; faithfulness of circuits tiny)
     """
-    places = _outsides(effects)
-    several = len(sides_of(effects.pairs, pooled=False)) > 1
-    found = []
-    for pooled in (False, True) if several else (False,):
-        table = effects.table(interval, pooled=pooled, resamples=resamples, seed=seed)
-        repeats = len(table) // max(1, len(places))
-        found.append(_described(places * repeats).assign(
-            side=table["side"], f=1 - table["fraction"], lower=1 - table["upper"], upper=1 - table["lower"],
-            lost=table["effect"], n=table["n"], dropped=table["dropped"],
-        ))  # fmt: skip
-    return pd.concat(found, ignore_index=True)
+
+    effects: Effects
+
+    def __post_init__(self) -> None:
+        if wrong := [place for place in self.effects.places if not isinstance(place, Outside)]:
+            raise ValueError(f"this says how faithful circuits are, from the result of faithfulness. Got {wrong[0]}")
+
+    @property
+    def places(self) -> list[Outside]:
+        """The outside of each circuit."""
+        return [place for place in self.effects.places if isinstance(place, Outside)]
+
+    def __repr__(self) -> str:
+        n = len(self.effects.places)
+        said = repr(self.effects).partition(" places x ")[2].removesuffix(")")
+        return f"Faithfulness({n} circuit{'' if n == 1 else 's'} x {said})"
+
+    def table(self, interval: float = 0.95, *, resamples: int = 1000, seed: int = 0) -> DataFrame:
+        """f of every circuit: a row per circuit and side, and if there are several sides, over all pairs ("pooled").
+
+        Columns: circuit, ranking, share (asked for, else kept), pruned (whether it is the form without edges on no
+        path), edges (kept), of (all edges), side, f, lower, upper (the bootstrap over pairs of `Effects.table`), lost
+        (mean of what the circuit loses of d, metric units), n, dropped.
+
+        Example:
+            >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+            >>> batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder, run="caption")
+            >>> judged = faithfulness(encoder, batch, clip_lens.Circuit.full(encoder))
+            >>> judged.table(resamples=10)[["side", "f", "lower", "upper", "lost", "n"]].tail(1)
+                 side    f  lower  upper  lost  n
+            2  pooled  1.0    1.0    1.0   0.0  8
+        """
+        several = len(sides_of(self.effects.pairs, pooled=False)) > 1
+        found = []
+        for pooled in (False, True) if several else (False,):
+            table = self.effects.table(interval, pooled=pooled, resamples=resamples, seed=seed)
+            repeats = len(table) // max(1, len(self.places))
+            found.append(_described(self.places * repeats).assign(
+                side=table["side"], f=1 - table["fraction"], lower=1 - table["upper"], upper=1 - table["lower"],
+                lost=table["effect"], n=table["n"], dropped=table["dropped"],
+            ))  # fmt: skip
+        return pd.concat(found, ignore_index=True)
+
+    def areas(self, interval: float = 0.95, *, resamples: int = 1000, seed: int = 0) -> DataFrame:
+        """MIB's two areas of each method: a row per name of circuits and side, and "pooled" if there are several sides.
+
+        `CPR` = integral of f over the share of edges asked for (larger is better), of circuits ranked by signed score;
+        `CMD` = integral of |1 - f| (smaller is better), of circuits ranked by size: trapezoids on a linear axis from
+        the smallest share to 1, where f = 1 by definition (method, section 8; Mueller et al. 2025). NaN where that
+        ranking is missing. Columns: circuit, side, CPR, CPR_lower, CPR_upper, CMD, CMD_lower, CMD_upper, points, n.
+        Pairs are resampled jointly at all sizes, with the draws of `Effects.table`; below five pairs there is no
+        interval: NaN.
+
+        Raises:
+            ValueError: circuits without a share and a ranking, as `sized_circuits` gives them, or a share that comes
+                twice.
+
+        Example:
+            >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+            >>> batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder, run="caption")
+            >>> scores = clip_lens.patch_effects(encoder, batch, encoder.edges())
+            >>> judged = faithfulness(encoder, batch, clip_lens.sized_circuits(scores, (.1, .5, 1)))
+            >>> judged.areas(resamples=10)[["circuit", "side", "points", "n"]].tail(1)
+                           circuit    side  points  n
+            2  activation patching  pooled       3  8
+        """
+        draws, curves = Draws(interval, resamples, seed), _curves(self.places)
+        sides = sides_of(self.effects.pairs, pooled=False)
+        lines = []
+        for name in dict.fromkeys(name for name, _ in curves):
+            for side in [*sides, "pooled"] if len(sides) > 1 else sides:
+                line: dict[str, object] = {"circuit": name, "side": side}
+                for ranking, measure in MEASURES.items():
+                    line |= _areas(self.effects, curves.get((name, ranking), {}), side, measure, draws)
+                lines.append(line)
+        return DataFrame(lines)[["circuit", "side", *AREAS, "points", "n"]]
 
 
 def _described(places: Sequence[Outside]) -> DataFrame:
-    lines = [(p.circuit, p.ranking, _share(p), p.edges, p.of) for p in places]
-    return DataFrame(lines, columns=["circuit", "ranking", "share", "edges", "of"])
+    lines = [(p.circuit, p.ranking, _share(p), p.pruned, p.edges, p.of) for p in places]
+    return DataFrame(lines, columns=["circuit", "ranking", "share", "pruned", "edges", "of"])
 
 
 def _share(place: Outside) -> float:
     return place.edges / place.of if place.share is None else place.share
-
-
-def _outsides(effects: Effects) -> list[Outside]:
-    wrong = [place for place in effects.places if not isinstance(place, Outside)]
-    if wrong:
-        raise ValueError(f"this says how faithful circuits are, from the result of faithfulness. Got {wrong[0]}")
-    return [place for place in effects.places if isinstance(place, Outside)]
-
-
-def cpr_cmd(effects: Effects, interval: float = 0.95, *, resamples: int = 1000, seed: int = 0) -> DataFrame:
-    """MIB's two areas of each method: a row per name of circuits and side, and "pooled" if there are several sides.
-
-    `CPR` = integral of f over the share of edges asked for (larger is better), of circuits ranked by signed score;
-    `CMD` = integral of |1 - f| (smaller is better), of circuits ranked by size: trapezoids on a linear axis from the
-    smallest share to 1, where f = 1 by definition (method, section 8; Mueller et al. 2025). NaN where that
-    ranking is missing. Columns: circuit, side, CPR, CPR_lower, CPR_upper, CMD, CMD_lower, CMD_upper, points, n. Pairs
-    are resampled jointly at all sizes, with the draws of `Effects.table`.
-
-    Raises:
-        ValueError: circuits without a share and a ranking, as `sized_circuits` gives them, or a share that comes twice.
-
-    Example:
-        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
-        >>> batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder, run="caption")
-        >>> scores = clip_lens.patch_effects(encoder, batch, encoder.edges())
-        >>> effects = faithfulness(encoder, batch, clip_lens.sized_circuits(scores, (.1, .5, 1)))
-        >>> cpr_cmd(effects, resamples=10)[["circuit", "side", "points", "n"]].tail(1)
-                       circuit    side  points  n
-        2  activation patching  pooled       3  8
-    """
-    draws = Draws(interval, resamples, seed)
-    curves = _curves(_outsides(effects))
-    sides = sides_of(effects.pairs, pooled=False)
-    lines = []
-    for name in dict.fromkeys(name for name, _ in curves):
-        for side in [*sides, "pooled"] if len(sides) > 1 else sides:
-            line: dict[str, object] = {"circuit": name, "side": side}
-            for ranking, measure in MEASURES.items():
-                line |= _areas(effects, curves.get((name, ranking), {}), side, measure, draws)
-            lines.append(line)
-    return DataFrame(lines)[["circuit", "side", *AREAS, "points", "n"]]
-
-
-MEASURES = {"signed": "CPR", "absolute": "CMD"}
-AREAS = [f"{measure}{end}" for measure in MEASURES.values() for end in ("", "_lower", "_upper")]
 
 
 def _curves(places: Sequence[Outside]) -> dict[tuple[str, str], dict[float, int]]:
@@ -220,6 +244,8 @@ def _areas(effects: Effects, curve: dict[float, int], side: str, measure: str, d
     )
     tail = (1 - draws.interval) / 2
     lower, upper = areas.nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    if n < FEWEST:
+        lower = upper = float("nan")
     return {
         measure: float(area), f"{measure}_lower": lower, f"{measure}_upper": upper, "points": len(curve), "n": n,
     }  # fmt: skip
@@ -228,64 +254,71 @@ def _areas(effects: Effects, curve: dict[float, int], side: str, measure: str, d
 def _f(
     effects: Effects, rows: list[int], side: str, draws: Draws
 ) -> tuple[Float[Tensor, "circuit 1"], Float[Tensor, "circuit draw"], int]:
-    """f of some circuits over one side's pairs, and in each resample of them."""
+    """f of some circuits over one side's pairs, and in each resample of them; NaN where nothing is lost without them
+    all."""
     columns = (effects.pairs["side"] == side).to_numpy() | (side == "pooled")
     codes, keys = pd.factorize(effects.pairs["key"][columns])
     weight = draws.counts(side, len(keys))[torch.from_numpy(codes)]
     chosen = torch.from_numpy(columns)
-    total = (effects.total * torch.tensor(effects.pairs["sigma"].to_numpy())).double()[chosen]
+    total = (effects.total * effects.orientation).double()[chosen]
     values = effects.signed().double()[rows][:, chosen]
     known = ~total.isnan()
     values, total, weight = values[:, known], total[known], weight[known]
     whole = torch.ones(len(total), 1, dtype=torch.float64)
-    f, drawn = (1 - (values @ w) / (total @ w) for w in (whole, weight))
+    f, drawn = (1 - divide(values @ w, total @ w) for w in (whole, weight))
     return f, drawn, len(set(codes[known.numpy()]))
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """A circuit ready to lose members: `touching[member]` are the edges that go with each."""
+    """A circuit ready to lose members: an edge goes with any of the (at most two) members that `goes_with` numbers for
+    it, where the number of all members stands for none."""
 
     removal: Removal
     circuit: Circuit
     members: list[str]
-    touching: Bool[Tensor, "member receiver sender"]
+    goes_with: Int[Tensor, "2 receiver sender"]
 
     @classmethod
     def of(cls, removal: Removal, circuit: Circuit, by: By) -> _Trial:
         if by not in get_args(By):
             raise ValueError(f"by={by!r}; give one of {', '.join(get_args(By))}")
-        graph = circuit.graph
         if by == "edge":
-            cells = circuit.keep.nonzero()
-            touching = torch.zeros(len(cells), *graph.edges.shape, dtype=torch.bool)
-            touching[torch.arange(len(cells)), cells[:, 0], cells[:, 1]] = True
-            return cls(removal, circuit, [str(edge) for edge in circuit.edges()], touching)
+            names = [str(edge) for edge in circuit.edges()]
+            goes_with = torch.full((2, *circuit.keep.shape), len(names))
+            goes_with[:, circuit.keep] = torch.arange(len(names))
+            return cls(removal, circuit, names, goes_with)
         names = [name for name in circuit.nodes()["node"] if name not in ("embed", "out")]
-        numbers = [number for number, site in enumerate(graph.senders) if str(site) in names]
-        touching = torch.stack([_of_node(number, circuit) for number in numbers]) if numbers else graph.edges[None][:0]
-        return cls(removal, circuit, names, touching)
+        return cls(removal, circuit, names, _of_nodes(names, circuit.graph))
 
     def removed(self, chosen: Bool[Tensor, "set member"], whole: bool) -> Bool[Tensor, "set receiver sender"]:
         """The edges removed with some members, from the whole model or from the circuit."""
-        edges = (chosen.double() @ self.touching.flatten(1).double() > 0).unflatten(1, self.circuit.keep.shape)
+        goes = torch.cat([chosen, chosen.new_zeros(len(chosen), 1)], 1)
+        edges = (goes[:, self.goes_with[0]] | goes[:, self.goes_with[1]]) & self.circuit.graph.edges
         return edges if whole else edges | (self.circuit.graph.edges & ~self.circuit.keep)
+
+    def means(self, chosen: Bool[Tensor, "set member"], *, whole: bool = False) -> Float[Tensor, "set"]:
+        """What the circuit, or the whole model, loses without some members; as many sets at a time as memory is for."""
+        some = chosen.split(at_once(self.circuit.graph))
+        return torch.cat([self.removal.means(self.removed(sets, whole)) for sets in some])
 
     def gap(self, chosen: Bool[Tensor, "set member"]) -> tuple[Float[Tensor, "set"], Float[Tensor, "set"]]:
         """What the circuit and the model lose without some members."""
-        both = torch.cat([self.removed(chosen, whole=False), self.removed(chosen, whole=True)])
-        circuit, model = self.removal.means(both).chunk(2)
-        return circuit, model
+        return self.means(chosen), self.means(chosen, whole=True)
+
+    def shares(self, changes: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Changes as shares of what removing every edge moves, NaN where that is nothing."""
+        return divide(changes, changes.new_tensor(abs(self.removal.total)))
 
     def label(self, chosen: Bool[Tensor, "member"]) -> str:
         return ", ".join(self.members[number] for number in chosen.nonzero().flatten().tolist())
 
 
-def _of_node(number: int, circuit: Circuit) -> Bool[Tensor, "receiver sender"]:
-    """Every edge of the tower that enters or leaves a node."""
-    graph = circuit.graph
-    column = torch.arange(len(graph.senders)) == number
-    return graph.edges & (column | (graph.node_of == number)[:, None])
+def _of_nodes(names: Sequence[str], graph: Graph) -> Int[Tensor, "2 receiver sender"]:
+    """For every edge the number of the member that it leaves, and of the one that it enters."""
+    numbers = {name: number for number, name in enumerate(names)}
+    of = torch.tensor([*(numbers.get(str(site), len(names)) for site in graph.senders), len(names)])
+    return torch.stack([of[:-1].expand(graph.edges.shape), of[graph.node_of][:, None].expand(graph.edges.shape)])
 
 
 def completeness(
@@ -297,7 +330,7 @@ def completeness(
     samples: int = 20,
     greedy: int = 0,
     seed: int = 0,
-    source: Source = counterpart,
+    source: Source | Function = counterpart,
     metric: Metric = logit,
     rows: int = 256,
 ) -> DataFrame:
@@ -320,7 +353,8 @@ def completeness(
         [0.0, 0.0, 0.0, 0.0]
     """
     _fits(circuit, encoder)
-    trial = _Trial.of(Removal.of(encoder, batch, source, metric, rows), circuit, by)
+    setting = Setting.of(encoder, batch, source=source, metric=metric, rows=rows)
+    trial = _Trial.of(Removal.of(setting), circuit, by)
     generator = torch.Generator().manual_seed(seed)
     nothing = torch.zeros(1, len(trial.members), dtype=torch.bool)
     drawn = torch.rand(samples, len(trial.members), generator=generator) < 0.5
@@ -337,7 +371,7 @@ def completeness(
             "circuit": -circuit_means.numpy(),
             "model": -model_means.numpy(),
             "incompleteness": gap.numpy(),
-            "share": (gap / abs(trial.removal.total)).numpy(),
+            "share": trial.shares(gap).numpy(),
         }
     )
 
@@ -367,7 +401,7 @@ def minimality(
     by: By = "edge",
     samples: int = 5,
     seed: int = 0,
-    source: Source = counterpart,
+    source: Source | Function = counterpart,
     metric: Metric = logit,
     rows: int = 256,
 ) -> DataFrame:
@@ -391,20 +425,21 @@ def minimality(
         ['mlp 0 -> out']
     """
     _fits(circuit, encoder)
-    trial = _Trial.of(Removal.of(encoder, batch, source, metric, rows), circuit, by)
+    setting = Setting.of(encoder, batch, source=source, metric=metric, rows=rows)
+    trial = _Trial.of(Removal.of(setting), circuit, by)
     n = len(trial.members)
     generator = torch.Generator().manual_seed(seed)
     others = torch.cat([torch.zeros(1, n, dtype=torch.bool), torch.rand(samples, n, generator=generator) < 0.5])
     without = others[:, None] & ~torch.eye(n, dtype=torch.bool)  # K, member, member
-    both = torch.cat([without.flatten(0, 1), (without | torch.eye(n, dtype=torch.bool)).flatten(0, 1)])
-    before, after = trial.removal.means(trial.removed(both, whole=False)).chunk(2)
+    with_it = without | torch.eye(n, dtype=torch.bool)
+    before, after = (trial.means(sets.flatten(0, 1)) for sets in (without, with_it))
     change = (after - before).unflatten(0, (len(others), n))
     largest, at = change.abs().max(0)
     frame = DataFrame(
         {
             "member": trial.members,
             "minimality": largest.numpy(),
-            "share": (largest / abs(trial.removal.total)).numpy(),
+            "share": trial.shares(largest).numpy(),
             "alone": change[0].numpy(),
             "removed": [trial.label(without[k, v]) for v, k in enumerate(at.tolist())],
         }

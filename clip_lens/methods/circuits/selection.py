@@ -17,21 +17,20 @@ from pandas import DataFrame
 from torch import Tensor
 
 from clip_lens.core.effects import Effects
-from clip_lens.core.metric import unsigned
+from clip_lens.core.record import Record
 from clip_lens.core.table import Draws
-from clip_lens.methods.circuits.circuit import Circuit, Graph
+from clip_lens.methods.circuits.circuit import Circuit, Graph, Ranking, Selection, random_circuit
+from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Edge, Site
 
 Select = Literal["top", "greedy"]
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """The shares of edges at which MIB (2504.13151) judges circuits."""
-KEPT = ("model", "weights", "data", "batch", "pairs", "run", "method", "source", "metric")
-"""What a circuit's meta takes over from the effects it was selected by."""
 
 
 @dataclass(frozen=True)
 class EdgeScores:
-    """Effects over edges, as a matrix edge x pair, oriented so that positive = the edge supports the model's own d."""
+    """Effects over edges, as a matrix edge x pair; of an oriented metric positive = the edge supports the model's d."""
 
     graph: Graph
     n_layers: int
@@ -47,9 +46,7 @@ class EdgeScores:
         cells = [graph.receiver_at[edge.receiver] for edge in edges], [graph.sender_at[edge.sender] for edge in edges]
         if len(set(edges)) < len(edges):
             raise ValueError("an edge stands in the result more than once; keep one line for each")
-        without_side = unsigned(effects.meta.get("metric", ""))
-        values = effects.values if without_side else effects.signed()
-        return cls(graph, n_layers, n_heads, cells, values.double())
+        return cls(graph, n_layers, n_heads, cells, effects.signed().double())
 
     def means(self, weight: Float[Tensor, "pair draw"] | None = None) -> Float[Tensor, "edge draw"]:
         """The mean over the pairs that have a value, pairs counted `weight` times; NaN where there is none."""
@@ -63,16 +60,26 @@ class EdgeScores:
         return matrix
 
 
-def top_edges(effects: Effects, n: int, *, signed: bool = False, select: Select = "top") -> Circuit:
-    """The circuit of the n edges with the largest scores, by size, or (`signed`) of the n that support d the most.
+def top_edges(
+    effects: Effects,
+    n: int | None = None,
+    *,
+    threshold: float | None = None,
+    signed: bool = False,
+    select: Select = "top",
+) -> Circuit:
+    """The circuit of the n edges with the largest scores, by size, or (`signed`) of the n that support d the most; or
+    with `threshold` in place of n of those whose score is larger than that, in units of the metric.
 
     An edge's score is the mean over pairs of `sigma * effect`, over those that have one: positive = the edge supports
-    the model's own d (method, section 8). `select="greedy"` grows the circuit from the output backwards instead: of all
-    edges into what it has so far it takes the strongest (Hanna et al. 2024), so that every edge leads to the output.
-    Ties go to the edge that comes first in the tower. Nothing is pruned: `Circuit.pruned`.
+    the model's own d (method, section 8); of a metric that is not oriented, the mean effect. `select="greedy"` grows
+    the circuit of n edges from the output backwards instead: of all edges into what it has so far it takes the
+    strongest (Hanna et al. 2024), so that every edge leads to the output. Ties go to the edge that comes first in the
+    tower. Nothing is pruned: `Circuit.pruned`.
 
     Raises:
-        ValueError: places that are not single edges at every position, or n is negative or more than there are edges.
+        ValueError: places that are not single edges at every position, n and a threshold or neither, n that is
+            negative or more than there are edges, a threshold that is not a number or for a circuit that is grown.
 
     Example:
         >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
@@ -80,28 +87,23 @@ def top_edges(effects: Effects, n: int, *, signed: bool = False, select: Select 
         >>> effects = clip_lens.patch_effects(encoder, batch, encoder.edges(receivers=[clip_lens.Site("out")]))
         >>> len(top_edges(effects, 5)), len(top_edges(effects, 5, signed=True) & top_edges(effects, 5))
         (5, 5)
-    """
-    scores = EdgeScores.of(effects)
-    return _circuit(effects, scores, _keys(scores, n, signed, select), n, signed, select)
-
-
-def edges_above(effects: Effects, threshold: float, *, signed: bool = False) -> Circuit:
-    """The circuit of the edges whose score (see `top_edges`) is larger than a threshold, by size or (`signed`) itself.
-
-    Raises:
-        ValueError: places that are not single edges at every position.
-
-    Example:
-        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
-        >>> batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder, run="caption")
-        >>> effects = clip_lens.patch_effects(encoder, batch, encoder.edges(receivers=[clip_lens.Site("out")]))
-        >>> len(edges_above(effects, 1e9))
+        >>> len(top_edges(effects, threshold=1e9))
         0
     """
-    scores = EdgeScores.of(effects)
+    scores, ranking = EdgeScores.of(effects), _ranking(signed)
+    if (n is None) == (threshold is None):
+        raise ValueError(f"give either a number of edges or a threshold. Got n={n} and threshold={threshold}")
+    if threshold is None:
+        return _circuit(effects, scores, _keys(scores, n or 0, signed, select), n or 0, Selection(select, ranking))
+    if select != "top" or threshold != threshold:
+        raise ValueError(f"edges above {threshold} by {select!r}: a threshold is a number, and for select='top' alone")
     keys = _ranked(scores.means()[:, 0], signed)
-    circuit = _circuit(effects, scores, keys, int((keys > threshold).sum()), signed, "top")
-    return replace(circuit, meta={**circuit.meta, "selection": f"above {threshold:g}"})
+    selection = Selection("above", ranking, threshold=float(threshold))
+    return _circuit(effects, scores, keys, int((keys > threshold).sum()), selection)
+
+
+def _ranking(signed: bool) -> Ranking:
+    return "signed" if signed else "absolute"
 
 
 def sized_circuits(
@@ -109,7 +111,8 @@ def sized_circuits(
 ) -> list[Circuit]:
     """One circuit per share of the N edges, of `int(share * N)` edges and pruned after that, for a curve over size.
 
-    MIB's CPR takes them by signed score, CMD by size (method, section 8): `signed=True`, `signed=False`.
+    MIB's CPR takes them by signed score, CMD by size (method, section 8): `signed=True`, `signed=False`. They are
+    pruned since MIB's are; what the selected edges themselves do may differ (`Circuit.pruned`).
 
     Raises:
         ValueError: a share outside of 0..1, or what `top_edges` refuses.
@@ -118,32 +121,39 @@ def sized_circuits(
         >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
         >>> batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder, run="caption")
         >>> effects = clip_lens.patch_effects(encoder, batch, encoder.edges(receivers=[clip_lens.Site("out")]))
-        >>> [circuit.meta["share"] for circuit in sized_circuits(effects, (.1, .5))]
-        ['0.1', '0.5']
+        >>> [circuit.selection.share for circuit in sized_circuits(effects, (.1, .5))]
+        [0.1, 0.5]
     """
     if wrong := [share for share in shares if not 0 <= share <= 1]:
         raise ValueError(f"a share of edges lies between 0 and 1. Got {wrong[0]}")
-    scores = EdgeScores.of(effects)
-    found = []
+    scores, found = EdgeScores.of(effects), []
     for share in shares:
-        n = int(share * len(effects.places) + 1e-9)
-        circuit = _circuit(effects, scores, _keys(scores, n, signed, select), n, signed, select).pruned()
-        found.append(replace(circuit, meta={**circuit.meta, "share": f"{share:g}"}))
+        n = number_of(share, len(effects.places))
+        selection = Selection(select, _ranking(signed), float(share))
+        found.append(_circuit(effects, scores, _keys(scores, n, signed, select), n, selection).pruned())
     return found
 
 
-def shuffled(effects: Effects, seed: int = 0) -> Effects:
-    """The same effects at edges drawn anew: the baseline of random circuits, selected and pruned like any other.
+def number_of(share: float, edges: int) -> int:
+    """How many edges a share of them is: `int(share * edges)`, without rounding errors.
 
     Example:
-        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
-        >>> batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder, run="caption")
-        >>> effects = clip_lens.patch_effects(encoder, batch, encoder.edges(receivers=[clip_lens.Site("out")]))
-        >>> top_edges(shuffled(effects, seed=3), 5).name
-        'random(3)'
+        >>> number_of(0.29, 100)
+        29
     """
-    order = torch.randperm(len(effects.places), generator=torch.Generator().manual_seed(seed))
-    return replace(effects, values=effects.values[order], meta={**effects.meta, "method": f"random({seed})"})
+    return int(share * edges + 1e-9)
+
+
+def random_sizes(encoder: HookedTextEncoder, seed: int, shares: Sequence[float] = SHARES) -> list[Circuit]:
+    """A random circuit per share of the edges, each part of the next one, pruned: the baseline of `sized_circuits`.
+
+    Example:
+        >>> [circuit.selection.share for circuit in random_sizes(clip_lens.load(), 0, (0.1, 0.5))]
+        [0.1, 0.5]
+    """
+    full = Circuit.full(encoder)
+    sizes = [Selection("all", "absolute", share, number_of(share, len(full)), pruned=True) for share in shares]
+    return [random_circuit(replace(full, selection=size), seed) for size in sizes]
 
 
 def stability(
@@ -316,19 +326,14 @@ def _greedy(scores: EdgeScores, keys: Float[Tensor, "edge"], n: int) -> Bool[Ten
 
 
 def _circuit(
-    effects: Effects, scores: EdgeScores, keys: Float[Tensor, "edge"], n: int, signed: bool, select: Select
+    effects: Effects, scores: EdgeScores, keys: Float[Tensor, "edge"], n: int, selection: Selection
 ) -> Circuit:
-    means = scores.means()[:, 0]
     entered = (~scores.values.isnan()).sum(1)
-    fewest, most = (int(entered.min()), int(entered.max())) if len(entered) else (0, 0)
-    meta = {name: effects.meta[name] for name in KEPT if name in effects.meta}
-    meta |= {
-        "selection": f"{select} {n} of {len(keys)}",
-        "ranking": "signed" if signed else "absolute",
-        "pairs per edge": str(most) if fewest == most else f"{fewest} to {most}",
-    }
-    keep = _keep(scores, keys, n, select)
-    return Circuit(keep, scores.n_layers, scores.n_heads, scores.matrix(means), meta)
+    span = (int(entered.min()), int(entered.max())) if len(entered) else None
+    selection = replace(selection, asked=n, of=len(keys), entered=span)
+    keep = _keep(scores, keys, n, "greedy" if selection.rule == "greedy" else "top")
+    matrix = scores.matrix(scores.means()[:, 0])
+    return Circuit(keep, scores.n_layers, scores.n_heads, matrix, "", effects.record, selection)
 
 
 def _single(place: object) -> Edge:
@@ -344,7 +349,8 @@ def _whole_layer(site: Site) -> bool:
 
 def _shape(effects: Effects) -> tuple[int, int]:
     """Layers and heads of the tower: as the result says, else as deep and wide as its edges reach."""
-    if "layers" in effects.meta and "heads" in effects.meta:
-        return int(effects.meta["layers"]), int(effects.meta["heads"])
+    record: Record = effects.record
+    if record.layers is not None and record.heads is not None:
+        return record.layers, record.heads
     sites = [site for place in effects.places for site in (_single(place).sender, _single(place).receiver)]
     return 1 + max((site.layer for site in sites), default=0), 1 + max((site.unit or 0 for site in sites), default=0)

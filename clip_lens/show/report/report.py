@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,13 +15,13 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from jinja2 import Environment
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from pandas import DataFrame
 from plotly.offline import get_plotlyjs
 
 from clip_lens.core.effects import SEGMENTS, Effects
-from clip_lens.core.store import written_whole
 from clip_lens.core.table import SIDES
+from clip_lens.files import written_whole
 from clip_lens.show.figures.figure import Figure
 from clip_lens.show.figures.style import swaps
 from clip_lens.show.figures.thumbnails import Pictures
@@ -41,12 +42,17 @@ WHAT = (
     "scale",
     "model",
     "weights",
+    "tower",
+    "hooks of yours that were on",
+    "notes",
     "data",
     "images",
+    "held out",
     "pairs",
     "selected",
     "versions",
 )
+"""What of a record stands in "What was run"; the details have all of it."""
 DROPPED = ("pairs dropped", "dropped")
 LARGEST = 6_000_000  # bytes of a page: what mail and previews still take
 WORDS = 300_000  # bytes of it kept for words and tables
@@ -63,6 +69,7 @@ def report(
     warnings: Sequence[str] = (),
     methods: Mapping[str, str] | Iterable[tuple[str, str]] | None = None,
     data: Mapping[str, Data] | None = None,
+    name: str = "",
 ) -> Path:
     """The path of one HTML file that shows named results and sections, and loads nothing from anywhere.
 
@@ -73,9 +80,9 @@ def report(
     must be known before any number; what follows from the results themselves (hooks that were on, few pairs) is added.
     `methods` are headings and texts, shown folded (those of `Effects` where it is None); `data` are further files to
     save, by name: tables, paths or bytes. `pictures` is a folder that holds the image ids, or maps an image id to a
-    file; a pair without a picture shows its texts. A file that would bring the page over 6 MB is left out and the page
-    says so. In a CSV, an apostrophe stands before a text that a spreadsheet would run as a formula. An interrupted call
-    leaves an existing file as it was.
+    file; a pair without a picture shows its texts. `name` is what the page calls itself, for `page_in`. A file that
+    would bring the page over 6 MB is left out and the page says so. In a CSV, an apostrophe stands before a text that a
+    spreadsheet would run as a formula. An interrupted call leaves an existing file as it was.
 
     Raises:
         ValueError: no results, an `Effects` without places or pairs, or a picture or table whose `data` is not there.
@@ -93,9 +100,10 @@ def report(
     methods = methods_of(effects.values()) if methods is None else methods
     given = [warnings] if isinstance(warnings, str) else warnings
     page = _Page(dict(data or {}))
-    for number, (name, section) in enumerate(sections.items(), start=1):
-        page.add(f"part-{number}", name, section)
+    for number, (heading, section) in enumerate(sections.items(), start=1):
+        page.add(f"part-{number}", heading, section)
     words = {
+        "name": name,
         "title": title,
         "summary": summary,
         "warnings": list(dict.fromkeys([*given, *cautions_of(effects)])),
@@ -104,6 +112,29 @@ def report(
         "examples": _examples(sections.values(), pictures),
     }
     return _write(Path(out), page.render(words))
+
+
+HEAD = 4096  # bytes of a page in which its name stands
+
+
+def page_in(folder: str | os.PathLike[str], name: str) -> Path:
+    """Where a report of this name goes: to report.html, or to NAME.html where report.html is another page already.
+
+    Example:
+        >>> from clip_lens.core.effects import toy_effects
+        >>> folder = getfixture("tmp_path")
+        >>> for name in ("heads", "streams", "heads"):
+        ...     print(report({"toy": toy_effects()}, page_in(folder, name), name=name).name)
+        report.html
+        streams.html
+        report.html
+    """
+    page = Path(folder) / "report.html"
+    if not page.exists():
+        return page
+    with page.open("rb") as file:
+        found = re.search(rb'<meta name="clip-lens" content="([^"]*)">', file.read(HEAD))
+    return page if found and found[1].decode() == str(escape(name)) else page.with_name(f"{name}.html")
 
 
 def _write(path: Path, text: str) -> Path:
