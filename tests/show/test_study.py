@@ -182,7 +182,7 @@ def test_words_the_model_never_saw_are_a_caution(tiny):
 
 
 def test_images_that_another_model_made_are_a_caution(tiny):
-    encoder, store, batch = tiny
+    encoder, _, batch = tiny
     ids = sorted(set(batch.pairs.image))
     vectors = torch.randn(len(ids), encoder.d_embed, generator=torch.Generator().manual_seed(0))
     other = clip_lens.ImageStore.from_tensors(ids, vectors, model="ViT-B-32", pretrained="openai")
