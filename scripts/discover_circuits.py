@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -125,7 +125,7 @@ def read_config(path: Path) -> Config:
         OSError: there is no such file.
         ValueError: no TOML, an unknown or missing key, a value of another type, an unknown method, names that repeat.
     """
-    from clip_lens.methods.circuits.discover import Method
+    from clip_lens.methods.circuits.discover import FINDERS
 
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -139,8 +139,8 @@ def read_config(path: Path) -> Config:
     content["pairs"] = tuple(_checked(PairSet, line, f"{path}, [[pairs]]") for line in content["pairs"])
     content["methods"] = _listed(content.get("methods", Config.methods), path)
     config = _checked(Config, {**content, "base": path.parent}, str(path))
-    if unknown := [name for name in config.methods if name not in get_args(Method)]:
-        raise ValueError(f"{path}: no method {unknown[0]!r}; there are {', '.join(get_args(Method))}")
+    if unknown := [name for name in config.methods if name not in FINDERS]:
+        raise ValueError(f"{path}: no method {unknown[0]!r}; there are {', '.join(FINDERS)}")
     for name, entries in (("model", [m.folder for m in config.model]), ("pairs", [p.name for p in config.pairs])):
         if len(set(entries)) < len(entries):
             raise ValueError(f"{path}: two [[{name}]] are called {_repeated(entries)!r}; name them apart")
