@@ -3,10 +3,11 @@
     python scripts/discover_circuits.py scripts/discover_circuits.toml
 
 The config is TOML; scripts/discover_circuits.toml shows its keys. Each run has a folder OUT/MODEL/PAIRS/METHOD with the
-scores (.parquet), the circuit (circuit.json), its numbers (summary.csv) and a report.html; what the methods of one
-model and pair set share lies beside their folders. OUT/summary.csv and OUT/report.html compare all runs: f over size of
-the methods in one picture, and how much the circuits of towers of one shape have in common. Started again, finished
-results are read and the rest goes on. A run that fails is listed, the others go on; the exit code is 1 then.
+scores (.parquet), the circuit (circuit-METHOD-EDGES.json), its numbers (summary-METHOD-EDGES.csv) and a report.html;
+what the methods of one model and pair set share lies beside their folders. OUT/summary.csv and OUT/report.html compare
+all runs: f over size of the methods in one picture, and how much the circuits of towers of one shape have in common.
+Started again, finished results are read and the rest goes on. A run that fails is listed, the others go on; the exit
+code is 1 then.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Config:
     threshold: float = 0.02
     exact: bool = False
     split: float = 0.5
+    by: str = "text"
     run: str = "caption"
     rows: int = 256
     seed: int = 0
@@ -149,7 +151,7 @@ def read_config(path: Path) -> Config:
 
 TYPES = {
     "out": str, "methods": tuple, "edges": int, "steps": int, "threshold": (int, float), "exact": bool, "split": float,
-    "run": str, "rows": int, "seed": int, "name": str, "pretrained": str, "device": str, "file": str,
+    "by": str, "run": str, "rows": int, "seed": int, "name": str, "pretrained": str, "device": str, "file": str,
     "images": (str, dict), "rephrased": bool, "side": str, "limit": int,
 }  # fmt: skip
 
@@ -234,7 +236,7 @@ def _prepared(
     if not len(chosen):
         raise ValueError(f"no pairs of {pairs.name} are left (side = {pairs.side!r}, limit = {pairs.limit})")
     batch = align(chosen, _images(config, model, pairs, folder), encoder, run=config.run)
-    return batch.split(config.split, config.seed)
+    return batch.split(config.split, config.seed, config.by)
 
 
 def _images(config: Config, model: Model, pairs: PairSet, folder: Path) -> ImageStore:
