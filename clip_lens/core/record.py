@@ -32,16 +32,16 @@ PACKAGES = ("clip_lens", "transformer_lens", "open_clip_torch", "torch")
 class Method:
     """A way to come to numbers, with the words that tables, pages, files and the command line have for it.
 
-        `key` is its name in files and on the command line, `title` in headings. `how`: it patches places, estimates what
-        patching them would do, only reads, or judges circuits. `noun` is what a mean of its values is, `share` what a
-        fraction of the total is, `verb` what a share of the whole does at a place. `caption` says what one mark of its
-        figure is: `{mark}` (cell, bar, line), `{place}`, `{source}`, `{texts}`, `{slot}` and the record's settings by their
-            names are filled in. `definition` is a heading and the paragraph that defines its numbers. `unit` is given where it
-        isn't the metric's.
-    
-        Example:
-            >>> Method("patching", "activation patching").noun
-            'mean signed effect'
+    `key` is its name in files and on the command line, `title` in headings. `how`: it patches places, estimates what
+    patching them would do, only reads, or judges circuits. `noun` is what a mean of its values is, `share` what a
+    fraction of the total is, `verb` what a share of the whole does at a place. `caption` says what one mark of its
+    figure is: `{mark}` (cell, bar, line), `{place}`, `{source}`, `{texts}`, `{slot}` and the record's settings by their
+    names are filled in. `definition` is a heading and the paragraph that defines its numbers. `unit` is given where it
+    isn't the metric's.
+
+    Example:
+        >>> Method("patching", "activation patching").noun
+        'mean signed effect'
     """
 
     key: str
