@@ -20,8 +20,6 @@ from clip_lens.core.source import Function, Source, counterpart
 from clip_lens.core.spreadsheet import write_csv
 from clip_lens.core.table import sides_of
 from clip_lens.data.batch import Batch
-from clip_lens.files import written_whole
-from clip_lens.methods.circuits.acdc import acdc, acdc_record
 from clip_lens.methods.circuits.circuit import Circuit, random_circuit
 from clip_lens.methods.circuits.faithfulness import (
     MEASURES,
