@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--count-asserts"):
+    if config.getoption("--count-asserts", default=False):
         from counted import Counted
 
         config.pluginmanager.register(Counted())

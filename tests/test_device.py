@@ -1,5 +1,7 @@
 """Every verb on a device that is not there: no operation mixes its tensors with the CPU's, and numbers are the same."""
 
+import inspect
+
 import open_clip
 import pandas as pd
 import pytest
@@ -12,8 +14,9 @@ from clip_lens import Site
 from clip_lens.core import rows
 from clip_lens.core.effects import Effects
 from clip_lens.core.source import steered
+from clip_lens.data.batch import Batch
 from clip_lens.data.pairs import Pairs
-from clip_lens.methods import direct, gradient
+from clip_lens.methods import direct, gradient, lens
 from clip_lens.methods.probes.probe import probe_effects
 from clip_lens.model.load import load
 from clip_lens.model.site import LAYOUTS
@@ -66,13 +69,14 @@ def circuit(encoder, batch):
 
 
 SOURCES = {
-    "counterpart": lambda encoder: clip_lens.counterpart,
-    "zeros": lambda encoder: clip_lens.zeros,
-    "mean": lambda encoder: clip_lens.mean,
-    "noise": lambda encoder: clip_lens.noise(1.0, seed=0),
-    "resample": lambda encoder: clip_lens.resample(seed=0),
-    "steered": lambda encoder: steered({Site("resid", 1, slot="eot"): vector(encoder)}),
-    "via": lambda encoder: clip_lens.via(Site("head", 0, 0), freeze=("head",)),
+    "counterpart": lambda encoder, batch: clip_lens.counterpart,
+    "zeros": lambda encoder, batch: clip_lens.zeros,
+    "mean": lambda encoder, batch: clip_lens.mean,
+    "mean over others": lambda encoder, batch: clip_lens.mean(over=batch.flip()),
+    "noise": lambda encoder, batch: clip_lens.noise(1.0, seed=0),
+    "resample": lambda encoder, batch: clip_lens.resample(seed=0),
+    "steered": lambda encoder, batch: steered({Site("resid", 1, slot="eot"): vector(encoder)}),
+    "via": lambda encoder, batch: clip_lens.via(Site("head", 0, 0), freeze=("head",)),
 }
 METRICS = {
     "logit": lambda encoder: clip_lens.logit,
@@ -116,7 +120,10 @@ VERBS = {
     "discover": lambda e, b: clip_lens.discover(e, b[:3], b[3:], edges=10, steps=1).circuit.keep,
     **{
         f"patch_effects from {name}": lambda e, b, source=source: clip_lens.patch_effects(
-            e, b, [Site("resid", 1, slot="eot"), Site("mlp", 1), Site("head", 1, 1), *e.edges()[-3:]], source=source(e)
+            e,
+            b,
+            [Site("resid", 1, slot="eot"), Site("mlp", 1), Site("head", 1, 1), *e.edges()[-3:]],
+            source=source(e, b),
         )
         for name, source in SOURCES.items()
     },
@@ -144,6 +151,7 @@ def encoder_and_batch(device, causal=True):
 
 def numbers(found):
     """What a verb gives, as a table or a tensor on the CPU."""
+    found = getattr(found, "effects", found)
     found = found.values if isinstance(found, Effects) else found
     return found.cpu() if isinstance(found, torch.Tensor) else found
 
@@ -162,6 +170,15 @@ def test_a_verb_gives_the_same_elsewhere(verb, causal):
         torch.testing.assert_close(there, here, rtol=1e-10, atol=1e-10, equal_nan=True)
 
 
+def test_every_verb_is_run():
+    """A new verb that takes an encoder and pairs is to be run elsewhere, too."""
+    public = [getattr(clip_lens, name) for name in clip_lens.__all__]
+    verbs = {value.__name__ for value in public if inspect.isfunction(value) and "methods" in value.__module__}
+    taking = {name for name in verbs if {"encoder"} < {*inspect.signature(getattr(clip_lens, name)).parameters}}
+    taking -= {"random_circuit"}
+    assert taking == {name.split(" ")[0].strip(",") for name in VERBS}
+
+
 # That it is noticed
 
 
@@ -173,11 +190,11 @@ def on_the_cpu(function):
 @pytest.mark.parametrize(
     ("module", "name", "verb"),
     [
-        (rows, "slot_positions", "patch_effects"),
+        (Batch, "where", "patch_effects"),
         (rows, "present", "patch_effects"),
         (gradient, "received", "gradient_effects, 3 steps"),
         (direct, "reading_vector", "direct_effects"),
-        (direct, "reading_vector", "logit_lens"),
+        (lens, "reading_vector", "logit_lens"),
     ],
 )
 def test_one_function_on_the_cpu_is_noticed(module, name, verb, monkeypatch):

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from pandas import DataFrame
 from torch import Tensor
 
-from clip_lens.core.grid import SLOTS, one_side, pivot
+from clip_lens.core.grid import one_side, pivot
 from clip_lens.core.record import Record, SourceRecord
 from clip_lens.core.slots import gather, instances, positions_of, rows_of
 from clip_lens.core.store import INDEX, plain, read, write
@@ -37,6 +37,7 @@ from clip_lens.core.table import (
     sides_of,
     tabulate,
 )
+from clip_lens.data.batch import SLOTS
 from clip_lens.model.site import Edge, Place, Site, at_slot, index_rows, members, order
 
 PAIRS = ("key", "caption", "foil", "image", "side", "sigma", "d", "segment")

@@ -144,7 +144,8 @@ def test_data_never_becomes_markup(tmp_path):
 
 def test_the_findings_are_the_numbers(tmp_path):
     text = Page(report({"resid": make()}, tmp_path / "r.html")).text
-    words = '"negator" from layer 0 (100 %) to layer 1 (50 %), then at "end of text" in layer 2 (100 %).'
+    shares = "from layer 0 (100 % [100, 100]) to layer 1 (50 % [50, 50])"
+    words = f'"negator" {shares}, then at "end of text" in layer 2 (100 % [100, 100]).'
     assert f"Negation in the caption (5 pairs): the largest share of d moves at {words}" in text
     assert f"Negation in the foil (5 pairs): the largest share of d moves at {words}" in text
 

@@ -1,4 +1,4 @@
-"""What must be known before any number of a model, its images and its pairs; for every report of them."""
+"""What must be known before any number of a report: what follows from the model, its images and its pairs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _of_the_model(encoder: HookedTextEncoder) -> Iterator[str]:
         )
     if encoder.hooked:
         yield hooks_on(encoder.hooked)
-    yield from getattr(encoder, "notes", ())
+    yield from encoder.notes
 
 
 def _of_the_images(batch: Batch) -> Iterator[str]:

@@ -215,7 +215,8 @@ def _finding(views: list[_View], effects: Effects, side: str) -> str:
     count = effects.pairs.loc[effects.pairs["side"] == side, "key"].nunique()
     start = f"{SIDE_NAMES[side].capitalize()} ({counted(count, 'pair')}): "
     by_slot = len(views) == 1 and views[0].rows == "slot" and effects.record.shares
-    runs = _runs(_grid(views[0], side)) if by_slot else []
+    table = effects.table()
+    runs = _runs(table[table["side"] == side]) if by_slot else []
     if 0 < len(runs) <= 4 and len(views[0].effects.index["slot"].drop_duplicates()) > 1:
         layer = "layer" if set(effects.index["kind"]) == {"resid"} else "block"
         steps = [f'"{slot_name(slot)}" {_span(layer, cells)}' for slot, cells in runs]
@@ -237,17 +238,20 @@ def _finding(views: list[_View], effects: Effects, side: str) -> str:
     return f"{start}the largest {noun} in size is that of {row.place}: {effect}{share}."
 
 
-def _runs(grid: DataFrame) -> list[tuple[Any, list[tuple[Any, float]]]]:
-    """Consecutive layers at which the same slot has the largest fraction: [(slot, [(layer, fraction), ...]), ...]."""
-    grid = grid.loc[:, grid.notna().any()]
-    best = [(grid.index[int(grid[layer].argmax())], layer, float(grid[layer].max())) for layer in grid.columns]
-    return [
-        (slot, [(layer, share) for _, layer, share in run]) for slot, run in groupby(best, key=lambda cell: cell[0])
-    ]
+def _runs(table: DataFrame) -> list[tuple[Any, list[Any]]]:
+    """Consecutive layers at which the same slot has the largest fraction: the slot, and its row at each of them."""
+    known = table.dropna(subset="fraction")
+    best = known.loc[known.groupby("layer")["fraction"].idxmax()]
+    return [(slot, list(rows)) for slot, rows in groupby(best.itertuples(), key=lambda row: row.slot)]
 
 
-def _span(layer: str, cells: list[tuple[Any, float]]) -> str:
-    (first, share), (last, end) = cells[0], cells[-1]
-    if first == last:
-        return f"in {layer} {first} ({100 * share:.0f} %)"
-    return f"from {layer} {first} ({100 * share:.0f} %) to {layer} {last} ({100 * end:.0f} %)"
+def _span(layer: str, rows: list[Any]) -> str:
+    first, last = rows[0], rows[-1]
+    if first is last:
+        return f"in {layer} {first.layer} ({_per_cent(first)})"
+    return f"from {layer} {first.layer} ({_per_cent(first)}) to {layer} {last.layer} ({_per_cent(last)})"
+
+
+def _per_cent(row: Any) -> str:
+    share, bounds = decimals(100 * row.fraction, 0), interval(100 * row.lower, 100 * row.upper, 0)
+    return minus(f"{share} % {bounds}".rstrip())
