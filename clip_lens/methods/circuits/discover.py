@@ -195,8 +195,8 @@ def discover(
     those that judge it. The result says which it was, and how many pairs have such a text.
 
     With `keep` results are saved in its folder, under names that say the method, and reused when they are the same:
-    scores-eap.parquet and others, circuit-eap-200.json, summary-eap-200.csv (with `exact`,
-    -exact.csv). What does not depend on the method goes to `shared`, by default the same folder.
+    scores-eap.parquet and others, circuit-eap-200.json, summary-eap-200.csv (with `exact` summary-eap-200-exact.csv).
+    What does not depend on the method goes to `shared`, by default the same folder.
 
     Raises:
         ValueError: an unknown method, a number of edges that the encoder does not have, batches that share a pair or
