@@ -3,10 +3,11 @@
     python scripts/discover_circuits.py scripts/discover_circuits.toml
 
 The config is TOML; scripts/discover_circuits.toml shows its keys. Each run has a folder OUT/MODEL/PAIRS/METHOD with the
-scores (.parquet), the circuit (circuit.json), its numbers (summary.csv) and a report.html; what the methods of one
-model and pair set share lies beside their folders. OUT/summary.csv and OUT/report.html compare all runs: f over size of
-the methods in one picture, and how much the circuits of towers of one shape have in common. Started again, finished
-results are read and the rest goes on. A run that fails is listed, the others go on; the exit code is 1 then.
+scores (.parquet), the circuit (circuit-METHOD-EDGES.json), its numbers (summary-METHOD-EDGES.csv) and a report.html;
+what the methods of one model and pair set share lies beside their folders. OUT/summary.csv and OUT/report.html compare
+all runs: f over size of the methods in one picture, and how much the circuits of towers of one shape have in common.
+Started again, finished results are read and the rest goes on. A run that fails is listed, the others go on; the exit
+code is 1 then.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -69,6 +70,7 @@ class Config:
     threshold: float = 0.02
     exact: bool = False
     split: float = 0.5
+    by: str = "text"
     run: str = "caption"
     rows: int = 256
     seed: int = 0
@@ -125,7 +127,7 @@ def read_config(path: Path) -> Config:
         OSError: there is no such file.
         ValueError: no TOML, an unknown or missing key, a value of another type, an unknown method, names that repeat.
     """
-    from clip_lens.methods.circuits.discover import Method
+    from clip_lens.methods.circuits.discover import FINDERS
 
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -139,8 +141,8 @@ def read_config(path: Path) -> Config:
     content["pairs"] = tuple(_checked(PairSet, line, f"{path}, [[pairs]]") for line in content["pairs"])
     content["methods"] = _listed(content.get("methods", Config.methods), path)
     config = _checked(Config, {**content, "base": path.parent}, str(path))
-    if unknown := [name for name in config.methods if name not in get_args(Method)]:
-        raise ValueError(f"{path}: no method {unknown[0]!r}; there are {', '.join(get_args(Method))}")
+    if unknown := [name for name in config.methods if name not in FINDERS]:
+        raise ValueError(f"{path}: no method {unknown[0]!r}; there are {', '.join(FINDERS)}")
     for name, entries in (("model", [m.folder for m in config.model]), ("pairs", [p.name for p in config.pairs])):
         if len(set(entries)) < len(entries):
             raise ValueError(f"{path}: two [[{name}]] are called {_repeated(entries)!r}; name them apart")
@@ -149,7 +151,7 @@ def read_config(path: Path) -> Config:
 
 TYPES = {
     "out": str, "methods": tuple, "edges": int, "steps": int, "threshold": (int, float), "exact": bool, "split": float,
-    "run": str, "rows": int, "seed": int, "name": str, "pretrained": str, "device": str, "file": str,
+    "by": str, "run": str, "rows": int, "seed": int, "name": str, "pretrained": str, "device": str, "file": str,
     "images": (str, dict), "rephrased": bool, "side": str, "limit": int,
 }  # fmt: skip
 
@@ -234,7 +236,7 @@ def _prepared(
     if not len(chosen):
         raise ValueError(f"no pairs of {pairs.name} are left (side = {pairs.side!r}, limit = {pairs.limit})")
     batch = align(chosen, _images(config, model, pairs, folder), encoder, run=config.run)
-    return batch.split(config.split, config.seed)
+    return batch.split(config.split, config.seed, config.by)
 
 
 def _images(config: Config, model: Model, pairs: PairSet, folder: Path) -> ImageStore:

@@ -1,30 +1,30 @@
 """The command line, run in this process; only what must not import anything heavy gets a process of its own."""
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import pandas as pd
 import pytest
 import torch
 
-from clip_lens import (
-    Circuit,
-    Site,
-    align,
-    faithfulness,
-    faithfulness_table,
-    gradient_effects,
-    load,
-    patch_effects,
-    path_effects,
-    top_edges,
-    zeros,
-)
+from clip_lens import Circuit, Site, align, faithfulness, gradient_effects, load, patch_effects, path_effects, top_edges
+from clip_lens.cli import options
 from clip_lens.cli.app import main
 from clip_lens.core.effects import Effects
+from clip_lens.core.keep import Keep
+from clip_lens.core.record import MetricRecord, Record
+from clip_lens.core.source import counterpart, mean, noise, zeros
+from clip_lens.data import batch as batches
+from clip_lens.data import groups
 from clip_lens.data.images import ImageStore
 from clip_lens.data.read import read_pairs
+from clip_lens.methods.circuits.discover import FINDERS
+from clip_lens.model.site import LAYOUTS
 
 
 @pytest.fixture
@@ -35,20 +35,29 @@ def few(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded model is loaded once: commands run one after the other."""
+    monkeypatch.setattr("clip_lens.model.load.load", cache(load))
+
+
 def run(*words: object) -> int:
     return main([str(word) for word in words])
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("trace",), ("circuit",), ("embed",), ("info",)])
+@pytest.mark.parametrize(
+    "command",
+    [(), ("demo",), ("trace",), ("patch",), ("ablate",), ("paths",), ("study",), ("circuit",), ("embed",), ("info",)],
+)
 def test_help_imports_nothing_heavy(command: tuple[str, ...]) -> None:
     code = (
         "import sys; from clip_lens.cli.app import main; "
-        f"main({[*command, '--help']!r}); "
+        f"main({[*command, '--help']!r}); main(['--version']); "
         "sys.exit(' '.join({'torch', 'pandas', 'open_clip', 'transformer_lens', 'plotly'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "Usage: clip-lens" in done.stdout
+    assert "Usage: clip-lens" in done.stdout and "clip-lens 0." in done.stdout
     assert not command or "Example" in done.stdout
 
 
@@ -58,7 +67,7 @@ def test_trace_writes_results_that_hold_the_numbers(few: Path, tmp_path: Path, c
     printed = capsys.readouterr().out
     effects = Effects.load(out / "resid-slots.parquet")
     assert len(effects.pairs) == 40
-    table = pd.read_csv(out / "table.csv")
+    table = pd.read_csv(out / "trace-resid-correct.csv")
     eot = table[(table.slot == "eot") & (table.layer == 6)]
     assert eot.fraction.tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
     assert "negation in the caption" in printed and "negation in the foil" in printed
@@ -75,13 +84,20 @@ def test_trace_reuses_what_is_finished_and_only_that(few: Path, tmp_path: Path, 
     assert run(*words) == 0
     assert capsys.readouterr().out.count("reused") == 2
     assert (out / "resid-slots.parquet").read_bytes() == first
-    assert run(*words, "--run", "foil") == 0
-    assert "reused" not in capsys.readouterr().out
     store = ImageStore.open("tiny")
     turned = ImageStore.from_tensors(list(store.ids), -store[store.ids], model="tiny", digest=store.digest)
     turned.save(tmp_path / "turned.safetensors")
-    assert run(*words, "--run", "foil", "--images", tmp_path / "turned.safetensors") == 0
-    assert "reused" not in capsys.readouterr().out
+    for other, why in ((("--run", "foil"), "run: 'affirmative' is there, 'foil' is asked for"),
+                       (("--images", tmp_path / "turned.safetensors"), "batch: ")):  # fmt: skip
+        assert run(*words, *other) == 1
+        err = capsys.readouterr().err
+        assert "resid-slots.parquet is there, and is another result" in err and why in err and "--overwrite" in err
+        assert (out / "resid-slots.parquet").read_bytes() == first
+        assert run(*words, *other, "--overwrite") == 0
+        assert "reused" not in capsys.readouterr().out
+        assert (out / "resid-slots.parquet").read_bytes() != first
+        first = (out / "resid-slots.parquet").read_bytes()
+        words = (*words, *other)
 
 
 def test_trace_embeds_a_folder_of_pictures(tmp_path: Path) -> None:
@@ -115,16 +131,16 @@ def test_circuit_finds_on_one_split_and_judges_on_the_other(
     assert run(*words, "--seed", "3") == 0
     assert "80 of 1108 edges" in capsys.readouterr().out
     encoder, store = load(), ImageStore.open("tiny")
-    found, judged = align(read_pairs()[:40], store, encoder, run="caption").split(0.25, 3)
+    found, judged = align(read_pairs(few), store, encoder, run="caption").split(0.25, 3, by="text")
     scores = Effects.load(out / "scores-eap.parquet")
     assert list(scores.pairs.key) == list(found.pairs.key)
     torch.testing.assert_close(scores.values, gradient_effects(encoder, found, encoder.edges()).values)
-    circuit = Circuit.load(out / "circuit.json")
-    assert circuit.keep.equal(top_edges(scores, 80).pruned().keep)
-    table = pd.read_csv(out / "summary.csv").set_index("side")
-    judge = faithfulness_table(faithfulness(encoder, judged, circuit), resamples=1).set_index("side")
+    circuit = Circuit.load(out / "circuit-eap-80.json")
+    assert circuit.keep.equal(top_edges(scores, 80).keep)
+    table = pd.read_csv(out / "summary-eap-80.csv").set_index("side")
+    judge = faithfulness(encoder, judged, circuit).table(resamples=1).set_index("side")
     assert table["f"].to_dict() == pytest.approx(judge["f"].to_dict(), abs=1e-5)
-    assert table.loc["pooled", "pairs"] == len(judged)
+    assert table.loc["pooled", "pairs"] == len(judged) and set(table["held_out"]) == {"by text"}
     assert "The circuit behind the logit difference of tiny" in (out / "report.html").read_text(encoding="utf-8")
     assert run(*words, "--seed", "3", "--segment", "nothing") == 1
     assert "no pair is 'nothing'" in capsys.readouterr().err
@@ -135,6 +151,39 @@ def test_info_says_what_a_thing_is(few: Path, tmp_path: Path, capsys: pytest.Cap
     assert run("info") == run("info", few) == run("info", tmp_path / "store.safetensors") == 0
     printed = capsys.readouterr().out
     assert "6 layers x 4 heads" in printed and "40 pairs" in printed and "ImageStore" in printed
+    assert f"weights {load().digest}" in printed and "QuickGELU" in printed and "embeddings are what was" in printed
+
+
+def test_info_tells_results_tables_and_circuits_apart(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    encoder = load()
+    batch = align(read_pairs(few), ImageStore.open("tiny"), encoder)
+    patch_effects(encoder, batch, encoder.sites("mlp"), source=mean).save(tmp_path / "e.parquet")
+    frame = pd.DataFrame({"layer": [0, 1], "r": [0.5, 0.25]})
+    Keep(tmp_path).frame("t", Record(model="mine", metric=MetricRecord(identity="x")), lambda: frame)
+    Circuit.full(encoder).save(tmp_path / "c.json")
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    (tmp_path / "list.json").write_text(json.dumps(read_pairs(few).to_frame().to_dict("records")))
+    (tmp_path / "lines.jsonl").write_text(read_pairs(few).to_frame().to_json(orient="records", lines=True))
+    for name, words in {
+        "e.parquet": ("6 places x 40 pairs", "source: mean", "metric: logit, in logits", "content is what was written"),
+        "t.parquet": ("a table of 2 rows: layer, r", "model: mine", "content is what was written"),
+        "c.json": ("1108 of 1108 edges",),
+        "t.csv": ("a table of 2 rows: layer, r",),
+        "list.json": ("40 pairs",),
+        "lines.jsonl": ("40 pairs",),
+    }.items():
+        assert run("info", tmp_path / name) == 0
+        printed = capsys.readouterr().out
+        assert all(word in printed for word in words), (name, printed)
+    for name in ("e.parquet", "t.parquet"):
+        content = bytearray((tmp_path / name).read_bytes())
+        content[content.index(b'"format": 2')] ^= 1
+        (tmp_path / name).write_bytes(bytes(content))
+        assert run("info", tmp_path / name) == 1
+        assert name in (err := capsys.readouterr().err) and "compute it again" in err
+    pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "foreign.parquet")
+    assert run("info", tmp_path / "foreign.parquet") == 1
+    assert "foreign.parquet is a Parquet file, but not one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -165,7 +214,7 @@ def test_an_error_is_one_line_that_names_what_was_given(
 def test_a_missing_segment_says_which_there_are(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     words = ("trace", "--pairs", few, "--images", "tiny", "--out", tmp_path / "o", "--quiet", "--segment", "wrong")
     assert run(*words) == 1
-    assert "'correct'" in capsys.readouterr().err
+    assert "38 correct, 1 ambiguous, 1 incorrect" in capsys.readouterr().err
 
 
 def test_words_that_are_off_exit_with_2(capsys: pytest.CaptureFixture) -> None:
@@ -195,9 +244,9 @@ def test_patch_ablate_and_paths_write_what_the_verbs_compute(few: Path, tmp_path
     encoder, pairs = load(), read_pairs(few)
     batch = {name: align(pairs, ImageStore.open("tiny"), encoder, run=name) for name in ("affirmative", "caption")}
     expected = {
-        "p/head-text.parquet": patch_effects(encoder, batch["affirmative"], encoder.sites("head")),
-        "a/mlp-text.parquet": patch_effects(encoder, batch["caption"], encoder.sites("mlp"), source=zeros),
-        "r/paths-direct.parquet": path_effects(
+        "p/patch-head-text": patch_effects(encoder, batch["affirmative"], encoder.sites("head")),
+        "a/ablate-mlp-text-zeros": patch_effects(encoder, batch["caption"], encoder.sites("mlp"), source=zeros),
+        "r/paths-direct-embed+0.1+mlp1-to-out+q2.1+mlp2": path_effects(
             encoder,
             batch["affirmative"],
             [Site("embed"), Site("head", 0, 1), Site("mlp", 1)],
@@ -205,10 +254,158 @@ def test_patch_ablate_and_paths_write_what_the_verbs_compute(few: Path, tmp_path
         ),
     }
     for name, effects in expected.items():
-        found = Effects.load(tmp_path / name)
+        found = Effects.load(tmp_path / f"{name}.parquet")
         assert found.places == effects.places
         torch.testing.assert_close(found.values, effects.values, rtol=0, atol=1e-5)
+        table = pd.read_csv(tmp_path / f"{name}-all.csv")
+        assert table["effect"].tolist() == pytest.approx(effects.table()["effect"].tolist(), abs=1e-5)
         assert (tmp_path / name).with_name("report.html").stat().st_size < 6e6
+
+
+# Several commands in one folder
+
+COMMANDS = (
+    ("ablate", "--sites", "mlp", "--with", "zeros"),
+    ("ablate", "--sites", "mlp", "--with", "mean"),
+    ("ablate", "--sites", "mlp", "--with", "noise", "--std", "0.5", "--seed", "1"),
+    ("ablate", "--sites", "mlp", "--with", "noise", "--seed", "2"),
+    ("ablate", "--sites", "mlp", "--by", "slot", "--with", "zeros"),
+    ("patch", "--sites", "mlp", "--run", "caption"),
+    ("patch", "--sites", "mlp", "--run", "caption", "--segment", "ambiguous"),
+    ("patch", "--sites", "attn"),
+    ("paths", "--from", "mlp1", "--to", "out"),
+    ("paths", "--from", "mlp1", "--to", "out", "--through", "mlp"),
+    ("paths", "--from", "mlp1,0.1", "--to", "out"),
+    ("trace", "--sites", "mlp", "--images", "tiny"),
+    ("trace", "--sites", "mlp", "--images", "tiny", "--segment", "all"),
+)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
+
+
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize("order", [1, -1])
+def test_commands_that_share_a_folder_lose_nothing(few: Path, tmp_path: Path, order: int) -> None:
+    out, pages = tmp_path / "out", []
+    for command in COMMANDS[::order]:
+        before = contents(out)
+        assert run(*command, "--pairs", few, "--out", out, "--quiet") == 0
+        after = contents(out)
+        assert {name: after.get(name) for name in before} == before, command
+        pages.append({name for name in after.keys() - before.keys() if name.endswith(".html")})
+        assert len(pages[-1]) == 1 and any(name.endswith(".csv") for name in after.keys() - before.keys()), command
+    assert pages[0] == {"report.html"}
+    done = {name: content for name, content in contents(out).items() if name.endswith(".parquet")}
+    for command in COMMANDS[::4]:
+        assert run(*command, "--pairs", few, "--out", out, "--quiet") == 0
+    again = contents(out)
+    assert {name: again[name] for name in done} == done
+    assert sum(name.endswith(".html") for name in again) == len(COMMANDS)
+
+
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize("command", [COMMANDS[0], COMMANDS[5], COMMANDS[8], COMMANDS[11]], ids=lambda words: words[0])
+def test_other_pairs_are_refused_and_nothing_is_touched(
+    few: Path, tmp_path: Path, capsys: pytest.CaptureFixture, command: tuple[str, ...]
+) -> None:
+    out, others = tmp_path / "out", tmp_path / "others.csv"
+    read_pairs()[40:80].to_frame().to_csv(others, index=False)
+    assert run(*command, "--pairs", few, "--out", out, "--quiet") == 0
+    before = contents(out)
+    capsys.readouterr()
+    assert run(*command, "--pairs", others, "--out", out, "--quiet") == 1
+    assert contents(out) == before
+    err = capsys.readouterr().err
+    assert "is another result: data digest: " in err and "--overwrite" in err
+    assert run(*command, "--pairs", others, "--out", out, "--quiet", "--overwrite") == 0
+    assert contents(out).keys() == before.keys() and contents(out) != before
+
+
+def test_a_page_of_your_own_is_left_alone(few: Path, tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("mine")
+    assert run("patch", "--sites", "mlp", "--pairs", few, "--out", tmp_path, "--quiet") == 0
+    assert (tmp_path / "report.html").read_text() == "mine"
+    assert "<html" in (tmp_path / "patch-mlp-text-correct.html").read_text(encoding="utf-8")
+
+
+# What reports say
+
+
+@pytest.mark.usefixtures("loaded")
+def test_every_report_tells_what_was_selected_and_what_to_beware_of(few: Path, tmp_path: Path) -> None:
+    batch = align(read_pairs(few), ImageStore.open("tiny"), load(), run="caption")
+    effects = patch_effects(load(), batch, [Site("mlp", 1)], progress=False)
+    counts = effects.pairs["segment"].value_counts()
+    for command in (COMMANDS[1], COMMANDS[5], COMMANDS[8], COMMANDS[11]):
+        out = tmp_path / command[0]
+        words = (*command, "--run", "caption", "--segment", "correct")
+        assert run(*words, "--pairs", few, "--out", out, "--quiet") == 0
+        text = (out / "report.html").read_text(encoding="utf-8")
+        assert "model organism" in text
+        assert f"segment = correct: {counts['correct']} of 40 (" in text
+        assert all(f"{count} {name}" in text for name, count in counts.items())
+        assert "Where tiny processes negation" in text
+
+
+def test_pairs_without_a_side_are_not_said_to_be_about_negation(tmp_path: Path) -> None:
+    frame = read_pairs()[:8].to_frame().drop(columns=["side", "negation"], errors="ignore")
+    frame.assign(negation="none").to_csv(tmp_path / "plain.csv", index=False)
+    words = ("--run", "caption", "--segment", "all", "--quiet", "--pairs", tmp_path / "plain.csv")
+    assert run("patch", "--sites", "mlp", "--out", tmp_path / "o", *words) == 0
+    text = (tmp_path / "o" / "report.html").read_text(encoding="utf-8")
+    assert "processes negation" not in text and "Where tiny tells captions from foils" in text
+
+
+def test_any_store_reaches_the_study(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, given = ImageStore.open("tiny"), {}
+    other = ImageStore.from_tensors(list(store.ids), store[store.ids], model="another", digest="0" * 16)
+    other.save(tmp_path / "other.safetensors")
+    monkeypatch.setattr("clip_lens.show.questions.study.study", lambda *_, **how: given.update(how))
+    words = ("study", "--pairs", few, "--images", tmp_path / "other.safetensors", "--out", tmp_path / "o", "--quiet")
+    assert run(*words) == 1
+    assert run(*words, "--any-store", "--overwrite") == 0
+    assert given["any_store"] and given["overwrite"] and given["images"].digest == "0" * 16
+
+
+def test_a_circuit_is_found_with_the_source_and_the_split_asked_for(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple] = []
+
+    def stop(encoder, found, judged, **how):  # type: ignore[no-untyped-def]
+        asked.append((found, judged, how))
+        raise ValueError("stopped here")
+
+    monkeypatch.setattr("clip_lens.methods.circuits.discover.discover", stop)
+    words = ("circuit", "--pairs", few, "--out", tmp_path / "o", "--quiet")
+    for extra in (
+        (),
+        ("--split-by", "image"),
+        ("--source", "noise", "--std", "0.5", "--seed", "3"),
+        ("--source", "mean"),
+    ):
+        assert run(*words, *extra) == 1
+    assert [found.held_out for found, *_ in asked] == ["by text", "by image", "by text", "by text"]
+    sources = [how["source"] for *_, how in asked]
+    assert sources[0] is counterpart and sources[2].identity == noise(0.5, 3).identity and sources[3] is mean
+    assert run(*words, "--method", "guess") == 1
+
+
+def test_what_help_lists_is_what_there_is(capsys: pytest.CaptureFixture) -> None:
+    """Help imports nothing heavy and so says some lists of its own."""
+    assert get_args(options.Run) == get_args(batches.Run)
+    assert set(get_args(options.SplitBy)) == set(get_args(groups.SplitBy))
+    assert set(get_args(options.SourceName)) == {"counterpart", *get_args(options.Replacement)}
+    told: Callable[[object], list[str]] = lambda option: get_args(option)[1].help.split(": ")[1].strip(".").split(", ")
+    assert told(options.Finder) == list(FINDERS)
+    assert set(told(options.Kinds)) == set(LAYOUTS) - {"embed"}
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "clip_lens", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("clip-lens ")
 
 
 def test_a_sender_that_does_not_exist_is_named(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -235,5 +432,5 @@ def test_verbose_says_what_is_computed_and_written(tmp_path: Path, few: Path) ->
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0
-    assert "clip_lens.methods.patching: 6 places x 40 pairs in" in done.stderr
-    assert "mlp-text.parquet: Effects(6 places x 40 pairs" in done.stderr
+    assert "6 places x 40 pairs in" in done.stderr
+    assert "patch-mlp-text.parquet: Effects(6 places x 40 pairs" in done.stderr

@@ -14,8 +14,9 @@ from clip_lens import Site
 from clip_lens.core import rows
 from clip_lens.core.effects import Effects
 from clip_lens.core.source import steered
+from clip_lens.data.batch import Batch
 from clip_lens.data.pairs import Pairs
-from clip_lens.methods import direct, gradient
+from clip_lens.methods import direct, gradient, lens
 from clip_lens.methods.probes.probe import probe_effects
 from clip_lens.model.load import load
 from clip_lens.model.site import LAYOUTS
@@ -189,10 +190,11 @@ def on_the_cpu(function):
 @pytest.mark.parametrize(
     ("module", "name", "verb"),
     [
-        (rows, "slot_positions", "patch_effects"),
+        (Batch, "where", "patch_effects"),
         (rows, "present", "patch_effects"),
         (gradient, "received", "gradient_effects, 3 steps"),
         (direct, "reading_vector", "direct_effects"),
+        (lens, "reading_vector", "logit_lens"),
     ],
 )
 def test_one_function_on_the_cpu_is_noticed(module, name, verb, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 import clip_lens
 from clip_lens.core.keep import Keep
 from clip_lens.methods.circuits import discover as module
+from clip_lens.methods.circuits import finders
 from clip_lens.methods.circuits.circuit import Circuit
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "discover_circuits.py"
@@ -64,8 +65,8 @@ def test_every_run_has_a_folder_and_all_runs_a_report(tmp_path, capsys, monkeypa
     def computed(*_, **__):
         raise AssertionError("computed again")
 
-    for name in ("gradient_effects", "faithfulness"):
-        monkeypatch.setattr(module, name, computed)
+    for where, name in ((finders, "gradient_effects"), (module, "faithfulness")):
+        monkeypatch.setattr(where, name, computed)
     assert script.main([str(path), "--quiet"]) == 0
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "found" / "summary.csv"), table)
 

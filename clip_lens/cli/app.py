@@ -5,24 +5,22 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from enum import Enum
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from pandas import DataFrame
+from clip_lens.cli import options
+from clip_lens.cli.job import Job, name_of, on_pairs, open_job, say
+from clip_lens.cli.tables import print_sides
 
-    from clip_lens.core.effects import Effects
-    from clip_lens.core.keep import Keep
-    from clip_lens.core.source import Source
+if TYPE_CHECKING:
+    from clip_lens.core.source import Function, Source
     from clip_lens.data.batch import Batch
-    from clip_lens.data.images import ImageStore
     from clip_lens.model.encoder import HookedTextEncoder
-    from clip_lens.model.site import Place, Site
+    from clip_lens.model.site import Site
 
 app = typer.Typer(
     name="clip-lens",
@@ -35,169 +33,24 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-
 INTERRUPTED = 130
 
 
-class Run(str, Enum):
-    """Which text is run and patched."""
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
 
-    affirmative = "affirmative"
-    negated = "negated"
-    caption = "caption"
-    foil = "foil"
-
-
-class By(str, Enum):
-    """How positions are addressed."""
-
-    text = "text"
-    slot = "slot"
-    position = "position"
-
-
-class Find(str, Enum):
-    """How a circuit's edges are found."""
-
-    exact = "exact"
-    eap = "eap"
-    eap_ig = "eap-ig"
-    acdc = "acdc"
-    random = "random"
-
-
-class Through(str, Enum):
-    """What a path may pass between sender and receiver."""
-
-    direct = "direct"
-    mlp = "mlp"
-
-
-class With(str, Enum):
-    """What an ablated activation is replaced by."""
-
-    zeros = "zeros"
-    mean = "mean"
-    resample = "resample"
-    noise = "noise"
-
-
-Model = Annotated[
-    str,
-    typer.Option(
-        help="'tiny' (embedded), a model of open_clip's, or a folder that transformers saved.", rich_help_panel="Model"
-    ),
-]
-Pretrained = Annotated[
-    Optional[str],  # noqa: UP045 - typer reads this at run time, on Python 3.10 too
-    typer.Option(help="A tag of open_clip's, a checkpoint file, or 'random'.", rich_help_panel="Model"),
-]
-Device = Annotated[str, typer.Option(help="Where to compute, as torch names it.", rich_help_panel="Model")]
-PairsFile = Annotated[str, typer.Option(help="Caption-foil pairs: .csv, .json, .jsonl, a VALSE file, or 'tiny'.")]
-Images = Annotated[str, typer.Option(help="Their images: a store (.safetensors), a folder of pictures, or 'tiny'.")]
-Out = Annotated[Path, typer.Option(help="The folder to write to; results that are there already are reused.")]
-RunOption = Annotated[Run, typer.Option(help="Which text is run and patched.")]
-Segment = Annotated[str, typer.Option(help="correct, ambiguous, incorrect, or all pairs.")]
-Rephrased = Annotated[
-    bool, typer.Option("--rephrased", help="VALSE existence: make both texts equally long, as the paper does.")
-]
-AnyStore = Annotated[bool, typer.Option("--any-store", help="Accept image embeddings of another model.")]
-Rows = Annotated[int, typer.Option(help="Sequences in one forward pass; bounds the memory.", min=1)]
-
-
-def _known_kind(kind: str) -> str:
-    """Refused before anything is loaded: what names no kind of site."""
-    from clip_lens.model.site import LAYOUTS
-
-    if kind not in LAYOUTS:
-        raise ValueError(f"no kind of site {kind!r}; the kinds are {', '.join(LAYOUTS)}")
-    return kind
-
-
-Kinds = Annotated[
-    str,
-    typer.Option(
-        "--sites",
-        help="Kind of site: resid, mid, attn, mlp, head, q, k, v, pattern, neuron.",
-        callback=_known_kind,
-    ),
-]
-ByOption = Annotated[By, typer.Option(help="Whole texts, named slots (all tokens together), or single positions.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
-
-
-class Job(NamedTuple):
-    """What every command on pairs works with."""
-
-    encoder: HookedTextEncoder
-    batch: Batch
-    images: ImageStore
-    out: Path
-    pictures: Path | None
-    segment: str
-    rows: int
-    progress: bool
-
-
-def _job(
-    out: Out,
-    pairs: PairsFile = "tiny",
-    images: Images = "tiny",
-    model: Model = "tiny",
-    pretrained: Pretrained = None,
-    run: RunOption = Run.affirmative,
-    segment: Segment = "correct",
-    rephrased: Rephrased = False,
-    any_store: AnyStore = False,
-    rows: Rows = 256,
-    device: Device = "cpu",
-    quiet: Quiet = False,
-) -> Job:
-    from clip_lens.data.batch import align
-    from clip_lens.data.read import read_pairs
-    from clip_lens.model.load import load
-    from clip_lens.tiny.assets import ASSETS
-
-    chosen = read_pairs(pairs)
-    chosen = chosen.rephrased() if rephrased else chosen
-    store = _open_images(images, model, pretrained, out, device, quiet)
-    _say(f"Loading {model} ...")
-    encoder = load(model, pretrained=pretrained, device=device)
-    batch = align(chosen, store, encoder, run=run.value, any_store=any_store)
-    _say(repr(batch))
-    for reason, count in batch.dropped.reason.value_counts().items():
-        _say(f"  {count} dropped: {reason}")
-    out.mkdir(parents=True, exist_ok=True)
-    shipped = ASSETS / "pictures" if images == "tiny" else None
-    pictures = Path(images) if Path(images).is_dir() else shipped
-    return Job(encoder, batch, store, out, pictures, segment, rows, not quiet)
-
-
-def on_pairs(**defaults: object) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes a function of a `Job` and of its own options a command that takes the options of `_job` too."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-        shared = inspect.signature(_job, eval_str=True).parameters.values()
-        shared_now = [part.replace(default=defaults.get(part.name, part.default)) for part in shared]
-
-        def run(**given: object) -> None:
-            job = _job(**{part.name: given.pop(part.name) for part in shared})  # type: ignore[arg-type]
-            command(job, **given)
-
-        options = [part.replace(kind=part.KEYWORD_ONLY) for part in (*own, *shared_now)]
-        run.__name__, run.__doc__ = command.__name__, command.__doc__
-        run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
-        run.__annotations__ = {part.name: part.annotation for part in options}
-        return run
-
-    return decorate
+        say(f"clip-lens {version('clip_lens')}")
+        raise typer.Exit
 
 
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what is loaded, computed and written.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Say which version this is.", callback=_version, is_eager=True)
+    ] = False,
 ) -> None:
     """How a CLIP text encoder computes what it says: causal tracing, patching, pictures."""
     if verbose:
@@ -212,10 +65,11 @@ def _options(
 )
 def demo(
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("clip-lens-demo"),
-    quiet: Quiet = False,
+    overwrite: options.Overwrite = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Trace how the embedded CLIP processes negation, and write a report. Takes half a minute, needs nothing else."""
-    _trace(_job(out, quiet=quiet), "resid")
+    _trace(open_job(out, overwrite=overwrite, quiet=quiet), "resid")
 
 
 @app.command(
@@ -224,7 +78,7 @@ def demo(
     "--images v7w.safetensors --out traced",
 )
 @on_pairs(pairs=inspect.Parameter.empty, images=inspect.Parameter.empty)
-def trace(job: Job, kind: Kinds = "resid") -> None:
+def trace(job: Job, kind: options.Kinds = "resid") -> None:
     """Causal tracing on your own pairs: by layer and slot, for both sides of the negation, with a report."""
     _trace(job, kind)
 
@@ -234,36 +88,29 @@ def trace(job: Job, kind: Kinds = "resid") -> None:
     "clip-lens patch --sites pattern --pairs my.csv --images my-pictures/ --out patterns",
 )
 @on_pairs()
-def patch(job: Job, kind: Kinds = "head", by: ByOption = By.text) -> None:
+def patch(job: Job, kind: options.Kinds = "head", by: options.ByOption = "text") -> None:
     """Activation patching of every head, neuron or stream, each on its own, from the other text."""
     from clip_lens.core.source import counterpart
 
-    _sites(job, kind, by, counterpart, f"{kind} patched from the other text")
+    _sites(job, name_of("patch", kind, by), kind, by, counterpart, f"{kind} patched from the other text")
 
 
 @app.command(
     epilog="Examples: clip-lens ablate --sites head --with mean --out ablated   |   "
     "clip-lens ablate --sites mlp --with noise --std 0.5 --run caption --out noisy",
 )
-@on_pairs(run=Run.caption, segment="all")
+@on_pairs(run="caption", segment="all")
 def ablate(
     job: Job,
-    kind: Kinds = "head",
-    by: ByOption = By.text,
-    replacement: Annotated[With, typer.Option("--with", help="What replaces the activation.")] = With.mean,
-    std: Annotated[float, typer.Option(help="noise: in standard deviations of the activation.", min=0.0)] = 1.0,
+    kind: options.Kinds = "head",
+    by: options.ByOption = "text",
+    replacement: Annotated[options.Replacement, typer.Option("--with", help="What replaces the activation.")] = "mean",
+    std: options.Std = 1.0,
     seed: Annotated[int, typer.Option(help="resample, noise: the seed.")] = 0,
 ) -> None:
     """Ablation: what the metric loses when an activation is replaced by zero, its mean, another text's, or noise."""
-    from clip_lens.core import source
-
-    sources = {
-        With.zeros: source.zeros,
-        With.mean: source.mean,
-        With.resample: source.resample(seed),
-        With.noise: source.noise(std, seed),
-    }
-    _sites(job, kind, by, sources[replacement], f"{kind} ablated: {replacement.value}")
+    source, told = _source(replacement, std, seed)
+    _sites(job, name_of("ablate", kind, by, told), kind, by, source, f"{kind} ablated: {told}")
 
 
 @app.command(
@@ -279,7 +126,7 @@ def paths(
     receivers: Annotated[
         str, typer.Option("--to", help="q, k, v, mlp, out, one of them (q3.1), a layer (v3); commas.")
     ],
-    through: Annotated[Through, typer.Option(help="The direct path, or every path through MLPs.")] = Through.direct,
+    through: Annotated[options.Through, typer.Option(help="The direct path, or every path through MLPs.")] = "direct",
 ) -> None:
     """Path patching: what each sender moves through each receiver."""
     from clip_lens.core.source import counterpart
@@ -288,11 +135,12 @@ def paths(
     ends = [_ends(words, job.encoder) for words in (senders, receivers)]
     places = [place for _, _, place in existing_paths(*ends)]
     compute = lambda _: path_effects(
-        job.encoder, job.batch, *ends, through=through.value, rows=job.rows, progress=job.progress
+        job.encoder, job.batch, *ends, through=through, rows=job.rows, progress=job.progress
     )
-    meta = _meta(job, METHODS[through.value], counterpart)
-    effects = _keep(job).effects(f"paths-{through.value}", meta, places, compute, whole=True)
-    _write(job, {f"paths, {through.value}": _segmented(effects, job.segment)})
+    name = name_of("paths", through, senders, "to", receivers)
+    wanted = job.setting(counterpart).record(METHODS[through])
+    effects = job.keep.effects(name, wanted, places, compute, whole=True)
+    job.write(name, {f"paths, {through}": job.chosen(effects)})
 
 
 @app.command(
@@ -307,54 +155,62 @@ def study(
     from clip_lens.show.questions.study import study as write
 
     page = write(
-        job.encoder,
-        job.batch,
-        job.out,
-        segment=job.segment,
-        images=job.images,
-        pictures=job.pictures,
-        rows=job.rows,
-        seed=seed,
-        progress=job.progress,
-        say=_say,
-    )
-    _say(f"The report is {page}; the .parquet files beside it hold the numbers.")
+        job.encoder, job.batch, job.out, segment=job.segment, images=job.images, any_store=job.any_store,
+        pictures=job.pictures, rows=job.rows, seed=seed, overwrite=job.overwrite, progress=job.progress, say=say,
+    )  # fmt: skip
+    say(f"The report is {page}; the .parquet files beside it hold the numbers.")
 
 
 @app.command(
     epilog="Examples: clip-lens circuit --exact --out circuit   |   "
     "clip-lens circuit --method acdc --threshold 0.2 --pairs my.csv --images my-pictures/ --out searched",
 )
-@on_pairs(run=Run.caption, segment="all")
+@on_pairs(run="caption", segment="all")
 def circuit(
     job: Job,
-    method: Annotated[Find, typer.Option(help="How edges are found.")] = Find.eap_ig,
+    method: options.Finder = "eap-ig",
     edges: Annotated[int, typer.Option(help="Edges of the circuit, before pruning (all but acdc).", min=1)] = 200,
     steps: Annotated[int, typer.Option(help="eap-ig: steps of the integral.", min=1)] = 5,
     threshold: Annotated[
         float, typer.Option(help="acdc: the change of d, in logits, below which an edge goes.")
     ] = 0.02,
+    source: Annotated[
+        options.SourceName, typer.Option(help="What the edges outside of the circuit carry.")
+    ] = "counterpart",
+    std: options.Std = 1.0,
     split: Annotated[float, typer.Option(help="The share of the pairs on which the circuit is found.")] = 0.5,
+    split_by: Annotated[
+        options.SplitBy,
+        typer.Option(help="What the two parts do not share: texts and images, or images alone."),
+    ] = "text",
     exact: Annotated[
         bool, typer.Option("--exact", help="Patch every edge on the held-out pairs too, to compare.")
     ] = False,
     seed: Annotated[int, typer.Option(help="The seed of split, random circuits and resampling.")] = 0,
 ) -> None:
     """Find the circuit behind d on one part of the pairs, judge it on the other: f, CPR, CMD, stability; a report."""
-    from clip_lens.methods.circuits.discover import discover
-    from clip_lens.show.questions.circuit_report import circuit_report
-    from clip_lens.show.questions.findings import cautions
+    from clip_lens.methods.circuits.discover import FINDERS, Options, discover
+    from clip_lens.show.questions.cautions import cautions
+    from clip_lens.show.questions.circuits import circuit_report
+    from clip_lens.show.report.report import page_in
 
-    found, judged = _of_segment(job).split(split, seed)
+    batch = job.of_segment()
+    found, judged = batch.split(split, seed, by=split_by)
     discovery = discover(
-        job.encoder, found, judged, method=method.value, edges=edges, steps=steps, threshold=threshold, exact=exact,
-        keep=_keep(job), rows=job.rows, seed=seed, progress=job.progress,
+        job.encoder, found, judged, method=method, edges=edges, steps=steps, threshold=threshold, exact=exact,
+        source=_source(source, std, seed)[0], keep=job.keep, rows=job.rows, seed=seed, progress=job.progress,
     )  # fmt: skip
+    file = FINDERS[method].file(Options(edges, steps, threshold, seed))
+    compared = f"{file}-exact" if exact else file
+    name = name_of("circuit", compared)
     page = circuit_report(
-        discovery, job.out / "report.html", pictures=job.pictures, warnings=cautions(job.encoder, job.batch)
+        discovery, page_in(job.out, name), pictures=job.pictures, warnings=cautions(job.encoder, batch), name=name
     )
-    _print_sides(discovery.summary.drop(columns="method").set_index("side"), repr(discovery))
-    _say(f"\nThe report is {page}; circuit.json, summary.csv and the .parquet files beside it hold the numbers.")
+    print_sides(discovery.summary.drop(columns="method").set_index("side"), repr(discovery))
+    say(
+        f"\nThe report is {page}; circuit-{file}.json, summary-{compared}.csv and the .parquet files beside it hold "
+        "the numbers."
+    )
 
 
 @app.command(
@@ -363,106 +219,82 @@ def circuit(
 def embed(
     images: Annotated[list[Path], typer.Argument(help="A folder of pictures, or files.")],
     out: Annotated[Path, typer.Option(help="The store to write (.safetensors); a finished one is extended.")],
-    model: Model = "tiny",
-    pretrained: Pretrained = None,
+    model: options.Model = "tiny",
+    pretrained: options.Pretrained = None,
     batch_size: Annotated[int, typer.Option(help="Images in one forward pass.", min=1)] = 64,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store that another model made.")] = False,
-    device: Device = "cpu",
-    quiet: Quiet = False,
+    device: options.Device = "cpu",
+    quiet: options.Quiet = False,
 ) -> None:
     """Compute image embeddings once and store them. An interrupted run goes on where it stopped."""
     from clip_lens.data.embed import embed_images
 
     paths = images[0] if len(images) == 1 else list(images)
     store = embed_images(
-        paths,
-        model=model,
-        pretrained=pretrained,
-        out=out,
-        batch_size=batch_size,
-        device=device,
-        progress=not quiet,
+        paths, model=model, pretrained=pretrained, out=out, batch_size=batch_size, device=device, progress=not quiet,
         overwrite=overwrite,
-    )
-    _say(f"{len(store)} embeddings in {out}, {len(store.failed)} images failed")
+    )  # fmt: skip
+    say(f"{len(store)} embeddings in {out}, {len(store.failed)} images failed")
     for name, reason in store.failed:
-        _say(f"  {name}: {reason}")
+        say(f"  {name}: {reason}")
 
 
-@app.command(epilog="Examples: clip-lens info   |   clip-lens info traced/resid.parquet   |   clip-lens info my.csv")
+@app.command(
+    epilog="Examples: clip-lens info   |   clip-lens info traced/resid-slots.parquet   |   clip-lens info my.csv"
+)
 def info(
     what: Annotated[
         str,
-        typer.Argument(help="'tiny', a model of open_clip's, a folder of one, or a file: pairs, image store, effects."),
+        typer.Argument(
+            help="'tiny', a model of open_clip's, a folder of one, or a file: pairs, an image store, a result, a "
+            "table, a circuit."
+        ),
     ] = "tiny",
-    pretrained: Pretrained = None,
+    pretrained: options.Pretrained = None,
 ) -> None:
-    """Say what a model or a file is."""
-    path = Path(what)
-    if path.suffix == ".parquet":
-        from clip_lens.core.effects import Effects
+    """Say what a model or a file is, and whether a file is what was written."""
+    from clip_lens.cli.what import lines_on
 
-        effects = Effects.load(path)
-        _say(repr(effects))
-        for name, value in effects.meta.items():
-            _say(f"  {name}: {value}")
-    elif path.suffix == ".safetensors":
-        from clip_lens.data.images import ImageStore
-
-        store = ImageStore.open(path)
-        _say(repr(store))
-        for name, value in store.provenance.items():
-            _say(f"  {name}: {value}")
-    elif path.suffix in (".csv", ".json", ".jsonl"):
-        from clip_lens.data.read import read_pairs
-
-        _say(repr(read_pairs(path)))
-    else:
-        from clip_lens.model.load import load
-
-        encoder = load(what, pretrained=pretrained)
-        _say(repr(encoder))
-        _say(f"  weights {encoder.digest}, image tower {encoder.image_digest}")
-
-
-def _open_images(images: str, model: str, pretrained: str | None, out: Path, device: str, quiet: bool) -> ImageStore:
-    from clip_lens.data.embed import embed_images
-    from clip_lens.data.images import ImageStore
-
-    if not Path(images).is_dir():
-        return ImageStore.open(images)
-    _say(f"Embedding the pictures in {images} ...")
-    out.mkdir(parents=True, exist_ok=True)
-    return embed_images(
-        images, model=model, pretrained=pretrained, out=out / "images.safetensors", device=device, progress=not quiet
-    )
+    for line in lines_on(what, pretrained):
+        say(line)
 
 
 def _trace(job: Job, kind: str) -> None:
     """Causal tracing by whole slots and by single positions: two results, a table, a report."""
     from clip_lens.core.source import counterpart
 
-    present, positions = _slots(job.batch, By.slot), _slots(job.batch, By.position)
-    by_slot = _sweep(job, _layers(job.encoder, kind, present), f"{kind}-slots", counterpart)
-    by_position = _sweep(job, _layers(job.encoder, kind, positions), f"{kind}-positions", counterpart)
-    chosen = _segmented(by_slot, job.segment)
-    single = _segmented(by_position, job.segment).by_slot(job.batch)
-    _write(job, {f"{kind}: whole slots": chosen, f"{kind}: single positions": single})
+    slots, positions = (_layers(job.encoder, kind, _slots(job.batch, by)) for by in ("slot", "position"))
+    by_slot = job.patched(f"{kind}-slots", slots, counterpart)
+    by_position = job.patched(f"{kind}-positions", positions, counterpart)
+    single = job.chosen(by_position).by_slot(job.batch)
+    job.write(f"trace-{kind}", {f"{kind}: whole slots": job.chosen(by_slot), f"{kind}: single positions": single})
 
 
-def _sites(job: Job, kind: str, by: By, source: Source, name: str) -> None:
+def _sites(job: Job, name: str, kind: str, by: str, source: Source | Function, title: str) -> None:
     """A sweep over the single places of a kind, a table, a report."""
     places = job.encoder.sites(kind, slots=_slots(job.batch, by))  # type: ignore[arg-type]
-    effects = _sweep(job, places, f"{kind}-{by.value}", source)
-    _write(job, {name: _segmented(effects, job.segment)})
+    job.write(name, {title: job.chosen(job.patched(name, places, source))})
 
 
-def _slots(batch: Batch, by: By) -> Sequence[str | int | None]:
-    if by is By.text:
+def _source(name: str, std: float, seed: int) -> tuple[Source | Function, str]:
+    """A source by its name on the command line, and what its files are called."""
+    from clip_lens.core import source
+
+    sources: dict[str, tuple[Source | Function, tuple[object, ...]]] = {
+        "counterpart": (source.counterpart, ()),
+        "zeros": (source.zeros, ()),
+        "mean": (source.mean, ()),
+        "resample": (source.resample(seed), (seed,)),
+        "noise": (source.noise(std, seed), (f"{std:g}", seed)),
+    }
+    chosen, told = sources[name]
+    return chosen, name_of(name, *told)
+
+
+def _slots(batch: Batch, by: str) -> Sequence[str | int | None]:
+    if by == "text":
         return (None,)
-    if by is By.position:
-        return range(batch.tokens.shape[1])
-    return [name for name in batch.slots if (batch.slot == batch.slots.index(name)).any()]
+    return range(batch.tokens.shape[1]) if by == "position" else batch.occurring
 
 
 def _layers(encoder: HookedTextEncoder, kind: str, slots: Iterable[str | int | None]) -> list[Site]:
@@ -475,139 +307,29 @@ def _layers(encoder: HookedTextEncoder, kind: str, slots: Iterable[str | int | N
 
 def _ends(words: str, encoder: HookedTextEncoder) -> list[Site]:
     """Senders or receivers as the command line names them."""
-    import re
-
-    from clip_lens.model.site import Site
-
-    ends: list[Site] = []
-    for word in filter(None, (part.strip() for part in words.split(","))):
-        match = re.fullmatch(r"(embed|out|head|mlp|q|k|v)?(?:(\d+)(?:\.(\d+))?)?", word)
-        if match is None:
-            raise ValueError(
-                f"no sender or receiver {word!r}; give embed, head, mlp, q, k, v, out, 2.3, mlp2, q3.1, v3"
-            )
-        kind, layer, unit = match[1] or "head", match[2], match[3]
-        if kind in ("embed", "out"):
-            ends.append(Site(kind))  # type: ignore[arg-type]
-            continue
-        layers = None if layer is None else [int(layer)]
-        sites = encoder.sites(kind, layers=layers)  # type: ignore[arg-type]
-        chosen = [site for site in sites if unit is None or site.unit == int(unit)]
-        if not chosen:
-            raise ValueError(f"{word!r} names no place of {encoder.name}, which has {encoder.n_heads} heads in a layer")
-        ends += chosen
+    ends = [site for word in filter(None, (part.strip() for part in words.split(","))) for site in _end(word, encoder)]
     if not ends:
         raise ValueError("no sender or receiver given")
     return ends
 
 
-def _sweep(job: Job, places: Sequence[Place], name: str, source: Source) -> Effects:
-    from clip_lens.methods.patching import METHOD, patch_effects
+def _end(word: str, encoder: HookedTextEncoder) -> list[Site]:
+    import re
 
-    compute = lambda chosen: patch_effects(
-        job.encoder, job.batch, chosen, source=source, rows=job.rows, progress=job.progress
-    )
-    return _keep(job).effects(name, _meta(job, METHOD, source), places, compute)
+    from clip_lens.model.site import Site
 
-
-def _keep(job: Job) -> Keep:
-    from clip_lens.core.keep import Keep
-
-    return Keep(job.out, _say)
-
-
-def _meta(job: Job, method: str, source: Source) -> dict[str, str]:
-    """What a finished result must say of itself to be reused."""
-    from clip_lens.core.metric import logit
-    from clip_lens.methods.patching import describe
-
-    return describe(job.encoder, job.batch, method=method, source=source, metric=logit)
-
-
-def _segmented(effects: Effects, segment: str) -> Effects:
-    counts = effects.pairs["segment"].value_counts().to_dict()
-    if segment == "all":
-        return effects
-    if segment not in counts:
-        raise ValueError(f"no pair is {segment!r}, there are {counts}; give --segment with one of these, or all")
-    return effects.where(segment=segment)
-
-
-def _of_segment(job: Job) -> Batch:
-    """The pairs of the segment that was asked for."""
-    if job.segment == "all":
-        return job.batch
-    from clip_lens.core.effects import segments
-    from clip_lens.methods.scores import pair_scores
-
-    found = segments(pair_scores(job.encoder, job.batch).d)
-    if job.segment not in found:
-        raise ValueError(
-            f"no pair is {job.segment!r}, there are {', '.join(sorted(set(found)))}; give one of these, or all"
-        )
-    return job.batch[[row for row, name in enumerate(found) if name == job.segment]]
-
-
-def _write(job: Job, results: dict[str, Effects]) -> None:
-    """The table of the first result on the screen and as csv, and the report of all."""
-    from clip_lens.show.report.report import report
-
-    first = next(iter(results.values()))
-    first.table().to_csv(job.out / "table.csv", index=False)
-    data = "" if job.batch.pairs.name == job.encoder.name else f": {job.batch.pairs.name}"
-    title = f"Where {job.encoder.full_name} processes negation{data}"
-    page = report(results, job.out / "report.html", title=title, pictures=job.pictures)
-    _print_table(first)
-    _say(f"\nThe report is {page}; table.csv and the .parquet files beside it hold the numbers.")
-
-
-def _print_table(effects: Effects) -> None:
-    """By slot and layer where each cell is one place, else the largest effects."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from clip_lens.core.table import SIDES
-
-    index = effects.index
-    ablated = effects.meta.get("source") != "counterpart"
-    value, what = ("effect", "logits that a patch moves") if ablated else ("fraction", "share of d that a patch moves")
-    laid_out = index["slot"].notna().all() and not index.duplicated(["slot", "layer"]).any()
-    for side in (side for side in SIDES if side in set(effects.pairs["side"])):
-        count = int((effects.pairs["side"] == side).sum())
-        table = Table(title=f"{what}; negation in the {side}, {count} pairs")
-        if laid_out:
-            grid = effects.grid(side=side, value=value)
-            table.add_column("slot \\ layer")
-            for layer in grid.columns:
-                table.add_column(str(layer), justify="right")
-            for slot, line in grid.iterrows():
-                cells = (f"{value:.2f}".replace("-0.00", "0.00") if value == value else "" for value in line)
-                table.add_row(str(slot), *cells)
-        else:
-            for column in ("place", *([] if ablated else ["share"]), "logits", "95% interval"):
-                table.add_column(column, justify="left" if column == "place" else "right")
-            for line in effects.where(side=side).top(10).itertuples():
-                share = [] if ablated else [f"{line.fraction:.2f}"]
-                interval = f"{line.effect_lower:+.2f} .. {line.effect_upper:+.2f}"
-                table.add_row(line.place, *share, f"{line.effect:+.2f}", interval)
-        Console().print(table)
-
-
-def _print_sides(frame: DataFrame, title: str) -> None:
-    """A table on the screen with a column per side, numbers with two decimals; lines without any are left out."""
-    from rich.console import Console
-    from rich.table import Table
-
-    names = {"caption": "negation in the caption", "foil": "in the foil", "none": "no side", "pooled": "together"}
-    table = Table("", *(names[side] for side in frame.index), title=title)
-    for name, column in frame.dropna(axis=1, how="all").items():
-        cells = (f"{cell:.2f}".replace("-0.00", "0.00") if isinstance(cell, float) else str(cell) for cell in column)
-        table.add_row(str(name).replace("_", " "), *cells)
-    Console().print(table)
-
-
-def _say(line: str) -> None:
-    typer.echo(line)
+    match = re.fullmatch(r"(embed|out|head|mlp|q|k|v)?(?:(\d+)(?:\.(\d+))?)?", word)
+    if match is None:
+        raise ValueError(f"no sender or receiver {word!r}; give embed, head, mlp, q, k, v, out, 2.3, mlp2, q3.1, v3")
+    kind, layer, unit = match[1] or "head", match[2], match[3]
+    if kind in ("embed", "out"):
+        return [Site(kind)]  # type: ignore[arg-type]
+    layers = None if layer is None else [int(layer)]
+    sites = encoder.sites(kind, layers=layers)  # type: ignore[arg-type]
+    chosen = [site for site in sites if unit is None or site.unit == int(unit)]
+    if not chosen:
+        raise ValueError(f"{word!r} names no place of {encoder.name}, which has {encoder.n_heads} heads in a layer")
+    return chosen
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,9 +10,8 @@ import pandas as pd
 from pandas import DataFrame
 
 from clip_lens.core.store import INDEX, plain
+from clip_lens.data.batch import SLOTS
 from clip_lens.model.site import KINDS
-
-SLOTS = ("sot", "prefix", "there", "be", "negator", "subject", "subject_rest", "suffix", "stop", "eot")
 
 
 def one_side(table: DataFrame, side: str | None) -> DataFrame:

@@ -34,10 +34,10 @@ class Method:
 
     `key` is its name in files and on the command line, `title` in headings. `how`: it patches places, estimates what
     patching them would do, only reads, or judges circuits. `noun` is what a mean of its values is, `share` what a
-    fraction of the total is, `verb` what a share of the whole does at a place. `caption` says what one cell of its
-    figure is: `{place}`, `{source}`, `{texts}`, `{slot}` and the record's settings by their names are filled in.
-    `definition` is a heading and the paragraph that defines its numbers. `unit` is given where it isn't the
-    metric's.
+    fraction of the total is, `verb` what a share of the whole does at a place. `caption` says what one mark of its
+    figure is: `{mark}` (cell, bar, line), `{place}`, `{source}`, `{texts}`, `{slot}` and the record's settings by their
+    names are filled in. `definition` is a heading and the paragraph that defines its numbers. `unit` is given where it
+    isn't the metric's.
 
     Example:
         >>> Method("patching", "activation patching").noun
@@ -49,7 +49,7 @@ class Method:
     how: How = "patches"
     noun: str = "mean signed effect"
     verb: str = "moves"
-    caption: str = "Each cell replaces {place} by what the {source} gives there."
+    caption: str = "Each {mark} replaces {place} by what the {source} gives there."
     definition: tuple[str, str] = ("", "")
     unit: str | None = None
     share: str = "recovered fraction"

@@ -19,7 +19,7 @@ from torch import Tensor
 from clip_lens.core.address import Addresses
 from clip_lens.core.edges import EdgePatch, differences, sender_hook
 from clip_lens.core.metric import Metric, Readout
-from clip_lens.core.sites import patch_hooks, present, slot_positions
+from clip_lens.core.sites import patch_hooks, present
 from clip_lens.core.source import Fetch
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import Cache, Hook, HookedTextEncoder
@@ -111,7 +111,7 @@ def prepare(
     first = torch.zeros_like(part.length) if first is None else first[index]
     differs = torch.arange(width, device=first.device) >= first[:, None]
     change, sends = differences(encoder, addresses.senders, source, run, differs)
-    positions = slot_positions(addresses.slots, part)[..., :width]
+    positions = torch.stack([part.where(slot) for slot in addresses.slots])[..., :width]
     embedding = encoder.read(y, encoder.pool(tokens))
     whole = bool(encoder.hooked)
     return Chunk(encoder, addresses, part, tokens, run, embedding, source, change, sends, positions, first, whole)

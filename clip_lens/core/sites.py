@@ -5,32 +5,16 @@ A *row* is one place of one pair: many interventions are rows of one forward pas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from clip_lens.core.address import Addresses, Slot
-from clip_lens.data.batch import Batch
+from clip_lens.core.address import Addresses
 from clip_lens.model.encoder import Hook
 from clip_lens.model.site import LAYOUTS, Kind
-
-
-def slot_positions(slots: Sequence[Slot], batch: Batch) -> Bool[Tensor, "slot pair pos"]:
-    """Which positions each slot has in each pair: a named slot's tokens, one raw position, or all of the text."""
-    position = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-    found = []
-    for slot in slots:
-        if slot is None:
-            where = torch.ones_like(batch.inside)
-        elif isinstance(slot, str):
-            where = batch.slot == batch.slots.index(slot)
-        else:
-            where = (position == slot).expand_as(batch.inside)
-        found.append(where & batch.inside)
-    return torch.stack(found)
 
 
 def present(kind: Kind, value: Shaped[Tensor, "pair ..."]) -> Bool[Tensor, "pair pos"]:

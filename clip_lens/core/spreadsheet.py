@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import pandas as pd
 from pandas import DataFrame
 
-from clip_lens.core.store import written_whole
+from clip_lens.files import written_whole
 
 FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")
 """What a spreadsheet takes a cell for a formula by, when the cell begins with it."""
@@ -23,10 +24,12 @@ def to_csv(frame: DataFrame, *, float_format: str | None = None) -> str:
         >>> to_csv(DataFrame({"caption": ["=1+1", "a dog"], "d": [-1.5, 2.0]}))
         "caption,d\\n'=1+1,-1.5\\na dog,2.0\\n"
     """
-    safe = frame.apply(lambda column: column.astype(object).map(_plain) if _may_hold_texts(column) else column)
+    columns = [column.astype(object).map(_plain) if _may_hold_texts(column) else column for _, column in frame.items()]
+    safe = pd.concat(columns, axis=1) if columns else frame.copy()
     safe.columns = [_plain(name) for name in frame.columns]
-    returns = any("\r" in cell for _, column in safe.items() for cell in column if isinstance(cell, str))
-    end = "\r\n" if returns else "\n"  # a carriage return is quoted only where it ends rows, and would else end one
+    texts = (cell for column in columns if _may_hold_texts(column) for cell in column if isinstance(cell, str))
+    # a carriage return is quoted only where it ends rows, and would else end one
+    end = "\r\n" if any("\r" in text for text in texts) else "\n"
     return str(safe.to_csv(index=False, lineterminator=end, float_format=float_format))
 
 

@@ -166,7 +166,10 @@ def _refuse_device(device: str) -> None:
 def _image_tower(original: Original, device: str) -> _ImageTower:
     name, module = original.name, cast(Any, original.module.eval())
     if getattr(module, "visual", None) is None:
-        raise ValueError(f"{name} has no image tower; give a model that has, by open_clip's name or as a folder")
+        raise ValueError(
+            f"{name} has no image tower that takes single pictures of one size; give a model that has, by open_clip's "
+            "name or as a folder"
+        )
     if original.preprocess is None:
         raise ValueError(f"{name} has no preprocessing for images; give preprocess=, a function of a picture")
     module.to(device)

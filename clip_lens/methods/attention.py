@@ -17,7 +17,6 @@ from clip_lens.core.effects import Effects
 from clip_lens.core.metric import Readout
 from clip_lens.core.record import MetricRecord, Record
 from clip_lens.core.setting import Setting, logit_difference, over_pairs
-from clip_lens.core.sites import slot_positions
 from clip_lens.core.source import CHUNK
 from clip_lens.data.batch import Batch
 from clip_lens.methods.registry import ATTENTION, SELECTIVITY
@@ -106,14 +105,14 @@ def _chunk(
     run, other = _slots((slot, *queries), batch, flipped)
     mine, theirs = run.has, other.has
     if contrast:
-        mine = _matched(run, other, batch.origin)
-        theirs = _moved(mine, flipped.origin)
+        mine = _matched(run, other, batch)
+        theirs = batch.moved(mine, inverse=True)
     paid, u = _attention(encoder, batch.tokens, mine[0])
     paid_other, v = _attention(encoder, batch.other, theirs[0])
     later = _later(mine, encoder.pool(batch.tokens))
     negated = negation_is_run(batch)
     if contrast:
-        extra = _moved(paid_other, batch.origin) - paid
+        extra = batch.moved(paid_other) - paid
         values = _largest(torch.where(negated[:, None], -extra, extra), later)
     else:
         later_other = _later(theirs, encoder.pool(batch.other))
@@ -124,25 +123,23 @@ def _chunk(
 
 def _slots(slots: Sequence[Slot | None], batch: Batch, flipped: Batch) -> tuple[_Slots, _Slots]:
     """Where run and other have each slot. Raw positions are the run's, in the other their counterparts."""
-    own = slot_positions(slots, batch)
+    own = _positions(slots, batch)
     raw = torch.tensor([isinstance(each, int) for each in slots], device=own.device)[:, None, None]
     named = torch.tensor([isinstance(each, str) for each in slots], device=own.device)[:, None, None]
     names = [None if isinstance(each, int) else each for each in slots]
-    other = torch.where(raw, _moved(own, flipped.origin), slot_positions(names, flipped))
+    other = torch.where(raw, batch.moved(own, inverse=True), _positions(names, flipped))
     return _Slots(own, named & (batch.slot < 0)), _Slots(other, named & (flipped.slot < 0))
 
 
-def _matched(run: _Slots, other: _Slots, origin: Int[Tensor, "pair pos"]) -> Bool[Tensor, "slot pair pos"]:
+def _positions(slots: Sequence[Slot | None], batch: Batch) -> Bool[Tensor, "slot pair pos"]:
+    return torch.stack([batch.where(slot) for slot in slots])
+
+
+def _matched(run: _Slots, other: _Slots, batch: Batch) -> Bool[Tensor, "slot pair pos"]:
     """Which of the run's positions have the slot together with their counterpart: both, or one if the other has no
     name."""
-    has, unnamed = _moved(other.has, origin), _moved(other.unnamed, origin)
+    has, unnamed = batch.moved(other.has), batch.moved(other.unnamed)
     return (run.has & (has | unnamed)) | (run.unnamed & has)
-
-
-def _moved(value: Tensor, origin: Int[Tensor, "pair pos"]) -> Tensor:
-    """What stands at each position's counterpart, `... pair pos`; 0 where it has none."""
-    index = origin.clamp(min=0).expand(*value.shape[:-1], -1)
-    return value.gather(-1, index) * (origin >= 0)
 
 
 def _later(slots: Bool[Tensor, "slot pair pos"], pooled: Int[Tensor, "pair"]) -> Bool[Tensor, "query pair pos"]:

@@ -64,12 +64,12 @@ CIRCUITS = (
 )
 
 PATCHING = register(Method("patching", "activation patching", definition=EFFECTS))
-DIRECTLY = "Each cell patches what a sender gives a receiver directly, from the {source}."
+DIRECTLY = "Each {mark} patches what a sender gives a receiver directly, from the {source}."
 PATHS = register(Method("paths-direct", "path patching, direct", caption=DIRECTLY, definition=EFFECTS))
 PATHS_THROUGH_MLPS = register(
     Method(
         "paths-mlp", "path patching through MLPs, attention frozen",
-        caption="Each cell patches what a sender gives a receiver directly and through MLPs, from the {source}.",
+        caption="Each {mark} patches what a sender gives a receiver directly and through MLPs, from the {source}.",
         definition=EFFECTS,
     )
 )  # fmt: skip
@@ -77,7 +77,7 @@ STEERING = {
     how: register(
         Method(
             f"steering-{how}", f"steering: {how} a direction",
-            caption=f"Each cell {does} {{place}}.",
+            caption=f"Each {{mark}} {does} {{place}}.",
             definition=EFFECTS,
         )
     )
@@ -86,7 +86,7 @@ STEERING = {
 
 
 def _estimate(key: str, title: str) -> Method:
-    caption = f"Each cell estimates from a gradient ({title}) what comes of patching {{place}} from the {{source}}."
+    caption = f"Each {{mark}} estimates from a gradient ({title}) what comes of patching {{place}} from the {{source}}."
     return register(Method(key, title, "estimates", "mean estimated effect", "would move", caption, ESTIMATED))
 
 
@@ -98,21 +98,21 @@ BOTH = _estimate("eap-and-attribution", "attribution patching and EAP")
 DIRECT = register(
     Method(
         "direct", "direct logit attribution", "reads", "mean contribution", "is written",
-        "Nothing is patched: each cell is what one part of the tower writes into the logit at the position that is "
+        "Nothing is patched: each {mark} is what one part of the tower writes into the logit at the position that is "
         "pooled, with the norms frozen, {texts}.", WRITTEN, share="share of the total",
     )
 )  # fmt: skip
 LENS = register(
     Method(
         "lens", "logit lens", "reads", "mean reading", "is read",
-        "Nothing is patched: each cell is the logit as it would be read from the residual stream at that layer, at the "
-        "position that is pooled, {texts} ({norms}).", WRITTEN, share="share of the total",
+        "Nothing is patched: each {mark} is the logit as it would be read from the residual stream at that layer, at "
+        "the position that is pooled, {texts} ({norms}).", WRITTEN, share="share of the total",
     )
 )  # fmt: skip
 SELECTIVITY = register(
     Method(
         "selectivity", "attention selectivity", "reads", "mean difference", "is paid",
-        "Nothing is patched: each cell is the attention that a head pays to {slot}, at the later position where that "
+        "Nothing is patched: each {mark} is the attention that a head pays to {slot}, at the later position where that "
         "is largest, in the text with the negation minus in the text without.", ATTENDED, "attention weight",
         "mean extra attention weight",
     )
@@ -120,14 +120,14 @@ SELECTIVITY = register(
 ATTENTION = register(
     Method(
         "attention", "attention", "reads", "mean weight", "is paid",
-        "Nothing is patched: each cell is the attention that a head pays to {slot}, at the later position where that "
+        "Nothing is patched: each {mark} is the attention that a head pays to {slot}, at the later position where that "
         "is largest, in the text with the negation.", ATTENDED, "attention weight", "mean attention weight",
     )
 )  # fmt: skip
 FAITHFULNESS = register(
     Method(
         "faithfulness", "faithfulness of circuits", "judges", share="share that is lost",
-        caption="Each cell replaces every edge outside of a circuit by what the {source} gives there.",
+        caption="Each {mark} replaces every edge outside of a circuit by what the {source} gives there.",
         definition=CIRCUITS,
     )
 )  # fmt: skip

@@ -74,7 +74,7 @@ def convert(
         parts.ln_final,
         parts.W_U,
         parts.b_U,
-        fitted(tokenizer, len(parts.W_pos)),
+        fitted(tokenizer, len(parts.W_pos), lower_case=isinstance(module, TransformersModel) and module.siglip),
     )
     return tower, parts.pool
 
@@ -91,15 +91,15 @@ def _of_open_clip(module: nn.Module, name: str) -> Parts:
 def _of_transformers(module: TransformersModel, name: str) -> Parts:
     text, projection = module.text, module.text_projection
     blocks = [_separate_block(layer, causal=not module.siglip) for layer in text.encoder.layers]
-    W_U = projection.weight.T
+    W_U, b_U = _linear(projection, text.final_layer_norm.weight)
     return Parts(
         text.embeddings.token_embedding.weight,
         text.embeddings.position_embedding.weight,
         blocks,
         _layer_norm(text.final_layer_norm),
         W_U,
-        W_U.new_zeros(W_U.shape[1]) if projection.bias is None else projection.bias,
-        Pool("last") if module.siglip else _end_of_text(text.eos_token_id, name),
+        b_U,
+        Pool("last") if module.siglip else _end_of_text(module.pools_at, name),
     )
 
 
@@ -119,10 +119,12 @@ def _separate_block(layer: Any, causal: bool) -> Block:
 
 
 def _end_of_text(eos_id: Any, name: str) -> Pool:
-    """transformers' CLIP reads the first `eos_token_id`, or the highest id where a config has the 2 of early files."""
+    """transformers' CLIP reads the first `eos_token_id`, or (None) the highest id."""
+    if eos_id is None:
+        return Pool("argmax")
     if not isinstance(eos_id, int):
         raise ValueError(f"{name}: pooling at eos_token_id={eos_id!r} is not supported; it must be one token's id")
-    return Pool("argmax") if eos_id == 2 else Pool("eos", eos_id)
+    return Pool("eos", eos_id)
 
 
 def _refuse_foreign(module: nn.Module, text: Any, name: str) -> None:
@@ -174,13 +176,21 @@ def _block(block: Any, causal: bool) -> Block:
 
 
 def _projection(text: Any) -> tuple[Float[Tensor, "d_model d_embed"], Float[Tensor, "d_embed"]]:
-    """The text projection, whether it is a parameter, a linear layer or absent."""
-    projection, like = text.text_projection, text.ln_final.weight
+    """open_clip's text projection, which is a parameter, a linear layer or absent."""
+    projection = text.text_projection
+    if isinstance(projection, nn.Parameter):
+        return projection, projection.new_zeros(projection.shape[1])
+    return _linear(projection, text.ln_final.weight)
+
+
+def _linear(
+    projection: nn.Linear | None, like: Float[Tensor, "d_model"]
+) -> tuple[Float[Tensor, "d_model d_embed"], Float[Tensor, "d_embed"]]:
+    """The weight and bias of a linear layer; where there is none, texts stay where they are."""
     if projection is None:
         return torch.eye(len(like), dtype=like.dtype, device=like.device), torch.zeros_like(like)
-    weight = projection.weight.T if isinstance(projection, nn.Linear) else projection
-    bias = getattr(projection, "bias", None)
-    return weight, weight.new_zeros(weight.shape[1]) if bias is None else bias
+    weight = projection.weight.T
+    return weight, weight.new_zeros(weight.shape[1]) if projection.bias is None else projection.bias
 
 
 def _pool(text: Any, name: str) -> Pool:

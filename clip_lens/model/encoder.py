@@ -54,7 +54,10 @@ class HookedTextEncoder:
         self.tower, self.pool, self.scale = tower, pool, scale
         self.name, self.pretrained, self.image_digest = name, pretrained, image_digest
         self.vocabulary, self.notes = vocabulary, notes
-        self._pad = int(self._raw_tokens([""])[0, -1]) if tower.tokenizer is not None else 0
+        self._pad, self._end = 0, None
+        if tower.tokenizer is not None:
+            empty = self._raw_tokens([""])
+            self._pad, self._end = int(empty[0, -1]), int(empty[0, pool(empty)])
 
     device = property(lambda self: self.tower.W_U.device)
     dtype = property(lambda self: self.tower.W_U.dtype)
@@ -102,12 +105,13 @@ class HookedTextEncoder:
         number = {text: index for index, text in enumerate(dict.fromkeys(texts))}
         wider = {"context_length": self.n_ctx + longer} if longer else {}
         with self.tower.turn:  # a tokenizer of transformers' keeps the length to pad to
-            return self.tower.tokenizer(list(number), **wider)[[number[text] for text in texts]]
+            rows = self.tower.tokenizer(list(number), **wider)
+        return torch.as_tensor(rows).long()[[number[text] for text in texts]]
 
     def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "pair pos"]:
         """The token ids of texts, padded to the context.
 
-        Warns about words that the embedded model never saw, by name.
+        Warns about words that the embedded model never saw, by name, and about texts that are not read at their end.
 
         Raises:
             ValueError: a text is too long for the context, or there is no tokenizer.
@@ -115,27 +119,60 @@ class HookedTextEncoder:
         texts = [texts] if isinstance(texts, str) else list(texts)
         long = [text for text, fits in zip(texts, self.fits(texts), strict=True) if not fits]
         if long:
+            more = "more than" if self._says_length else "as many tokens as the context has, so that they may be cut:"
             raise ValueError(
-                f"{len(long)} of {len(texts)} texts have more than {self.n_ctx} tokens, the first is {long[0][:80]!r}; "
+                f"{len(long)} of {len(texts)} texts have {more} {self.n_ctx} tokens, the first is {long[0][:80]!r}; "
                 "shorten them"
             )
         tokens = self._raw_tokens(texts)
         self._warn_unseen(texts, tokens)
+        self._warn_read_elsewhere(texts, tokens)
         return tokens.to(self.device)
 
     def fits(self, texts: Sequence[str]) -> list[bool]:
-        """For each text, whether all its tokens fit into the context: tokenizers cut what does not, silently."""
+        """For each text, whether all its tokens fit into the context: tokenizers cut what does not, silently.
+
+        A text that the tokenizer refuses does not fit. Of a tokenizer that can't be asked for a longer context, a text
+        does not that fills it: it may have been cut.
+        """
         if not texts or self.tower.tokenizer is None:
             return [True] * len(texts)
-        call = inspect.signature(self.tower.tokenizer)
-        if "context_length" not in call.parameters:
-            return [True] * len(texts)
+        try:
+            return self._fit(texts)
+        except (ValueError, RuntimeError, AssertionError):  # as OpenAI's: the whole batch, for one text
+            if len(texts) == 1:
+                return [False]
+            half = len(texts) // 2
+            return self.fits(texts[:half]) + self.fits(texts[half:])
+
+    @property
+    def _says_length(self) -> bool:
+        """Whether the tokenizer can be asked for a longer context."""
+        return "context_length" in inspect.signature(self.tower.tokenizer).parameters  # type: ignore[arg-type]
+
+    def _fit(self, texts: Sequence[str]) -> list[bool]:
+        tokens = self._raw_tokens(texts)
+        if not self._says_length:
+            return (self.length(tokens) < self.n_ctx).tolist()
         wider = self._raw_tokens(texts, longer=8)
         fit = self.length(wider) <= self.n_ctx
         if self.pool.type not in ("argmax", "eos"):
             # An end that looks like padding is not counted, but a text cut to make room for it has other tokens.
-            fit &= (wider[:, : self.n_ctx] == self._raw_tokens(texts)).all(1)
+            fit &= (wider[:, : self.n_ctx] == tokens).all(1)
         return fit.tolist()
+
+    def _warn_read_elsewhere(self, texts: Sequence[str], tokens: Int[Tensor, "pair pos"]) -> None:
+        """A tower that pools at the highest id pools at a token that was added behind the end of text."""
+        if self.pool.type != "argmax":
+            return
+        elsewhere = [row for row, highest in enumerate(tokens.amax(-1).tolist()) if highest != self._end]
+        if elsewhere:
+            first = texts[elsewhere[0]][:80]
+            warnings.warn(
+                f"{len(elsewhere)} of {len(texts)} texts have a token with a higher id than the end of text, "
+                f"{self._end}, and are read there, as {self.name} itself does; the first is {first!r}",
+                stacklevel=3,
+            )
 
     def _warn_unseen(self, texts: Sequence[str], tokens: Int[Tensor, "pair pos"]) -> None:
         rows = unseen_words(self, tokens).nonzero().flatten().tolist()

@@ -36,10 +36,11 @@ def load(
     """The hooked text encoder of a CLIP model; its image tower is dropped.
 
     `name` is "tiny" (the embedded model), a model of open_clip's (`pretrained`: a tag, a checkpoint's path, "random" or
-    "random:SEED"), open_clip's `local-dir:PATH` and `hf-hub:ORG/REPO`, the path of a folder that transformers'
-    `save_pretrained` wrote (CLIPModel, CLIPTextModelWithProjection, SiglipModel, SiglipTextModel; nothing is
-    downloaded), or a module of either library in memory, which is copied and left as it is. The copy is compared with
-    the original on a few texts before it is handed out.
+    "random:SEED"), open_clip's `local-dir:PATH` and `hf-hub:ORG/REPO`, or a module of either library or of OpenAI's
+    `clip` package in memory, which is copied and left as it is. Of transformers' models CLIP, SigLIP, SigLIP 2,
+    MetaCLIP 2, CLIPSeg, X-CLIP and their text models go by the path of a folder that `save_pretrained` wrote, or by a
+    repository's name in Hugging Face's cache ("openai/clip-vit-base-patch32"); nothing is downloaded. The copy is
+    compared with the original on a few texts before it is handed out.
 
     A checkpoint's file does not tell which activation it was trained with: `like` is the tag of open_clip's that it is
     used like (a fine-tuned "openai": `like="openai"`), `quick_gelu` says it directly. Without them the file itself is

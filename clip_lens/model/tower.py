@@ -412,12 +412,14 @@ class HookedTextTower(HookedRootModule):
         """
         if self.tokenizer is None:
             raise ValueError("this tower has no tokenizer; give tokens, or load(module, tokenizer=...)")
-        return self.tokenizer([input] if isinstance(input, str) else list(input)).to(self.W_E.device)
+        rows = self.tokenizer([input] if isinstance(input, str) else list(input))
+        return torch.as_tensor(rows).long().to(self.W_E.device)
 
     def to_str_tokens(self, input: str | Int[Tensor, "pos"] | Int[Tensor, "1 pos"], **ignored: Any) -> list[str]:
-        """One string per token of one text."""
+        """One string per token of one text; a token's id where the tokenizer can't say it."""
         tokens = self.to_tokens(input)[0] if isinstance(input, str) else input.flatten()
-        decode = getattr(self.tokenizer, "decode", None) or self.tokenizer.tokenizer.decode  # type: ignore[union-attr]
+        inner = getattr(self.tokenizer, "tokenizer", None)
+        decode: Any = getattr(self.tokenizer, "decode", None) or getattr(inner, "decode", lambda ids: "")
         return [decode([int(token)]).strip() or f"<{int(token)}>" for token in tokens]
 
     def to_single_token(self, string: str) -> int:

@@ -20,7 +20,7 @@ from clip_lens.originals.checkpoint import Checkpoint, fill, read
 from clip_lens.originals.original import Original, in_one_line, quiet
 from clip_lens.originals.original import digest as digest
 from clip_lens.originals.settings import settings
-from clip_lens.originals.transformers import TransformersModel, adopt, open_folder
+from clip_lens.originals.transformers import adopt, adopted, cached, open_folder
 from clip_lens.tiny.opener import open_tiny, tiny_tokenizer
 
 RANDOM = "random"
@@ -41,8 +41,9 @@ def open_original(
     `clip_lens.originals.checkpoint`), or "random" for untrained weights, the same ones each time ("random:7" for
     others). `name` may also be "tiny" (the embedded model; `pretrained` may be weights that `scripts/train_tiny.py`
     wrote with another seed) or open_clip's `local-dir:PATH` and `hf-hub:ORG/REPO`, which bring their weights with them,
-    or the path of a folder that transformers' `save_pretrained` wrote, which does too. A `tokenizer` takes the place of
-    the model's own, which may have to be downloaded; `with_tokenizer=False` does without, for work on images alone.
+    or the path of a folder that transformers' `save_pretrained` wrote, or a repository's name that lies in Hugging
+    Face's cache ("openai/clip-vit-base-patch32"), which do too. A `tokenizer` takes the place of the model's own, which
+    may have to be downloaded; `with_tokenizer=False` does without, for work on images alone.
 
     A tag that was trained with QuickGELU gets it, whatever the model's configuration says: "ViT-B-32" with "openai" is
     "ViT-B-32-quickgelu". A checkpoint's file does not tell; `like`, the tag whose activation and image preprocessing it
@@ -69,15 +70,21 @@ def open_original(
     if name not in open_clip.list_models() and Path(name).is_dir():
         _refuse_weights(name, pretrained)
         return open_folder(name, tokenizer=tokenizer, with_tokenizer=with_tokenizer)
+    if name not in open_clip.list_models() and (folder := cached(name)) is not None:
+        _refuse_weights(name, pretrained)
+        if not (folder / "config.json").is_file():
+            return open_original(f"hf-hub:{name}", tokenizer=tokenizer, with_tokenizer=with_tokenizer)
+        return open_folder(folder, name=name, tokenizer=tokenizer, with_tokenizer=with_tokenizer)
+    _refuse_name(name, pretrained)
+    if with_tokenizer and tokenizer is None:  # it may have to be downloaded: asked for before a tower is built
+        with quiet():
+            tokenizer = _tokenizer(name)
     if of_file:
         opened = _of_file(name, str(pretrained), like, quick_gelu)
     else:
         with quiet():
             module = _create(name, pretrained)
         opened = Original(module.eval(), None, _preprocess(module), name, pretrained)
-    if with_tokenizer and tokenizer is None:
-        with quiet():
-            tokenizer = _tokenizer(name)
     return replace(opened, tokenizer=tokenizer)
 
 
@@ -156,11 +163,10 @@ def open_module(
         >>> open_module(open_original("tiny").module).name
         'CLIP in memory'
     """
-    adopted: Any = adopt(module)
-    if preprocess is None and hasattr(getattr(adopted, "visual", None), "preprocess_cfg"):
-        preprocess = _preprocess(adopted)
-    opened = Original(adopted, tokenizer, preprocess, f"{type(module).__name__} in memory", None)
-    return replace(opened, library="transformers") if isinstance(adopted, TransformersModel) else opened
+    taken: Any = adopt(module)
+    if preprocess is None and hasattr(getattr(taken, "visual", None), "preprocess_cfg"):
+        preprocess = _preprocess(taken)
+    return adopted(Original(taken, tokenizer, preprocess, f"{type(module).__name__} in memory", None))
 
 
 def builtin_config(name: str) -> dict[str, Any]:
@@ -173,8 +179,12 @@ def builtin_config(name: str) -> dict[str, Any]:
     return open_clip.get_model_config(name) if name in open_clip.list_models() else {}
 
 
-def _create(name: str, pretrained: str | None) -> nn.Module:
-    hosted = name.startswith(("local-dir:", "hf-hub:"))
+HOSTED = ("local-dir:", "hf-hub:")
+
+
+def _refuse_name(name: str, pretrained: str | None) -> None:
+    """A name that does not exist, or weights that are not named or named twice."""
+    hosted = name.startswith(HOSTED)
     if not hosted and name not in open_clip.list_models():
         raise ValueError(f"no model {name!r}: {_nearest(name, open_clip.list_models())}")
     if pretrained is None and not hosted:
@@ -185,6 +195,16 @@ def _create(name: str, pretrained: str | None) -> nn.Module:
         )
     if hosted:
         _refuse_weights(name, pretrained)
+    if name.startswith("hf-hub:"):
+        try:
+            with quiet():
+                open_clip.get_model_config(name)
+        except Exception as error:
+            raise ValueError(f"can't load {name} with pretrained=None: {in_one_line(error)}") from error
+
+
+def _create(name: str, pretrained: str | None) -> nn.Module:
+    hosted = name.startswith(HOSTED)
     seed = None if hosted else _seed(str(pretrained))
     trained = {} if hosted or seed is not None else open_clip.get_pretrained_cfg(name, str(pretrained))
     try:
@@ -246,8 +266,9 @@ def _nearest(name: str, names: Sequence[str]) -> str:
 
     close = difflib.get_close_matches(name, names, n=4, cutoff=0.5)
     hint = f"did you mean {', '.join(close)}? " if close else ""
+    hub = f"{name} is not in Hugging Face's cache (`hf download {name}` puts it there); " if "/" in name else ""
     return (
-        hint + "open_clip.list_models() lists all of them; 'tiny' is the embedded one; "
+        f"{hint}{hub}open_clip.list_models() lists all of them; 'tiny' is the embedded one; "
         "a folder that transformers saved goes by its path"
     )
 

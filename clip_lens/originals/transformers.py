@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,20 @@ from torch import Tensor, nn
 from clip_lens.originals.original import Original, in_one_line, quiet
 
 MODEL_TYPES = {
-    "clip": "CLIPModel",
-    "clip_text_model": "CLIPTextModelWithProjection",
-    "siglip": "SiglipModel",
-    "siglip_text_model": "SiglipTextModel",
+    "clip": ("CLIPModel",),
+    "clip_text_model": ("CLIPTextModelWithProjection", "CLIPTextModel"),
+    "siglip": ("SiglipModel",),
+    "siglip_text_model": ("SiglipTextModel",),
+    "siglip2": ("Siglip2Model",),
+    "siglip2_text_model": ("Siglip2TextModel",),
+    "metaclip_2": ("MetaClip2Model",),
+    "metaclip_2_text_model": ("MetaClip2TextModelWithProjection",),
+    "clipseg": ("CLIPSegModel",),
+    "xclip": ("XCLIPModel",),
 }
-"""What a config.json calls itself -> the class that is opened."""
-SUPPORTED = ", ".join(MODEL_TYPES.values())
+"""What a config.json calls itself -> the classes that are opened, the one that is meant without a word first."""
+CLASSES = tuple(name for names in MODEL_TYPES.values() for name in names)
+SUPPORTED = ", ".join(CLASSES)
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZERS = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
@@ -36,7 +43,7 @@ PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 class TransformersModel(nn.Module):
     """A CLIP or SigLIP of transformers' with open_clip's names: `encode_text`, `encode_image`, `visual`, `logit_scale`.
 
-    It holds the model itself, not a copy of it.
+    It holds the model itself, not a copy of it. `text_projection` is None where texts stay in the tower's own space.
     """
 
     def __init__(self, model: nn.Module):
@@ -52,17 +59,43 @@ class TransformersModel(nn.Module):
         return inner
 
     @property
-    def text_projection(self) -> nn.Linear:
+    def text_projection(self) -> nn.Linear | None:
         """SigLIP's is a part of its text tower, CLIP's is not."""
-        return self.text.head if self.siglip else self.model.text_projection  # type: ignore[return-value]
+        return self.text.head if self.siglip else getattr(self.model, "text_projection", None)
 
     @property
     def siglip(self) -> bool:
         return hasattr(self.text, "head")
 
     @property
+    def pools_at(self) -> int | None:
+        """The id whose first token is read; None = the highest id, as of old configs, where 2 stands for it."""
+        import transformers
+
+        eos = self.text.eos_token_id
+        return None if eos == 2 and not isinstance(self.model, transformers.MetaClip2PreTrainedModel) else eos
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the model can't do."""
+        import transformers
+
+        if self.text_projection is None:
+            return (
+                "it has no projection to the joint space: its texts can be compared with texts, not with images "
+                "(CLIPTextModelWithProjection has one)",
+            )
+        if isinstance(self.model, transformers.XCLIPPreTrainedModel):
+            return ("texts are read alone: X-CLIP's own score adds to them what it sees in the video",)
+        return ()
+
+    @property
     def visual(self) -> nn.ModuleDict | None:
-        """The parts of the image tower, None where there is none."""
+        """The parts of the image tower, None where there is none that takes single pictures of one size."""
+        import transformers
+
+        if isinstance(self.model, (transformers.XCLIPPreTrainedModel, transformers.Siglip2PreTrainedModel)):
+            return None
         parts = [part for part in ("vision_model", "visual_projection") if hasattr(self.model, part)]
         return nn.ModuleDict({part: getattr(self.model, part) for part in parts}) if parts else None
 
@@ -90,8 +123,8 @@ def adopt(module: nn.Module) -> nn.Module:
     """A module of transformers' under open_clip's names; any other module as it is.
 
     Raises:
-        ValueError: a module of transformers' that has no text tower with a projection to the joint space, or one that
-            is TorchScript, whose parts can't be taken out.
+        ValueError: a module of transformers' that has no text tower that is supported, or one that is TorchScript,
+            whose parts can't be taken out.
 
     Example:
         >>> adopt(torch.nn.Linear(2, 2))
@@ -106,29 +139,31 @@ def adopt(module: nn.Module) -> nn.Module:
         )
     if not isinstance(module, transformers.PreTrainedModel):
         return module
-    if not isinstance(module, tuple(getattr(transformers, name) for name in MODEL_TYPES.values())):
+    if not isinstance(module, tuple(getattr(transformers, name) for name in CLASSES)):
         raise ValueError(_unsupported("the module in memory", type(module).__name__))
     return TransformersModel(module)
 
 
 def _unsupported(what: str, kind: str) -> str:
-    hint = ": it has no projection to the joint space" if kind == "CLIPTextModel" else ""
-    return f"{what} is a {kind}, which is not supported{hint}; of transformers' models {SUPPORTED} are"
+    return f"{what} is a {kind}, which is not supported; of transformers' models {SUPPORTED} are"
 
 
 @dataclass(frozen=True)
 class Tokenizer:
     """A tokenizer of transformers', called as open_clip's are: texts in, padded rows of ids out.
 
-    There is no attention mask: CLIP's end of text sees no padding, and SigLIP was trained to read it.
+    There is no attention mask: CLIP's end of text sees no padding, and SigLIP was trained to read it. `lower_case`: the
+    model was trained on texts in lower case, whatever the tokenizer does.
     """
 
     tokenizer: Any
     context_length: int
+    lower_case: bool = False
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Int[Tensor, "pair pos"]:
+        texts = [texts] if isinstance(texts, str) else list(texts)
         rows = self.tokenizer(
-            [texts] if isinstance(texts, str) else list(texts),
+            [text.lower() for text in texts] if self.lower_case else texts,
             padding="max_length",
             truncation=True,
             max_length=context_length or self.context_length,
@@ -141,7 +176,9 @@ class Tokenizer:
         return self.tokenizer.decode(ids)
 
 
-def fitted(tokenizer: Callable[..., Any] | None, context_length: int) -> Callable[..., Tensor] | None:
+def fitted(
+    tokenizer: Callable[..., Any] | None, context_length: int, lower_case: bool = False
+) -> Callable[..., Tensor] | None:
     """A tokenizer that pads to the context: transformers' are wrapped, any other is returned as it is.
 
     Example:
@@ -150,8 +187,30 @@ def fitted(tokenizer: Callable[..., Any] | None, context_length: int) -> Callabl
     import transformers
 
     if isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
-        return Tokenizer(tokenizer, context_length)
+        return Tokenizer(tokenizer, context_length, lower_case)
     return tokenizer
+
+
+def tokenizer_notes(module: nn.Module, tokenizer: Callable[..., Any] | None) -> tuple[str, ...]:
+    """What is done otherwise than a tokenizer of transformers' does it by itself: SigLIP was trained on texts in lower
+    case, padded on the right, and reads the padding.
+
+    Example:
+        >>> tokenizer_notes(torch.nn.Linear(2, 2), None)
+        ()
+    """
+    import transformers
+
+    if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase) or not isinstance(module, TransformersModel):
+        return ()
+    notes, side = [], tokenizer.padding_side
+    if module.siglip and tokenizer("A")["input_ids"] != tokenizer("a")["input_ids"]:
+        notes.append("texts are put into lower case, as the model was trained; its tokenizer keeps capitals")
+    if module.siglip and side != "right":
+        notes.append(f"texts are padded on the right, as the model was trained; its tokenizer pads on the {side}")
+    if module.siglip and "attention_mask" in tokenizer.model_input_names:
+        notes.append("padding is read, as the model was trained; its tokenizer masks it")
+    return tuple(notes)
 
 
 @dataclass(frozen=True)
@@ -179,11 +238,17 @@ class Preprocess:
         return f"{type(self._processor).__name__} {json.dumps(settings, sort_keys=True, default=str)}"
 
 
-def open_folder(name: str, *, tokenizer: Callable[..., Any] | None = None, with_tokenizer: bool = True) -> Original:
+def open_folder(
+    folder: str | Path,
+    *,
+    name: str = "",
+    tokenizer: Callable[..., Any] | None = None,
+    with_tokenizer: bool = True,
+) -> Original:
     """The model in a folder that transformers' `save_pretrained` wrote: float32, on the CPU, in evaluation mode.
 
-    Its tokenizer and image processor are the folder's own. What transformers would fill in at random or leave out
-    without an error is an error here.
+    Its tokenizer and image processor are the folder's own, its name is the folder's unless one is given. What
+    transformers would fill in at random or leave out without an error is an error here.
 
     Raises:
         ValueError: the folder has no model that is supported, or a file is missing, damaged or does not fit.
@@ -193,12 +258,43 @@ def open_folder(name: str, *, tokenizer: Callable[..., Any] | None = None, with_
         Traceback (most recent call last):
         ValueError: nowhere has no config.json of a model that transformers saved
     """
-    folder = Path(name)
-    model = _model(folder, _kind(folder))
+    folder = Path(folder)
+    kind = _kind(folder)
     if with_tokenizer and tokenizer is None:
         tokenizer = _tokenizer(folder)
+    model = _model(folder, kind)
     preprocess = Preprocess(folder) if _has(folder, PREPROCESSORS) else None
-    return Original(TransformersModel(model.eval()), tokenizer, preprocess, name, None, library="transformers")
+    module = TransformersModel(model.eval())
+    return adopted(Original(module, tokenizer, preprocess, name or str(folder), None))
+
+
+def adopted(original: Original) -> Original:
+    """An original of transformers' with what is to say of it; any other as it is."""
+    module = original.module
+    if not isinstance(module, TransformersModel):
+        return original
+    notes = (*module.notes, *tokenizer_notes(module, original.tokenizer))
+    doubts = tuple(f"{original.name}: {note}" for note in module.notes)
+    return replace(original, library="transformers", notes=notes, doubts=doubts)
+
+
+def cached(name: str) -> Path | None:
+    """The folder of a repository, `ORG/NAME`, in the cache that transformers and `hf download` fill; None = not there.
+
+    Example:
+        >>> cached("nobody/nothing")
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    for file in ("config.json", "open_clip_config.json"):
+        try:
+            found = try_to_load_from_cache(name, file)
+        except HFValidationError:
+            return None
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
 
 
 def _has(folder: Path, files: Sequence[str]) -> bool:
@@ -217,9 +313,9 @@ def _kind(folder: Path) -> str:
         raise ValueError(
             f"{folder / 'config.json'} can't be read as a model's config ({in_one_line(error)})"
         ) from error
-    default = MODEL_TYPES.get(kind)
-    found = architectures[0] if architectures else default or f"model of the type {kind!r}"
-    if default is None or found not in MODEL_TYPES.values():
+    classes = MODEL_TYPES.get(kind, ())
+    found = architectures[0] if architectures else next(iter(classes), f"model of the type {kind!r}")
+    if found not in classes:
         raise ValueError(_unsupported(f"the model in {folder}", found))
     return found
 

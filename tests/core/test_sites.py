@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from towers import random_encoder, random_store
 
 from clip_lens.core.address import address
-from clip_lens.core.sites import patch_hooks, present, slot_positions
+from clip_lens.core.sites import patch_hooks, present
 from clip_lens.data.batch import align
 from clip_lens.data.pairs import Pairs
 from clip_lens.model.site import LAYOUTS, Site, hook_name, members
@@ -57,7 +57,7 @@ def test_addresses_name_hook_unit_and_slot_of_every_site(encoder, batch):
 
 
 def test_slot_positions_are_inside_the_text(encoder, batch):
-    whole, sot, beyond = slot_positions((None, "sot", 5), batch)
+    whole, sot, beyond = map(batch.where, (None, "sot", 5))
     assert whole.sum(1).tolist() == batch.length.tolist() == [6, 7, 3]
     assert sot.nonzero().tolist() == [[0, 0], [1, 0], [2, 0]]
     assert beyond.nonzero().tolist() == [[0, 5], [1, 5]]
@@ -117,7 +117,7 @@ def test_hooks_patch_each_row_at_its_own_place(encoder, batch, rows, seed):
         shape[0], shape[LAYOUTS[kind].pos_axis] = len(rows), 3
         current[name] = torch.randn(shape, generator=generator)
     result, untouched = dict(current), {name: value.clone() for name, value in current.items()}
-    positions = slot_positions(found.slots, batch)
+    positions = torch.stack([batch.where(slot) for slot in found.slots])
     hooks = patch_hooks(found, source, positions, torch.arange(len(rows)), torch.tensor(pairs), lambda name: at)
     for name, patch in hooks:
         result[name] = patch(result[name], hook=None)

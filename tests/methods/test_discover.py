@@ -16,6 +16,7 @@ from clip_lens.core.keep import Keep
 from clip_lens.core.record import Method
 from clip_lens.data.pairs import Pairs
 from clip_lens.methods.circuits import discover as module
+from clip_lens.methods.circuits import finders
 from clip_lens.methods.circuits.circuit import Circuit, Graph, random_circuit
 from clip_lens.methods.circuits.discover import agreement, discover
 from clip_lens.methods.circuits.faithfulness import faithfulness
@@ -172,11 +173,21 @@ def batch_of_both(tower):
 def test_a_finder_of_ones_own_is_one_entry(tower, monkeypatch):
     encoder, found, judged = tower
     everything = lambda setting, options: Circuit.full(setting.encoder).named("everything")
-    mine = module.Finder(Method("mine", "mine"), search=everything)
-    monkeypatch.setitem(module.FINDERS, "mine", mine)
+    mine = finders.Finder(Method("mine", "mine"), search=everything)
+    monkeypatch.setitem(finders.FINDERS, "mine", mine)
     done = discover(encoder, found, judged, method="mine", edges=EDGES)
     assert done.name == "everything" and done.method is mine.method
     assert done.summary["f"].to_numpy() == pytest.approx(1.0, abs=1e-9)
+
+
+def test_a_finder_says_how_it_finds():
+    empty = finders.Finder(Method("mine", "mine"))
+    with pytest.raises(TypeError, match="'mine' has neither a score nor a search"):
+        empty.circuit(None, finders.Options(), None, None)
+    assert all((finder.score is None) != (finder.search is None) for finder in finders.FINDERS.values())
+    assert [finder.file(finders.Options()) for finder in finders.FINDERS.values()] == [
+        "exact-200", "eap-200", "eap-ig-200", "acdc-0.02", "random-200"
+    ]  # fmt: skip
 
 
 def test_either_form_of_the_circuit_is_judged(tower):
@@ -220,13 +231,13 @@ def test_what_is_finished_is_not_computed_again(tower, tmp_path, monkeypatch):
     def computed(*_, **__):
         raise AssertionError("computed again")
 
-    for name in ("patch_effects", "acdc", "faithfulness", "stability"):
-        monkeypatch.setattr(module, name, computed)
+    for where, name in ((finders, "patch_effects"), (finders, "acdc"), (module, "faithfulness"), (module, "stability")):
+        monkeypatch.setattr(where, name, computed)
     for method, done in first.items():
         again = discover(encoder, found, judged, method=method, keep=Keep(tmp_path / method), **how)
         pd.testing.assert_frame_equal(again.summary, done.summary)
         assert Circuit.load(tmp_path / method / f"circuit-{files[method]}.json").jaccard(done.circuit) == 1.0
-        saved = pd.read_csv(tmp_path / method / f"summary-{files[method]}.csv")
+        saved = pd.read_csv(tmp_path / method / f"summary-{files[method]}-exact.csv")
         assert saved["f"].to_numpy() == pytest.approx(done.summary["f"].to_numpy())
     assert Effects.load(tmp_path / "exact" / "scores-exact.parquet").values.equal(first["exact"].scores.values)
     with pytest.raises(AssertionError, match="computed again"):
@@ -251,7 +262,7 @@ def test_an_interrupted_sweep_goes_on_with_its_next_part(tower, tmp_path, monkey
             raise KeyboardInterrupt
         return patch_effects(encoder, batch, places, **how)
 
-    monkeypatch.setattr(module, "patch_effects", interrupted)
+    monkeypatch.setattr(finders, "patch_effects", interrupted)
     with pytest.raises(KeyboardInterrupt):
         discover(encoder, found, judged, method="exact", edges=EDGES, keep=Keep(tmp_path))
     done = discover(encoder, found, judged, method="exact", edges=EDGES, keep=Keep(tmp_path))
@@ -286,10 +297,10 @@ def test_what_the_methods_are_worth_on_the_embedded_model(tmp_path):
     found, judged = (clip_lens.align(half[:150], store, encoder, run="caption") for half in halves)
     how = {"keep": None, "shared": Keep(tmp_path), "exact": True, "progress": False}
     ig, eap = (discover(encoder, found, judged, method=method, **how) for method in ("eap-ig", "eap"))
-    r = {done.method: done.agreement.set_index("side")["r"] for done in (ig, eap)}
+    r = {done.method.key: done.agreement.set_index("side")["r"] for done in (ig, eap)}
     assert r["eap-ig"]["caption"] > 0.8 > r["eap"]["caption"] + 0.2  # .86, .49
     assert r["eap"]["foil"] > 0.75 > r["eap-ig"]["foil"] + 0.2  # .84, .32
-    worth = {done.method: done.summary.set_index("side").loc["pooled"] for done in (ig, eap)}
+    worth = {done.method.key: done.summary.set_index("side").loc["pooled"] for done in (ig, eap)}
     assert worth["eap-ig"]["CPR"] > 0.75 > worth["eap"]["CPR"] + 0.4  # .84, .20
     assert worth["eap-ig"]["CMD"] < 0.27 < worth["eap"]["CMD"] - 0.03  # .23, .33
     assert worth["eap"]["CMD"] < worth["eap"]["random_CMD"] - 0.3  # .70

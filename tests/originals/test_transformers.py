@@ -5,20 +5,23 @@ from __future__ import annotations
 import gzip
 import json
 import socket
-from functools import cache
+import warnings
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import open_clip
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
 from open_clip.tokenizer import bytes_to_unicode, default_bpe
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from towers import random_clip, randomise
+from towers import VISION, random_clip, randomise
 from typer.testing import CliRunner
 
 from clip_lens import HookedTextEncoder, ImageStore, Site, align, embed_images, load, patch_effects, read_pairs
@@ -157,6 +160,222 @@ def test_variants_of_siglip(make: Any, text: dict[str, Any], siglip_tokenizer: A
     encoder = assert_parity(folder, model, siglip_tokenizer, **options)
     assert (encoder.causal, encoder.pool.type) == (False, "last")
     assert encoder.tower.b_U.abs().min() > 0
+
+
+def siglip2() -> Any:
+    sizes = SIZES | {"vocab_size": 100, "max_position_embeddings": 64, "projection_size": 32}
+    patches = SIZES | {"num_patches": 4, "patch_size": 16}
+    return randomise(transformers.Siglip2Model(transformers.Siglip2Config(text_config=sizes, vision_config=patches)))
+
+
+def siglip2_text() -> Any:
+    sizes = SIZES | {"vocab_size": 100, "max_position_embeddings": 64, "projection_size": 40}
+    return randomise(transformers.Siglip2TextModel(transformers.Siglip2TextConfig(**sizes)))
+
+
+def metaclip2(eos_token_id: int = 49407) -> Any:
+    text = SIZES | {"eos_token_id": eos_token_id}
+    return randomise(
+        transformers.MetaClip2Model(
+            transformers.MetaClip2Config(text_config=text, vision_config=SEEN, projection_dim=24)
+        )
+    )
+
+
+def metaclip2_text() -> Any:
+    config = transformers.MetaClip2TextConfig(**SIZES, projection_dim=24)
+    return randomise(transformers.MetaClip2TextModelWithProjection(config))
+
+
+def clipseg(eos_token_id: int = 49407) -> Any:
+    text = SIZES | {"eos_token_id": eos_token_id}
+    return randomise(
+        transformers.CLIPSegModel(transformers.CLIPSegConfig(text_config=text, vision_config=SEEN, projection_dim=24))
+    )
+
+
+def xclip() -> Any:
+    seen = SEEN | {"mit_hidden_size": 24, "mit_intermediate_size": 32, "mit_num_attention_heads": 2}
+    return randomise(
+        transformers.XCLIPModel(transformers.XCLIPConfig(text_config=SIZES, vision_config=seen, projection_dim=24))
+    )
+
+
+def siglip2_tokenizer() -> Any:
+    """SigLIP 2's own kind: one token per letter, in lower case, an end added as its published files add it."""
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *"abcdefghijklmnopqrstuvwxyz0123456789.,'"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    options = {"padding_side": "right", "model_input_names": ["input_ids"]}
+    made = transformers.Siglip2Tokenizer(vocab=vocabulary, merges=[], **options)
+    made.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        "$A <eos>", special_tokens=[("<eos>", 1)]
+    )
+    return made
+
+
+RELATIVES: dict[str, tuple[Any, str, bool]] = {
+    "SigLIP 2": (siglip2, "last", False),
+    "SigLIP 2's text tower": (siglip2_text, "last", False),
+    "MetaCLIP 2": (metaclip2, "eos", True),
+    "MetaCLIP 2's text tower": (metaclip2_text, "eos", False),
+    "CLIPSeg": (clipseg, "eos", True),
+    "CLIPSeg with the eos id of early files": (partial(clipseg, 2), "argmax", True),
+    "X-CLIP": (xclip, "argmax", False),
+}
+
+
+@pytest.mark.parametrize("relative", RELATIVES)
+@pytest.mark.parametrize("in_memory", [False, True], ids=["folder", "in memory"])
+def test_relatives_of_clip_and_siglip(relative: str, in_memory: bool, tmp_path: Path) -> None:
+    make, pool, sees = RELATIVES[relative]
+    model = make()
+    tokenizer = siglip2_tokenizer() if pool == "last" else clip_tokenizer()
+    options = {} if hasattr(model, "logit_scale") else {"scale": 100.0}
+    if in_memory:
+        options["tokenizer"] = tokenizer
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error" if relative != "X-CLIP" else "ignore", category=UserWarning, message=".*")
+        encoder = assert_parity(model if in_memory else saved(tmp_path, model, tokenizer), model, tokenizer, **options)
+    assert bool(encoder.notes) == (relative == "X-CLIP") and encoder.pool.type == pool
+    assert (encoder.image_digest is not None) == sees
+
+
+@pytest.mark.parametrize("make", [clipseg, metaclip2])
+def test_images_of_relatives(make: Any, tmp_path: Path) -> None:
+    model = make()
+    folder = saved(tmp_path / "model", model, processor(), clip_tokenizer())
+    Image.new("RGB", (40, 50), "red").save(tmp_path / "red.png")
+    store = embed_images(tmp_path / "red.png", model=folder, out=tmp_path / "it", progress=False)
+    pixels = processor()(Image.open(tmp_path / "red.png"), return_tensors="pt")
+    with torch.no_grad():
+        options = {"interpolate_pos_encoding": False} if make is clipseg else {}
+        expected = F.normalize(model.get_image_features(**pixels, **options).pooler_output, dim=-1)
+    assert (store[["red.png"]] - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("make", [xclip, siglip2])
+@pytest.mark.filterwarnings("ignore:.*texts are read alone")
+def test_relatives_that_see_other_things_than_pictures(make: Any, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 50), "red").save(tmp_path / "red.png")
+    with pytest.raises(ValueError, match="has no image tower that takes single pictures of one size"):
+        embed_images(tmp_path / "red.png", model=make(), preprocess=lambda it: it, out=tmp_path / "it", progress=False)
+
+
+def test_metaclip_2_has_no_rule_for_early_files() -> None:
+    """Its released configs say 2, and mean the token 2: read by transformers itself."""
+    model = metaclip2(2).double()
+    tokens = torch.randint(3, 200, (3, 77), generator=torch.Generator().manual_seed(0))
+    tokens[:, 20], tokens[:, 40] = 2, 49407
+    encoder = load(model)
+    with torch.no_grad():
+        expected = F.normalize(model.get_text_features(tokens).pooler_output, dim=-1)
+    assert encoder.pool(tokens).tolist() == [20, 20, 20]
+    assert (encoder(tokens) - expected).abs().max() <= 1e-12
+
+
+def keeping_capitals() -> Any:
+    """A tokenizer that tells capitals, and pads on the left."""
+    words = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", *"abcdefgh", *"ABCDEFGH"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", padding_side="left"
+    )
+
+
+@pytest.mark.parametrize("make", [siglip, siglip2])
+def test_siglip_reads_lower_case_and_says_so(make: Any) -> None:
+    module, tokenizer = make(), keeping_capitals()
+    encoder = load(module, tokenizer=tokenizer, dtype=torch.float64)
+    assert torch.equal(encoder.tokenize(["A b"]), encoder.tokenize(["a B"]))
+    assert encoder.tokenize(["A b"])[0, :4].tolist() == [3, 4, 1, 0]
+    own = tokenizer(["a b"], padding="max_length", max_length=64, return_tensors="pt", padding_side="right")
+    with torch.no_grad():
+        expected = module.double().get_text_features(own["input_ids"]).pooler_output
+    assert (encoder("A b") - F.normalize(expected, dim=-1)).abs().max() <= 1e-12
+    assert any("put into lower case" in note for note in encoder.notes)
+    assert any("padded on the right" in note and "pads on the left" in note for note in encoder.notes)
+    assert any("padding is read" in note for note in encoder.notes) and len(encoder.notes) == 3
+
+
+def test_clip_reads_what_its_tokenizer_says(siglip_tokenizer: Any) -> None:
+    encoder = load(clip({"eos_token_id": 1}), tokenizer=keeping_capitals())
+    assert not torch.equal(encoder.tokenize(["A b"]), encoder.tokenize(["a B"]))
+    assert encoder.notes == () and load(siglip(), tokenizer=siglip_tokenizer).notes == ()
+
+
+# --- names in Hugging Face's cache ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache in the place of the user's, and no network."""
+
+    def unreachable(*args: Any, **options: Any) -> Any:
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket.socket, "connect", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def in_cache(cache: Path, name: str) -> Path:
+    """The folder of a repository's only version, laid out as `hf download` does it."""
+    repository, version = cache / f"models--{name.replace('/', '--')}", "0123456789abcdef0123456789abcdef01234567"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(version)
+    (repository / "snapshots" / version).mkdir(parents=True)
+    return repository / "snapshots" / version
+
+
+def test_a_repository_in_the_cache_goes_by_its_name(cache_folder: Path, tmp_path: Path) -> None:
+    model, name = clip(), "openai/clip-vit-base-patch32"
+    saved(in_cache(cache_folder, name), model, clip_tokenizer(), processor())
+    encoder = load(name)
+    raw = embeddings(model, clip_tokenizer(), TEXTS, padding="max_length")
+    assert (encoder(TEXTS) - F.normalize(raw, dim=-1)).abs().max() <= 1e-6
+    assert encoder.name == encoder.full_name == name
+    Image.new("RGB", (40, 50), "red").save(tmp_path / "red.png")
+    store = embed_images(tmp_path / "red.png", model=name, out=tmp_path / "it", progress=False)
+    store.require(model=name, digest=encoder.image_digest, d_embed=24)
+    with pytest.raises(ValueError, match="has its weights with it, got pretrained='openai'"):
+        load(name, pretrained="openai")
+
+
+@pytest.mark.parametrize("prefix", ["", "hf-hub:"])
+def test_a_repository_of_open_clips_in_the_cache(prefix: str, cache_folder: Path) -> None:
+    module, name = random_clip(layers=2), "timm/some_clip"
+    folder = in_cache(cache_folder, name)
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 2}
+    config = {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": text, "quick_gelu": True}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    save_file(module.state_dict(), folder / "open_clip_model.safetensors")
+    encoder = load(prefix + name)
+    tokens = encoder.tokenize(TEXTS)
+    with torch.no_grad():
+        assert (encoder(tokens) - module.encode_text(tokens, normalize=True)).abs().max() <= 1e-6
+    assert encoder.tower.cfg.act_fn == "quick_gelu"
+
+
+def test_a_repository_that_is_not_in_the_cache(cache_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"a/b is not in Hugging Face's cache \(`hf download a/b` puts it there\)"):
+        load("a/b")
+
+
+def test_a_tokenizer_that_is_missing_is_missed_before_a_tower_is_built(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(*args: Any, **options: Any) -> Any:
+        raise AssertionError("a tower was built")
+
+    monkeypatch.setattr(open_clip, "create_model", build)
+    monkeypatch.setattr(transformers.CLIPModel, "from_pretrained", build)
+    with pytest.raises(ValueError, match="can't load the tokenizer of ViT-B-16-SigLIP"):
+        load("ViT-B-16-SigLIP", pretrained="random")
+    saved(in_cache(cache_folder, "a/clip"), clip())
+    with pytest.raises(ValueError, match="no tokenizer in"):
+        load("a/clip")
 
 
 @pytest.mark.parametrize(
@@ -519,18 +738,27 @@ def test_a_config_that_does_not_fit(change: dict[str, Any], said: str, tmp_path:
 
 
 def test_models_that_are_not_supported_name_those_that_are(tmp_path: Path) -> None:
-    supported = "CLIPModel, CLIPTextModelWithProjection, SiglipModel, SiglipTextModel are"
+    supported = "CLIPModel, CLIPTextModelWithProjection, .*SiglipModel, .*XCLIPModel are"
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     bert = transformers.BertModel(transformers.BertConfig(vocab_size=99, **small))
-    bare = transformers.CLIPTextModel(transformers.CLIPTextConfig(**SIZES))
+    segmenting = transformers.CLIPSegForImageSegmentation(
+        transformers.CLIPSegConfig(text_config=SIZES, vision_config=SEEN, extract_layers=[1])
+    )
     seen = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**SEEN))
-    for model in (bert, bare, seen):
+    for model in (bert, segmenting, seen):
         folder = saved(tmp_path / type(model).__name__, model)
         for source in (folder, model):
             with pytest.raises(ValueError, match=f"is a {type(model).__name__}, which is not supported.*{supported}"):
                 load(source)
-    with pytest.raises(ValueError, match="it has no projection to the joint space"):
-        load(bare)
+
+
+def test_a_tower_without_a_projection_says_what_it_can_do(tmp_path: Path) -> None:
+    model = randomise(transformers.CLIPTextModel(transformers.CLIPTextConfig(**SIZES)))
+    said = "no projection to the joint space: its texts can be compared with texts, not with images"
+    for source, tokenizer in ((saved(tmp_path, model, clip_tokenizer()), None), (model, clip_tokenizer())):
+        with pytest.warns(UserWarning, match=said):
+            encoder = assert_parity(source, model, clip_tokenizer(), scale=1.0, tokenizer=tokenizer)
+        assert encoder.d_embed == 32 and any(said in note for note in encoder.notes)
 
 
 def test_folders_of_something_else(tmp_path: Path) -> None:

@@ -117,8 +117,8 @@ def test_how_pairs_were_held_out_is_said(found):
     judged = done.judged.effects.pairs
     assert (judged["caption"].isin(known) | judged["foil"].isin(known)).sum() == 4
     assert asked.held_out(done) == (
-        "Pairs were held out by image: 4 of 6 judged pairs have a text that the circuit was found on, and judge less "
-        "for it."
+        "Pairs were held out by image: 4 of 6 judged pairs have a text that the circuit was found on, and tell less "
+        "of new ones."
     )
     record = replace(done.judged.effects.record, held_out="by text")
     judged = replace(done.judged, effects=replace(done.judged.effects, record=record))
@@ -134,8 +134,12 @@ def test_how_pairs_were_held_out_is_said(found):
 def test_the_circuit_is_described(found):
     done = found["eap"]
     section = circuit_sections(done)["Circuit"]
-    best = done.circuit.table().iloc[0]
-    assert f"{best.edge} ({best.score:+.2f})".replace("-0", "\N{MINUS SIGN}0") in section.findings[1]
+    own = done.scores.where(place=[str(edge) for edge in done.circuit.edges()])
+    for sentence, side in zip(section.findings[1:], ("caption", "foil"), strict=True):
+        table = own.table().query(f"side == '{side}'").set_index("place")
+        best = table["effect"].abs().idxmax()
+        start = f"{SIDES[side]} ({table.loc[best, 'n']} pairs): the edges of the largest scores are {best} (+"
+        assert close_to(sentence.replace("(\N{MINUS SIGN}", "(+"), start, abs(table.loc[best, "effect"]))
     assert section.findings[0].startswith(
         "EAP, found on 6 pairs: the top 15 of 46 edges by absolute score. "
         f"{len(done.circuit.pruned())} of its 15 edges lie on a path from the embedding to the output"

@@ -335,7 +335,7 @@ def test_small_numbers_are_not_said_to_be_nothing(tmp_path):
 def test_warnings_that_follow_from_the_results_are_shown_once(tmp_path):
     record = replace(RECORD, hooks=("blocks.1.hook_mlp_out", "ln_final"), notes=("run in bfloat16",))
     few, many = make(record=record), make(n_pairs=40)
-    given = [few_pairs(10), "The tower is random."]
+    given = [few_pairs(10, "few, again"), "The tower is random."]
     path = report({"few": few, "again": replace(few), "many": many}, tmp_path / "r.html", warnings=given)
     shown = [e["text"].strip() for e in Tree(own_part(path)).elements if e.get("class") == "warning"]
     assert shown == [
@@ -344,6 +344,8 @@ def test_warnings_that_follow_from_the_results_are_shown_once(tmp_path):
         "run in bfloat16",
     ]
     assert not re.search('class="warning"', own_part(report({"many": many}, tmp_path / "m.html")))
+    alone = own_part(report({"few": few}, tmp_path / "a.html", warnings=few_pairs(10)))
+    assert alone.count("Only 10 pairs: intervals") == 1  # which result is meant need not be said
     three = make(n_pairs=10).where(side="foil", key=["pair-1", "pair-3", "pair-5"])
     text = Page(report({"it": three}, tmp_path / "f.html")).text
     assert "Only 3 pairs" in text and "[" not in text.split("In short")[2].split("What was run")[0]

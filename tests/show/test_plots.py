@@ -14,6 +14,7 @@ import torch
 from clip_lens.core.effects import SHOWN, Effects, toy_effects
 from clip_lens.core.grid import SLOTS, one_side, pivot
 from clip_lens.core.record import Record, SourceRecord
+from clip_lens.methods.registry import LENS
 from clip_lens.model.site import Site
 from clip_lens.show.figures.heatmap import GREY, heatmap, largest
 from clip_lens.show.figures.style import themed
@@ -139,6 +140,19 @@ def test_what_has_no_counterpart_is_grey_and_said():
     assert {colour for _, colour in gap.colorscale} == {GREY}
     assert "no counterpart" in gap.hovertemplate and "no counterpart" in figure.layout.xaxis.title.text
     assert "no counterpart" not in heatmap(make(RESID)).to_json()
+
+
+def test_what_was_only_read_has_no_counterpart_to_lack():
+    effects = make(RESID)
+    effects.values[4] = torch.nan
+    figure = heatmap(replace(effects, record=replace(effects.record, method=LENS)), side="foil")
+    assert "grey: no value" in figure.layout.xaxis.title.text and "counterpart" not in figure.to_json()
+    assert figure.layout.coloraxis.colorbar.title.text == "share of the total"
+
+
+def test_a_result_without_places_is_no_picture():
+    with pytest.raises(ValueError, match="nothing to draw: the result has no places"):
+        heatmap(make(RESID).where(layer=lambda layer: layer == 9))
 
 
 def test_labels_are_words_in_the_order_of_the_text():

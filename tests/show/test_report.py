@@ -15,6 +15,7 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from clip_lens.core.effects import Effects, toy_effects
+from clip_lens.core.grid import one_side
 from clip_lens.core.record import Method, MetricRecord, Record, SourceRecord
 from clip_lens.methods.registry import (
     ATTENTION,
@@ -27,6 +28,7 @@ from clip_lens.methods.registry import (
     SELECTIVITY,
 )
 from clip_lens.model.site import Edge, Site, precedes
+from clip_lens.show.report.effects_section import section_of
 from clip_lens.show.report.examples import examples
 from clip_lens.show.report.report import report
 
@@ -142,7 +144,8 @@ def test_data_never_becomes_markup(tmp_path):
 
 def test_the_findings_are_the_numbers(tmp_path):
     text = Page(report({"resid": make()}, tmp_path / "r.html")).text
-    words = '"negator" from layer 0 (100 %) to layer 1 (50 %), then at "end of text" in layer 2 (100 %).'
+    shares = "from layer 0 (100 % [100, 100]) to layer 1 (50 % [50, 50])"
+    words = f'"negator" {shares}, then at "end of text" in layer 2 (100 % [100, 100]).'
     assert f"Negation in the caption (5 pairs): the largest share of d moves at {words}" in text
     assert f"Negation in the foil (5 pairs): the largest share of d moves at {words}" in text
 
@@ -161,7 +164,7 @@ def test_heads_are_told_by_their_largest_effect(tmp_path):
 def test_another_source_has_effects_and_no_shares(tmp_path, source):
     effects = make(record=replace(RECORD, source=SourceRecord(source)))
     page = Page(report({"it": effects}, tmp_path / "r.html"))
-    assert f"by what the {source} gives there. Its number is the mean signed effect in logits" in page.text
+    assert f"by what the source {source} gives there. Its number is the mean signed effect in logits" in page.text
     assert "blue lowers the caption's lead over the foil" in page.text
     assert "the largest mean signed effect in size is that of resid 0 @negator" in page.text
     assert not re.search(r"share|fraction|of d\b", page.text)
@@ -175,7 +178,7 @@ def test_paths_are_shown_as_a_diagram_and_senders_by_receivers(tmp_path):
     shares = np.random.default_rng(0).normal(size=len(PATHS_OF_HEADS)).tolist()
     page = Page(report({"paths": make(PATHS_OF_HEADS, shares, replace(RECORD, method=PATHS))}, tmp_path / "r.html"))
     plots = [tag["aria-label"] for tag in page.all("div") if tag.get("role") == "img"]
-    assert [plot.split(":")[0] for plot in plots] == ["Path diagram"] * 2 + [
+    assert [plot.split(":")[0] for plot in plots] == ["Diagram of the mean signed effect (logits)"] * 2 + [
         "Heat map of the recovered fraction by sender and receiver"
     ] * 2
     assert "what a sender gives a receiver directly, from the counterpart" in page.text
@@ -217,6 +220,19 @@ def test_words_follow_what_a_method_says_and_not_its_title(tmp_path):
     assert "the largest share of d pushes at" in text and "the share of d that this alone pushes" in text
     assert "Heat map of the share pushed by slot and layer" in own_part(tmp_path / "r.html")
     assert "Nothing is patched" not in text and "gradient" not in text
+
+
+def test_parts_of_a_tower_are_bars_that_say_what_was_read(tmp_path):
+    places = [Site("token"), Site("head", 0, 1), Site("mlp", 0), Site("constant")]
+    effects = make(places, [0.5, 0.25, -0.25, 0.5], replace(RECORD, method=DIRECT))
+    section = section_of("direct", effects)
+    for picture, side in zip(section.pictures, ("caption", "foil"), strict=True):
+        table = one_side(effects.table(), side).set_index("place")["fraction"]
+        drawn = picture.figure.data[0]
+        assert dict(zip(drawn.hovertext, drawn.x, strict=True)) == table.to_dict()
+        assert "each bar is what one part of the tower writes" in picture.caption and "Grey" not in picture.caption
+        assert picture.alt.startswith("Bars of the share of the total: negation in the")
+    assert picture.figure.layout.xaxis.title.text == "share of the total"
 
 
 def test_the_whole_is_d_only_where_the_totals_are(tmp_path):

@@ -181,6 +181,26 @@ def test_words_the_model_never_saw_are_a_caution(tiny):
     assert len(cautions(encoder, batch)) == 1
 
 
+def test_images_that_another_model_made_are_a_caution(tiny):
+    encoder, _, batch = tiny
+    ids = sorted(set(batch.pairs.image))
+    vectors = torch.randn(len(ids), encoder.d_embed, generator=torch.Generator().manual_seed(0))
+    other = clip_lens.ImageStore.from_tensors(ids, vectors, model="ViT-B-32", pretrained="openai")
+    taken = clip_lens.align(batch.pairs, other, encoder, any_store=True)
+    unknown = clip_lens.align(batch.pairs, clip_lens.ImageStore.from_tensors(ids, vectors), encoder)
+    assert (batch.joint, taken.joint, unknown.joint) == ("same", "other", "unknown")
+    assert cautions(encoder, taken)[1].startswith("The image embeddings were made by another model (ImageStore(")
+    assert cautions(encoder, unknown)[1].startswith("Nobody said which model made the image embeddings")
+    assert taken[:20].joint == taken.flip().joint == "other"
+
+
+def test_hooks_of_the_users_are_a_caution(tiny):
+    encoder, _, batch = tiny
+    with encoder.tower.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", lambda value, hook: value)]):
+        assert any("blocks.0.hook_mlp_out" in said for said in cautions(encoder, batch))
+    assert not any("hooks of yours" in said for said in cautions(encoder, batch))
+
+
 def test_texts_too_much_alike_for_a_probe_leave_the_rest(tiny, tmp_path):
     encoder, _, batch = tiny
     page = study(encoder, batch[[0]], tmp_path, segment="all", progress=False).read_text(encoding="utf-8")

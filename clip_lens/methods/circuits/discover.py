@@ -1,30 +1,25 @@
-"""`discover`: a circuit found on some pairs and judged on others, by any finder, beside random circuits.
-
-A finder is one entry of `FINDERS`: the method that it is, and how it scores every edge or finds a circuit at once.
-"""
+"""`discover`: a circuit found on some pairs and judged on others, by any finder, beside random circuits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from pandas import DataFrame
 
 from clip_lens.core.effects import Effects
-from clip_lens.core.keep import REMEDY, Keep, joined
+from clip_lens.core.keep import Keep, joined
 from clip_lens.core.metric import Metric, logit
-from clip_lens.core.record import Method, Record
+from clip_lens.core.record import Method
 from clip_lens.core.setting import Setting
 from clip_lens.core.source import Function, Source, counterpart
+from clip_lens.core.spreadsheet import write_csv
 from clip_lens.core.table import sides_of
 from clip_lens.data.batch import Batch
-from clip_lens.files import written_whole
-from clip_lens.methods.circuits.acdc import acdc, acdc_record
 from clip_lens.methods.circuits.circuit import Circuit, random_circuit
 from clip_lens.methods.circuits.faithfulness import (
     MEASURES,
@@ -33,12 +28,10 @@ from clip_lens.methods.circuits.faithfulness import (
     faithfulness_record,
     outside,
 )
-from clip_lens.methods.circuits.selection import EdgeScores, random_sizes, sized_circuits, stability, top_edges
-from clip_lens.methods.gradient import conventions, gradient_effects
-from clip_lens.methods.patching import patch_effects
-from clip_lens.methods.registry import ACDC, EAP, EAP_IG, EXACT, PATCHING, RANDOM
+from clip_lens.methods.circuits.finders import FINDERS, Finder, Options, circuit_path, finder_of, given, of_size
+from clip_lens.methods.circuits.selection import EdgeScores, random_sizes, sized_circuits, stability
+from clip_lens.methods.registry import EXACT
 from clip_lens.model.encoder import HookedTextEncoder
-from clip_lens.model.site import Edge
 
 BASELINES = 5
 """Random circuits of each size, drawn from as many seeds."""
@@ -46,88 +39,6 @@ RESAMPLES = 200
 """Of the stability."""
 STABLE = 100
 """The number of edges whose stability is told beside that of the circuit's."""
-PASS = 64
-"""Pairs in one backward pass at most: a backward pass keeps what a forward pass can forget."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What finders may be told: how many edges, the steps of a gradient, the threshold of a search, a seed."""
-
-    edges: int = 200
-    steps: int = 5
-    threshold: float = 0.02
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Finder:
-    """A way to find a circuit: the method that it is, and how it scores edges or finds a circuit at once.
-
-    `score` gives the effects of some edges on a setting's pairs, of which the strongest are the circuit; `search` gives
-    a circuit. `record` says beforehand what the result will say of itself, so that a kept one can stand for it; None
-    where nothing is worth keeping. `in_parts`: edges can be scored some at a time. `bound` is the option that decides
-    how large the circuit is; the names of its files say it.
-    """
-
-    method: Method
-    score: Callable[[Setting, Sequence[Edge], Options], Effects] | None = None
-    search: Callable[[Setting, Options], Circuit] | None = None
-    record: Callable[[Setting, Options], Record] | None = None
-    in_parts: bool = False
-    bound: Literal["edges", "threshold"] = "edges"
-
-    def file(self, options: Options) -> str:
-        """What the files of a circuit found in this way are called."""
-        return f"{self.method.key}-{getattr(options, self.bound):g}"
-
-
-def _given(setting: Setting) -> dict[str, Any]:
-    """The keyword arguments that a verb has for a setting."""
-    return {"source": setting.source, "metric": setting.metric, "rows": setting.rows, "progress": setting.progress}
-
-
-def _exact(setting: Setting, edges: Sequence[Edge], options: Options) -> Effects:
-    return patch_effects(setting.encoder, setting.batch, edges, **_given(setting))
-
-
-def _eap(setting: Setting, edges: Sequence[Edge], options: Options) -> Effects:
-    how = {**_given(setting), "rows": min(setting.rows, PASS)}
-    return gradient_effects(setting.encoder, setting.batch, edges, **how)
-
-
-def _eap_ig(setting: Setting, edges: Sequence[Edge], options: Options) -> Effects:
-    how = {**_given(setting), "rows": min(setting.rows, PASS)}
-    return gradient_effects(setting.encoder, setting.batch, edges, steps=options.steps, **how)
-
-
-def _eap_ig_record(setting: Setting, options: Options) -> Record:
-    method = EAP_IG if options.steps > 1 else EAP
-    return setting.record(method, **conventions(options.steps))
-
-
-def _acdc(setting: Setting, options: Options) -> Circuit:
-    return acdc(setting.encoder, setting.batch, options.threshold, **_given(setting))
-
-
-def _drawn(setting: Setting, options: Options) -> Circuit:
-    return random_circuit(_of_size(setting.encoder, options.edges), options.seed)
-
-
-FINDERS = {
-    finder.method.key: finder
-    for finder in (
-        Finder(EXACT, _exact, record=lambda setting, options: setting.record(PATCHING), in_parts=True),
-        Finder(EAP, _eap, record=lambda setting, options: setting.record(EAP, **conventions(1))),
-        Finder(EAP_IG, _eap_ig, record=_eap_ig_record),
-        Finder(
-            ACDC, search=_acdc, record=lambda setting, options: acdc_record(setting, options.threshold),
-            bound="threshold",
-        ),
-        Finder(RANDOM, search=_drawn),
-    )
-}  # fmt: skip
-"""Every way to find a circuit that `discover` knows, by its method's key. One of your own is one entry more."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -284,8 +195,8 @@ def discover(
     those that judge it. The result says which it was, and how many pairs have such a text.
 
     With `keep` results are saved in its folder, under names that say the method, and reused when they are the same:
-    scores-eap.parquet and others, circuit-eap-200.json, summary-eap-200.csv. What does not depend on the method goes to
-    `shared`, by default the same folder.
+    scores-eap.parquet and others, circuit-eap-200.json, summary-eap-200.csv (with `exact` summary-eap-200-exact.csv).
+    What does not depend on the method goes to `shared`, by default the same folder.
 
     Raises:
         ValueError: an unknown method, a number of edges that the encoder does not have, batches that share a pair or
@@ -299,21 +210,26 @@ def discover(
           method    side  pairs
         2    EAP  pooled      8
     """
-    finder, options = _finder(method), Options(edges, steps, threshold, seed)
+    finder, options = finder_of(method), Options(edges, steps, threshold, seed)
     _check(encoder, found, judged, finder, edges)
-    on = Setting.of(encoder, found, source=source, metric=metric, rows=rows, progress=progress)
-    held_out = Setting.of(encoder, judged, source=source, metric=metric, rows=rows, progress=progress)
-    common, file = keep if shared is None else shared, finder.file(options)
-    scores = _scores(finder, on, options, keep)
-    circuit = _circuit(finder, on, options, scores, keep)
+    how: dict[str, Any] = {"source": source, "metric": metric, "rows": rows, "progress": progress}
+    on, held_out = (Setting.of(encoder, batch, **how) for batch in (found, judged))
+    shared, file = keep if shared is None else shared, finder.file(options)
+    scores = finder.scores(on, options, keep)
+    circuit = finder.circuit(on, options, scores, keep)
+    bench = _Bench(held_out, seed, keep, shared)
     done = Discovery(
-        finder.method, circuit,
-        Faithfulness(_sizes(finder, held_out, options, scores, keep, common)),
-        Faithfulness(_chosen(held_out, options, circuit, file, keep, common)),
-        len(found), repeated(found, judged), seed, scores,
-        _kept(FINDERS[EXACT.key], held_out, options, common, "held-out-exact") if exact else None,
-        DataFrame() if scores is None else _stability(scores, options, file, keep),
-    )  # fmt: skip
+        method=finder.method,
+        circuit=circuit,
+        judged=Faithfulness(bench.sizes(circuit, scores, f"sizes-{finder.method.key}")),
+        chosen=Faithfulness(bench.chosen(circuit, f"chosen-{file}")),
+        found_on=len(found),
+        repeated=repeated(found, judged),
+        seed=seed,
+        scores=scores,
+        exact=FINDERS[EXACT.key].scores(held_out, options, shared, "held-out-exact") if exact else None,
+        stability=DataFrame() if scores is None else _stability(scores, options, file, keep),
+    )
     if keep is not None:
         _write(done, keep, file)
     return done
@@ -376,53 +292,52 @@ def _texts(batch: Batch) -> list[tuple[tuple[int, ...], ...]]:
     return list(zip(*sides, strict=True))
 
 
-def _finder(method: str) -> Finder:
-    if method not in FINDERS:
-        raise ValueError(f"method={method!r}; give one of {', '.join(FINDERS)}")
-    return FINDERS[method]
+@dataclass(frozen=True)
+class _Bench:
+    """The pairs that judge, and where what comes of it is kept: a method's own results, and those that all share."""
+
+    setting: Setting
+    seed: int
+    keep: Keep | None
+    shared: Keep | None
+
+    def sizes(self, circuit: Circuit, scores: Effects | None, name: str) -> Effects:
+        """What circuits of MIB's sizes lose: those that the scores select, by either ranking, and random ones."""
+        drawn_itself = circuit.selection.rule == "drawn"
+        seeds = range(self.seed + (not drawn_itself), self.seed + BASELINES + 1)
+        parts = [self.random(seed) for seed in seeds]
+        if scores is not None:
+            both = [one for signed in (True, False) for one in sized_circuits(scores, signed=signed)]
+            own = self.judged([one.named(circuit.name) for one in both], self.keep, name)
+            parts.insert(0, own)
+        return joined(parts)
+
+    def random(self, seed: int) -> Effects:
+        """Circuits drawn at random have no scores to rank by: each counts for either ranking."""
+        effects = self.judged(random_sizes(self.setting.encoder, seed), self.shared, f"sizes-random-{seed}")
+        signed = [replace(place, ranking="signed") for place in Faithfulness(effects).places]
+        return joined([replace(effects, places=tuple(signed)), effects])
+
+    def chosen(self, circuit: Circuit, name: str) -> Effects:
+        """What the circuit loses, and random ones of its size, of either form."""
+        like, seeds = of_size(self.setting.encoder, len(circuit)), range(self.seed + 1, self.seed + BASELINES + 1)
+        by_chance = [random_circuit(like, seed) for seed in seeds]
+        kept_as = f"random-{len(circuit)}-{seeds[0]}-to-{seeds[-1]}"
+        own = self.judged(_both_forms([circuit]), self.keep, name)
+        return joined([own, self.judged(_both_forms(by_chance), self.shared, kept_as)])
+
+    def judged(self, circuits: Sequence[Circuit], keep: Keep | None, name: str) -> Effects:
+        """What some circuits lose, kept."""
+        setting = self.setting
+        compute = lambda _: faithfulness(setting.encoder, setting.batch, circuits, **given(setting)).effects
+        if keep is None:
+            return compute(())
+        wanted = faithfulness_record(setting, circuits)
+        return keep.effects(name, wanted, tuple(map(outside, circuits)), compute, whole=True)
 
 
-def _scores(finder: Finder, setting: Setting, options: Options, keep: Keep | None) -> Effects | None:
-    return None if finder.score is None else _kept(finder, setting, options, keep, f"scores-{finder.method.key}")
-
-
-def _kept(finder: Finder, setting: Setting, options: Options, keep: Keep | None, name: str) -> Effects:
-    """A finder's scores of all edges, kept in parts where they can be."""
-    score, edges = cast(Any, finder.score), setting.encoder.edges()
-    compute = lambda some: score(setting, some, options)
-    if keep is None or finder.record is None:
-        return compute(edges)
-    return keep.effects(name, finder.record(setting, options), edges, compute, whole=not finder.in_parts)
-
-
-def _circuit(finder: Finder, setting: Setting, options: Options, scores: Effects | None, keep: Keep | None) -> Circuit:
-    """What the finder finds, under its method's name."""
-    if scores is not None:
-        return top_edges(scores, options.edges).named(finder.method.title)
-    compute = lambda: cast(Any, finder.search)(setting, options)
-    if keep is None or finder.record is None:
-        return compute()
-    return _searched(_circuit_path(keep, finder.file(options)), keep, finder.record(setting, options), compute)
-
-
-def _circuit_path(keep: Keep, file: str) -> Path:
-    return keep.folder / f"circuit-{file}.json"
-
-
-def _searched(path: Path, keep: Keep, wanted: Record, compute: Callable[[], Circuit]) -> Circuit:
-    """A search's circuit: read if it is there and its record stands for the one that is wanted, else searched.
-
-    Raises:
-        ValueError: the file is there and is another circuit.
-    """
-    if not path.exists() or keep.overwrite:
-        return compute()
-    there = Circuit.load(path)
-    said = Record() if there.record is None else there.record
-    if not said.stands_for(wanted):
-        raise ValueError(f"{path} is there, and is another circuit: {'; '.join(said.differences(wanted))}. {REMEDY}")
-    keep.say(f"{path} is there already and fits: reused")
-    return there
+def _both_forms(circuits: Sequence[Circuit]) -> list[Circuit]:
+    return [*circuits, *(circuit.pruned() for circuit in circuits)]
 
 
 def _stability(scores: Effects, options: Options, file: str, keep: Keep | None) -> DataFrame:
@@ -432,56 +347,6 @@ def _stability(scores: Effects, options: Options, file: str, keep: Keep | None) 
         return compute()
     wanted = scores.record.saying(sizes=str(sizes), resamples=RESAMPLES, seed=options.seed)
     return keep.frame(f"stability-{file}", wanted, compute)
-
-
-def _sizes(
-    finder: Finder, setting: Setting, options: Options, scores: Effects | None, keep: Keep | None, shared: Keep | None
-) -> Effects:
-    """What circuits of MIB's sizes lose: the method's, by either ranking, and random ones."""
-    drawn_itself = finder.score is None and finder.method == RANDOM
-    seeds = range(options.seed + (not drawn_itself), options.seed + BASELINES + 1)
-    parts = [_random_sizes(setting, seed, shared) for seed in seeds]
-    if scores is not None:
-        both = [circuit for signed in (True, False) for circuit in sized_circuits(scores, signed=signed)]
-        own = [circuit.named(finder.method.title) for circuit in both]
-        parts.insert(0, _judged(setting, own, keep, f"sizes-{finder.method.key}"))
-    return joined(parts)
-
-
-def _random_sizes(setting: Setting, seed: int, keep: Keep | None) -> Effects:
-    """Circuits drawn at random have no scores to rank by: each counts for either ranking."""
-    effects = _judged(setting, random_sizes(setting.encoder, seed), keep, f"sizes-random-{seed}")
-    signed = [replace(place, ranking="signed") for place in Faithfulness(effects).places]
-    return joined([replace(effects, places=tuple(signed)), effects])
-
-
-def _chosen(
-    setting: Setting, options: Options, circuit: Circuit, file: str, keep: Keep | None, shared: Keep | None
-) -> Effects:
-    """What the circuit loses, and random ones of its size, of either form."""
-    like = _of_size(setting.encoder, len(circuit))
-    seeds = range(options.seed + 1, options.seed + BASELINES + 1)
-    drawn = [random_circuit(like, seed) for seed in seeds]
-    name = f"random-{len(circuit)}-{seeds[0]}-to-{seeds[-1]}"
-    parts = [(circuit,), drawn]
-    forms = [[*some, *(one.pruned() for one in some)] for some in parts]
-    own, by_chance = forms
-    return joined([_judged(setting, own, keep, f"chosen-{file}"), _judged(setting, by_chance, shared, name)])
-
-
-def _judged(setting: Setting, circuits: Sequence[Circuit], keep: Keep | None, name: str) -> Effects:
-    """What some circuits lose, kept."""
-    compute = lambda _: faithfulness(setting.encoder, setting.batch, circuits, **_given(setting)).effects
-    if keep is None:
-        return compute(())
-    wanted = faithfulness_record(setting, circuits)
-    return keep.effects(name, wanted, tuple(map(outside, circuits)), compute, whole=True)
-
-
-def _of_size(encoder: HookedTextEncoder, n: int) -> Circuit:
-    """A circuit of the encoder that stands for any of n edges: how many a random one is to have."""
-    full = Circuit.full(encoder)
-    return replace(full, keep=full.keep & (full.keep.flatten().cumsum(0).unflatten(0, full.keep.shape) <= n))
 
 
 def _check(encoder: HookedTextEncoder, found: Batch, judged: Batch, finder: Finder, edges: int) -> None:
@@ -499,9 +364,9 @@ def _check(encoder: HookedTextEncoder, found: Batch, judged: Batch, finder: Find
 
 
 def _write(done: Discovery, keep: Keep, file: str) -> None:
-    done.circuit.save(_circuit_path(keep, file))
-    with written_whole(keep.folder / f"summary-{file}.csv") as temporary:
-        done.summary.to_csv(temporary, index=False)
+    done.circuit.save(circuit_path(keep, file))
+    compared = "" if done.exact is None else "-exact"  # its r is in no other
+    write_csv(done.summary, keep.folder / f"summary-{file}{compared}.csv")
 
 
 def _own(table: DataFrame, name: str) -> tuple[DataFrame, DataFrame]:

@@ -12,6 +12,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from clip_lens.data.batch import Batch
+from clip_lens.data.groups import connected
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Site, hook_name
 
@@ -97,18 +98,13 @@ def _without_negation(batch: Batch) -> Batch:
 
 def _groups(batch: Batch) -> tuple[Int[ndarray, "pair"], Int[ndarray, "distinct"]]:
     """Which group each pair belongs to, pairs that share a text being of one; the first pair of each pair of texts."""
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-
-    number: dict[tuple[int, ...], int] = {}
-    ends = [
-        [number.setdefault(text, len(number)) for text in _texts(tokens, length)]
+    texts = [
+        list(_texts(tokens, length))
         for tokens, length in ((batch.tokens, batch.length), (batch.other, batch.other_length))
     ]
-    links = coo_matrix((np.ones(len(batch)), ends), shape=(len(number), len(number)))
-    _, component = connected_components(links, directed=False)
-    _, distinct = np.unique(np.array(ends), axis=1, return_index=True)
-    return component[ends[0]], np.sort(distinct)
+    distinct = dict.fromkeys(zip(*texts, strict=True))
+    first = {both: number for number, both in reversed([*enumerate(zip(*texts, strict=True))])}
+    return connected(zip(*texts, strict=True)), np.array([first[both] for both in distinct])
 
 
 def _texts(tokens: Int[Tensor, "pair pos"], length: Int[Tensor, "pair"]) -> Iterable[tuple[int, ...]]:

@@ -15,7 +15,7 @@ from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.show.figures.figure import Figure, carrying, subplots
 from clip_lens.show.figures.heatmap import CELLS
-from clip_lens.show.figures.style import LIGHT, SMALL, scale, template
+from clip_lens.show.figures.style import LIGHT, NORMAL, SMALL, scale, template
 
 TITLES = {"caption": "caption", "foil": "foil", "affirmative": "without negation", "negated": "with negation"}
 OTHERS = {"caption": "foil", "foil": "caption", "affirmative": "negated", "negated": "affirmative"}
@@ -123,23 +123,15 @@ def _figure(drawn: list[_Pattern], heading: str) -> Figure:
     figure.update_layout(
         template=template(), height=height, margin={"t": TOP, "b": BELOW, "l": 10, "r": 14},
         title={"text": f"{heading}: queries down, keys across"},
-        coloraxis={"colorscale": scale(LIGHT.sequential), "cmin": 0, "cmax": 1, "colorbar": _bar(0.22, height)},
+        coloraxis={
+            "colorscale": scale(LIGHT.sequential), "cmin": 0, "cmax": 1,
+            "colorbar": _bar("attention", 0.22, height),
+        },
         coloraxis2={
-            "colorscale": scale(LIGHT.diverging), "cmin": -limit, "cmax": limit, "colorbar": _bar(0.78, height)
+            "colorscale": scale(LIGHT.diverging), "cmin": -limit, "cmax": limit,
+            "colorbar": _bar("difference", 0.78, height),
         },
     )  # fmt: skip
-    for x, words in ((0.22, "attention"), (0.78, "difference")):
-        figure.add_annotation(
-            text=words,
-            xref="paper",
-            x=x,
-            xanchor="center",
-            yref="paper",
-            y=0,
-            yshift=4 - BELOW,
-            yanchor="bottom",
-            showarrow=False,
-        )
     return carrying(figure, pd.concat([_long(text) for text in drawn]))
 
 
@@ -180,8 +172,9 @@ def _ticks(tokens: list[str], across: bool) -> dict[str, object]:
     return axis | ({"tickangle": -90} if across else {"range": [count - 0.5, -0.5]})
 
 
-def _bar(x: float, height: int) -> dict[str, object]:
+def _bar(title: str, x: float, height: int) -> dict[str, object]:
     return {
-        "orientation": "h", "thickness": 10, "ypad": 0, "len": 0.4, "x": x, "yref": "container", "y": 54 / height,
+        "orientation": "h", "thickness": 10, "ypad": 0, "len": 0.4, "x": x, "yref": "container", "y": 58 / height,
         "yanchor": "top", "tickfont": {"size": SMALL}, "outlinewidth": 0, "nticks": 4,
+        "title": {"text": title, "side": "bottom", "font": {"size": NORMAL}},
     }  # fmt: skip

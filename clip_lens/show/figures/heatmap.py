@@ -15,7 +15,7 @@ from clip_lens.core.effects import Effects
 from clip_lens.core.grid import one_side, pivot
 from clip_lens.show.figures.figure import Figure, carrying, subplots
 from clip_lens.show.figures.style import LARGE, LIGHT, scale, template
-from clip_lens.show.figures.words import SIDE_NAMES, hovers, shown, slot_name, value_name
+from clip_lens.show.figures.words import SIDE_NAMES, hovers, record_of, shown, slot_name, value_name
 from clip_lens.words import decimals
 
 SCALE = scale(LIGHT.diverging)
@@ -61,7 +61,7 @@ def heatmap(
     gives it; `how` goes to `Effects.table`. `title=""` leaves the heading out.
 
     Raises:
-        ValueError: as `Effects.grid`.
+        ValueError: as `Effects.grid`, or a result without places.
 
     Example:
         >>> from clip_lens.core.effects import toy_effects
@@ -90,15 +90,17 @@ def assemble(
     limit = limit or max((largest(panel.grid) for panel in panels), default=0.0) or 1.0
     figure, heading = _canvas(panels, title)
     for number, panel in enumerate(panels, start=1):
-        _draw(figure, panel, value, {"row": number, "col": 1} if _stacked(panels) else {"row": 1, "col": number})
+        where = {"row": number, "col": 1} if _stacked(panels) else {"row": 1, "col": number}
+        _draw(figure, panel, value, where, effects)
     _axes(figure, panels, effects)
-    figure.add_annotation(
-        text=value_name(value, effects), font={"size": 12}, showarrow=False, xref="paper", x=0.5, yref="paper", y=0,
-        yshift=-BELOW + 4, yanchor="bottom",
-    )  # fmt: skip
     carrying(figure, pd.concat([panel.table for panel in panels], ignore_index=True))
     figure.update_layout(
-        coloraxis={"colorscale": SCALE, "cmin": -limit, "cmax": limit, "colorbar": _colour_bar(figure.layout.height)},
+        coloraxis={
+            "colorscale": SCALE,
+            "cmin": -limit,
+            "cmax": limit,
+            "colorbar": _colour_bar(value_name(value, effects), figure.layout.height),
+        },
         title={"text": heading, "font": {"size": LARGE}} if heading else None,
         template=template(),
     )
@@ -121,6 +123,8 @@ def _panels(
 ) -> list[Panel]:
     if isinstance(effects, DataFrame):
         return [Panel("", effects, _long(effects, value))]
+    if not effects.places:
+        raise ValueError(f"nothing to draw: the result has no places, {effects!r}")
     table, ends = effects.table(**how), effects.ends()
     parts = {name: one_side(table, name) for name in (dict.fromkeys(table["side"]) if side is None else [side])}
     return [laid_out(name, part, rows, columns, value, effects, ends) for name, part in parts.items()]
@@ -193,7 +197,7 @@ def _describe(panel: Panel, between: str) -> str:
     return f"{SIDE_NAMES.get(panel.name, panel.name)}{between}{pairs}"
 
 
-def _draw(figure: Figure, panel: Panel, value: str, where: dict[str, int]) -> None:
+def _draw(figure: Figure, panel: Panel, value: str, where: dict[str, int], drawn: Effects | DataFrame) -> None:
     """A panel's cells, and over the gaps a second, grey trace: a place without a counterpart is not a 0."""
     grid = panel.grid.to_numpy(dtype=float)
     gaps = np.isnan(grid)
@@ -216,16 +220,19 @@ def _draw(figure: Figure, panel: Panel, value: str, where: dict[str, int]) -> No
             text=None if printed else _spots(panel.grid),
             colorscale=[[0, GREY], [1, GREY]],
             showscale=False,
-            name=_gap(panel.grid),
-            hovertemplate=f"{spot}<br>{_gap(panel.grid)}<extra></extra>",
+            name=_gap(panel.grid, drawn),
+            hovertemplate=f"{spot}<br>{_gap(panel.grid, drawn)}<extra></extra>",
             **CELLS,
             **where,
         )
 
 
-def _gap(grid: DataFrame) -> str:
-    """What a grey cell is: among senders and receivers mostly two that no edge joins."""
-    return "no path" if {grid.index.name, grid.columns.name} & {"sender", "receiver"} else "no counterpart"
+def _gap(grid: DataFrame, drawn: Effects | DataFrame) -> str:
+    """What a grey cell is: among senders and receivers mostly two that no edge joins, where nothing is patched a place
+    that there isn't."""
+    if {grid.index.name, grid.columns.name} & {"sender", "receiver"}:
+        return "no path"
+    return "no counterpart" if record_of(drawn).method.patches else "no value"
 
 
 def _spot(grid: DataFrame, printed: bool) -> str:
@@ -252,7 +259,7 @@ def _axes(figure: Figure, panels: Sequence[Panel], effects: Effects | DataFrame)
     kinds = set() if isinstance(effects, DataFrame) else set(effects.index["kind"])
     room = figure.layout.height - figure.layout.margin.t - figure.layout.margin.b
     gap = any(panel.grid.isna().any(axis=None) for panel in panels)
-    note = f"<br><span style='font-size:11px'>grey: {_gap(grid)}</span>" if gap else ""
+    note = f"<br><span style='font-size:11px'>grey: {_gap(grid, effects)}</span>" if gap else ""
     figure.update_xaxes(
         **_ticks(across, list(grid.columns), 26),
         title={"text": _axis_name(across, kinds, len(panels) > 1) + note, "font": {"size": 12}, "standoff": 6},
@@ -292,20 +299,10 @@ def _axis_name(name: str, kinds: set[Any], short: bool) -> str:
     return "" if name in ("slot", "place") else escape(name)
 
 
-def _colour_bar(height: int) -> dict[str, Any]:
-    """A flat bar at the figure's foot: beside the cells it would take a fifth of a narrow screen.
-
-    Its title is an annotation, since plotly puts a flat bar's own title over the bar or below the figure's edge.
-    """
+def _colour_bar(title: str, height: int) -> dict[str, Any]:
+    """A flat bar at the figure's foot: beside the cells it would take a fifth of a narrow screen."""
     return {
-        "orientation": "h",
-        "thickness": 10,
-        "ypad": 0,
-        "len": 0.7,
-        "x": 0.5,
-        "yref": "container",
-        "y": 54 / height,
-        "yanchor": "top",
-        "tickfont": {"size": 11},
-        "outlinewidth": 0,
-    }
+        "orientation": "h", "thickness": 10, "ypad": 0, "len": 0.7, "x": 0.5, "yref": "container", "y": 58 / height,
+        "yanchor": "top", "tickfont": {"size": 11}, "outlinewidth": 0,
+        "title": {"text": title, "side": "bottom", "font": {"size": 12}},
+    }  # fmt: skip

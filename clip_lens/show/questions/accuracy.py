@@ -11,6 +11,7 @@ from clip_lens.show.figures.style import template
 from clip_lens.show.questions.case import Case, Question
 from clip_lens.show.questions.sentences import SIDE_WORDS, by_side, percentage
 from clip_lens.show.report.section import Picture, Section, Table
+from clip_lens.show.report.words import D
 from clip_lens.words import counted
 
 DIFFERENCES = (
@@ -18,13 +19,6 @@ DIFFERENCES = (
     "true text. d below -1 is called incorrect, from -1 to 1 ambiguous, from 1 on correct."
 )
 SCORES = "The share of pairs with d > 0, with Wilson's 95 % interval; a tie counts as wrong."
-METHODS = (
-    (
-        "The logit difference",
-        "S(text, image) is the scale times the cosine of the two embeddings; d = S(caption) - S(foil), and the model "
-        "is right when d > 0. Segments, in logits: incorrect d < -1, ambiguous -1 <= d < 1, correct d >= 1.",
-    ),
-)
 
 
 def accuracy(case: Case) -> Section:
@@ -43,7 +37,7 @@ def accuracy(case: Case) -> Section:
     )
 
 
-ACCURACY = Question("Accuracy", accuracy, METHODS)
+ACCURACY = Question("Accuracy", accuracy, (D,))
 
 
 def scored(table: DataFrame) -> str:

@@ -1,4 +1,4 @@
-"""What a reader must know before any number, of the model, its images and its pairs; for every report."""
+"""What must be known before any number of a report: what follows from the model, its images and its pairs."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ from collections.abc import Iterator
 
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import HookedTextEncoder, unseen_words
-
-FEW = 20
-"""Pairs below which a bootstrap over them is not to be trusted."""
+from clip_lens.show.report.cautions import FEW_PAIRS, few_pairs, hooks_on
 
 
 def cautions(encoder: HookedTextEncoder, batch: Batch) -> list[str]:
-    """What a reader must know before any number: a random tower, image embeddings of nobody knows which model, a model
+    """What must be known before any number: a random tower, image embeddings of nobody knows which model, a model
     organism, words it never saw, few pairs, hooks of the user's, and what the encoder says of itself.
 
     Example:
@@ -36,8 +34,8 @@ def _of_the_model(encoder: HookedTextEncoder) -> Iterator[str]:
             "this model and no evidence about OpenAI's CLIP or any other one."
         )
     if encoder.hooked:
-        yield f"The tower has hooks of yours on, at {', '.join(encoder.hooked)}: the numbers are those under them."
-    yield from getattr(encoder, "notes", ())
+        yield hooks_on(encoder.hooked)
+    yield from encoder.notes
 
 
 def _of_the_images(batch: Batch) -> Iterator[str]:
@@ -54,8 +52,8 @@ def _of_the_images(batch: Batch) -> Iterator[str]:
 
 
 def _of_the_pairs(encoder: HookedTextEncoder, batch: Batch) -> Iterator[str]:
-    if len(batch) < FEW:
-        yield f"Only {len(batch)} pairs: intervals over so few pairs are too narrow to be trusted."
+    if len(batch) < FEW_PAIRS:
+        yield few_pairs(len(batch))
     if unseen := int((unseen_words(encoder, batch.tokens) | unseen_words(encoder, batch.other)).sum()):
         yield (
             f"{unseen} of {len(batch)} pairs have words that {encoder.name} never saw in training: what it says of "

@@ -291,6 +291,17 @@ def kept(discovery: Discovery) -> list[str]:
     return said
 
 
+def strongest(scores: Effects | None) -> list[str]:
+    """The edges of the largest scores, per side, on the pairs that they were found on."""
+    said = []
+    for side, part in by_side(DataFrame({"side": []}) if scores is None else scores.top(NAMED)):
+        edges = [
+            f"{row['place']} ({estimate(row, 'effect', 'effect_lower', 'effect_upper')})" for _, row in part.iterrows()
+        ]
+        said.append(f"{opening(side, part['n'].max())}the edges of the largest scores are {', '.join(edges)}.")
+    return said
+
+
 def ranked(discovery: Discovery) -> list[str]:
     """The areas under the curves of either ranking, per side; nothing of a method without scores."""
     said = []
@@ -317,7 +328,9 @@ def held_out(discovery: Discovery) -> str:
     how = f"Pairs were held out {discovery.held_out}" if discovery.held_out else "How pairs were held out is not said"
     if not repeated:
         return f"{how}: none of {n} judged pairs has a text that the circuit was found on."
-    return f"{how}: {repeated} of {n} judged pairs have a text that the circuit was found on, and judge less for it."
+    return (
+        f"{how}: {repeated} of {n} judged pairs have a text that the circuit was found on, and tell less of new ones."
+    )
 
 
 def _held(side: str, pairs: int) -> str:
@@ -368,19 +381,27 @@ def _circuit(discovery: Discovery) -> Section:
         f"{counted(len(circuit), 'edge')} lie on a path from the embedding to the output; they join "
         f"{len(pruned.nodes())} of {len(circuit.graph.senders) + 1} nodes."
     )
-    top = [f"{row.edge} ({minus(decimals(row.score, sign=True))})" for row in table.dropna().head(NAMED).itertuples()]
     said = "Strongest first; the score is the mean over the pairs it was found on. on_path: what pruning leaves."
-    effects = discovery.judged.effects
+    effects, own = discovery.judged.effects, _scored(discovery)
     return Section(
         "The circuit",
-        findings=[first, *([f"Its strongest edges, in {effects.record.unit}: {', '.join(top)}."] if top else [])],
+        findings=[first, *strongest(own)],
         text=TEXT,
-        pictures=[*_network(pruned), *_strongest(discovery)],
+        pictures=[*_network(pruned), *_strongest(own, circuit)],
         tables=[Table(table, "The circuit's edges", said)],
         meta=effects.meta,
         pairs=effects.pairs,
         data={"circuit.csv": table},
     )
+
+
+def _scored(discovery: Discovery) -> Effects | None:
+    """The scores of the circuit's edges; None without any."""
+    scores, edges = discovery.scores, set(discovery.circuit.edges())
+    if scores is None or not edges:
+        return None
+    rows = [row for row, place in enumerate(scores.places) if place in edges]
+    return replace(scores, values=scores.values[rows], places=tuple(scores.places[row] for row in rows))
 
 
 def _network(pruned: Circuit) -> Iterator[Picture]:
@@ -389,14 +410,10 @@ def _network(pruned: Circuit) -> Iterator[Picture]:
         yield Picture(figure, "The circuit as a network", NETWORK, data="circuit.csv", wide=True)
 
 
-def _strongest(discovery: Discovery) -> Iterator[Picture]:
-    scores, circuit = discovery.scores, discovery.circuit
+def _strongest(scores: Effects | None, circuit: Circuit) -> Iterator[Picture]:
     title = "The strongest edges of the circuit"
-    if scores is not None and len(circuit):
-        edges = set(circuit.edges())
-        rows = [row for row, place in enumerate(scores.places) if place in edges]
-        own = replace(scores, values=scores.values[rows], places=tuple(scores.places[row] for row in rows))
-        yield Picture(bars(own, BARS), title, STRONGEST, wide=True)
+    if scores is not None:
+        yield Picture(bars(scores, BARS), title, STRONGEST, wide=True)
     elif len(table := circuit.table().dropna(subset="score")):
         yield Picture(bars(table, BARS, "score", name="edge"), title, SEARCHED)
 

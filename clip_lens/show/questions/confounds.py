@@ -12,7 +12,7 @@ from clip_lens.show.figures.bars import bars
 from clip_lens.show.figures.curves import curve
 from clip_lens.show.questions.case import Case, Question
 from clip_lens.show.questions.sentences import by_side, clear, estimate, opening
-from clip_lens.show.report.section import Picture, Section, Table
+from clip_lens.show.report.section import PROBABILITY, Picture, Section, Table
 from clip_lens.words import decimals, minus
 
 CORRELATION = (
@@ -30,6 +30,7 @@ REGRESSION = (
     "standard deviations of d for one of the feature, by which features of different units compare. The note says why "
     "a feature has no coefficient."
 )
+P = {"p": PROBABILITY}
 
 
 def what_confounds(case: Case) -> Section:
@@ -50,8 +51,8 @@ def what_confounds(case: Case) -> Section:
         findings=[*confounded(along), regressed(model)],
         pictures=[*_correlations(along, found), *_sizes(tables["sizes"])],
         tables=[
-            Table(model.rename(columns=of), "Regression of d on all features", REGRESSION, rows=40),
-            Table(along.rename(columns=of), "Correlations with d", CORRELATION, rows=16),
+            Table(model.rename(columns=of), "Regression of d on all features", REGRESSION, P, rows=40),
+            Table(along.rename(columns=of), "Correlations with d", CORRELATION, P, rows=16),
             Table(tables["accuracy"].rename(columns=of), accuracy, rows=8),
         ],
         notes=[f"{name}: {why}." for name, why in found.missing.items()],

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pandas import DataFrame, Series
 
 from clip_lens.core.effects import Effects
+from clip_lens.methods import registry
 from clip_lens.methods.attention import attention_effects, attention_record
 from clip_lens.methods.statistics import correlations
 from clip_lens.model.site import Site
@@ -26,8 +27,8 @@ MOST = 10
 
 SELECTIVITY = (
     "How much more a head attends to the negator, in the text with the negation, than to the word in its place in "
-    "the text without: the largest difference over the later positions, averaged over the pairs of a side. 0: no "
-    "more; 1: all of its attention."
+    "the text without: the largest difference over the later positions (Quantmeyer et al. 2024), averaged over the "
+    "pairs of a side. 0: no more; 1: all of its attention."
 )
 BY_QUERY = (
     "The same difference at one slot that looks back (rows) for each head (columns): which words attend to the "
@@ -42,13 +43,6 @@ TOP = "Mean over the pairs of each side, with 95 % bootstrap intervals."
 MOVED = (
     "Here each head's output, at every position, is taken from the text with the negation, and everything behind it "
     "computes on. Heads that share the work show less than they do: effects of single heads need not add up."
-)
-METHODS = (
-    (
-        "Selectivity",
-        "The maximum over later positions p of A_neg[p, q] - A_aff[p, q], q the negator's position, A_neg the "
-        "attention pattern of the text with the negation, A_aff of the text without (Quantmeyer et al. 2024).",
-    ),
 )
 
 
@@ -87,7 +81,7 @@ def heads_that_move(case: Case) -> Section:
     return replace(section, title="Which heads move it?", text=MOVED, pictures=pictures, pairs=None)
 
 
-LOOK = Question("Heads that look", heads_that_look, METHODS, "Which heads?", slice(2))
+LOOK = Question("Heads that look", heads_that_look, (registry.SELECTIVITY.definition,), "Which heads?", slice(2))
 MOVE = Question("Heads that move", heads_that_move)
 
 

@@ -10,6 +10,7 @@ from clip_lens.core.effects import Effects
 from clip_lens.methods.direct import components, direct_effects, direct_record
 from clip_lens.methods.labels import labels
 from clip_lens.methods.lens import Norms, lens_record, logit_lens
+from clip_lens.methods.registry import DIRECT
 from clip_lens.model.site import Site
 from clip_lens.show.figures.bars import bars
 from clip_lens.show.figures.curves import curve
@@ -44,13 +45,6 @@ LABELS = (
     "component of what the head writes points to and from, in the joint space. The column share is the part of its "
     "variance on that line: labels of a small share say little."
 )
-METHODS = (
-    (
-        "Direct logit attribution",
-        "C(a) = <W^T (gamma (a - mean a) / std), w> / norm for what a component writes; std and norm are the text's "
-        "own, w is the scale times the image's embedding. All components, biases and a constant sum to S.",
-    ),
-)
 
 
 def writes(case: Case) -> Section:
@@ -79,7 +73,7 @@ def writes(case: Case) -> Section:
     )
 
 
-WRITES = Question("Parts that write", writes, METHODS)
+WRITES = Question("Parts that write", writes, (DIRECT.definition,))
 
 
 def written(effects: Effects) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 from pandas import DataFrame
@@ -12,6 +12,8 @@ from pandas import DataFrame
 from clip_lens.core.effects import Effects
 from clip_lens.core.table import SIDES
 from clip_lens.model.site import Edge
+from clip_lens.show.figures.bars import bars
+from clip_lens.show.figures.figure import Figure
 from clip_lens.show.figures.heatmap import heatmap, largest
 from clip_lens.show.figures.network import network
 from clip_lens.show.figures.words import SHARES, SIDE_NAMES, slot_name, value_name
@@ -21,21 +23,26 @@ from clip_lens.words import capital, counted, decimals, interval, minus
 
 NEGATION_IN = {"caption": "the caption", "foil": "the foil", "none": "neither"}
 MOST_FIGURES = 12  # per result
-MOST_UNITS = 40  # heads, neurons or joint places, as rows of a figure
+MOST_UNITS = 40  # heads or neurons, as rows of a figure; bars
 MOST_ENDS = 48  # senders, or receivers, of a figure
 MOST_PATHS = 30  # edges of a path diagram
 TOP = 8  # rows of the table, per side
 
 
+Mark = Literal["cell", "line", "bar"]
+FIGURES: dict[Mark, str] = {"cell": "Heat map", "line": "Diagram", "bar": "Bars"}
+"""What a figure is in which a place is a cell, a line or a bar."""
+
+
 class _View(NamedTuple):
-    """A part of a result that one figure per side can show; `paths`: as a path diagram."""
+    """A part of a result that one figure per side can show: a heat map by `rows` and `columns`, lines or bars."""
 
     effects: Effects
-    rows: str
-    columns: str
+    rows: str = "place"
+    columns: str = "side"
     name: str = ""
     note: str = ""
-    paths: bool = False
+    mark: Mark = "cell"
 
 
 def section_of(name: str, effects: Effects) -> Section:
@@ -56,8 +63,9 @@ def section_of(name: str, effects: Effects) -> Section:
     views, data = _views(effects), re.sub(r"[^\w.]+", "-", name).strip("-") + ".csv"
     sides = [side for side in SIDES if side in set(effects.pairs["side"])]
     shown = [(view, side) for view in views for side in sides]
-    limit = max((largest(_grid(view, side)) for view, side in shown if not view.paths), default=0.0)
-    wide = any(_grid(view, side).shape[1] > 16 for view, side in shown)
+    grids = [_grid(view, side) for view, side in shown if view.mark == "cell"]
+    limit = max((largest(grid) for grid in grids), default=0.0)
+    wide = any(grid.shape[1] > 16 for grid in grids)
     left_out = len(shown) - MOST_FIGURES
     return Section(
         name,
@@ -100,9 +108,9 @@ def _views(effects: Effects) -> list[_View]:
     """
     index = effects.index
     if all(isinstance(place, Edge) for place in effects.places):
-        return [_View(effects, "sender", "receiver", "the strongest paths", paths=True), *_ends(effects)]
-    if index[["kind", "layer"]].isna().any(axis=None):  # sites of several kinds or layers, patched together
-        return [_busiest(_View(effects, "place", "kind"), "place", MOST_UNITS, "places")]
+        return [_View(effects, "sender", "receiver", "the strongest paths", mark="line"), *_ends(effects)]
+    if index[["kind", "layer"]].isna().any(axis=None):  # places of several kinds or layers, or of none
+        return [_busiest(_View(effects, mark="bar"), "place", MOST_UNITS, "places")]
     rows = "unit" if index["unit"].notna().any() else "slot"
     parts = [part for part in ("kind", "slot") if part != rows]
     views = []
@@ -140,8 +148,6 @@ def _busiest(view: _View, column: str, most: int, words: str) -> _View:
 
 
 def _grid(view: _View, side: str) -> DataFrame:
-    if view.paths:
-        return DataFrame()
     return view.effects.grid(view.rows, view.columns, _value(view.effects), side=side)
 
 
@@ -151,49 +157,51 @@ def _value(effects: Effects) -> str:
 
 def _picture(view: _View, side: str, limit: float, data: str, wide: bool) -> Picture:
     chosen = view.effects.where(side=side)
-    value = _value(view.effects)
-    if view.paths:
-        figure = network(chosen, n=MOST_PATHS)
-    else:
-        figure = heatmap(chosen, view.rows, view.columns, value, title="", limit=limit)
     words = ", ".join(filter(None, (view.name, SIDE_NAMES[side])))
     count = counted(chosen.pairs["key"].nunique(), "pair")
-    gaps = bool(_grid(view, side).isna().any(axis=None))
     return Picture(
-        figure,
+        _figure(view, chosen, limit),
         f"{capital(words)} ({count})",
-        _caption(view, gaps),
-        _alt(view, f"{words}, {count}", chosen.fraction().dropna(subset=value)),
+        _caption(view, side),
+        _alt(view, f"{words}, {count}", chosen.fraction().dropna(subset=_value(chosen))),
         data,
         wide=wide,
     )
 
 
+def _figure(view: _View, chosen: Effects, limit: float) -> Figure:
+    if view.mark == "line":
+        return network(chosen, n=MOST_PATHS)
+    if view.mark == "bar":
+        return bars(chosen, MOST_UNITS, _value(chosen))
+    return heatmap(chosen, view.rows, view.columns, _value(chosen), title="", limit=limit)
+
+
 def _alt(view: _View, words: str, values: DataFrame) -> str:
     """A figure in a sentence or two."""
-    value = _value(view.effects)
-    number = value_name(value, view.effects)
-    what = "Path diagram" if view.paths else f"Heat map of the {number} by {view.rows} and {view.columns}"
+    value = "effect" if view.mark == "line" else _value(view.effects)
+    laid = f" by {view.rows} and {view.columns}" if view.mark == "cell" else ""
+    what = f"{FIGURES[view.mark]} of the {value_name(value, view.effects)}{laid}"
     if values.empty:
         return f"{what}: {words}."
     peak = values.loc[values[value].abs().idxmax()]
-    return f"{what}: {words}. The largest, {peak[value]:.2f}, is at {peak['place']}."
+    return f"{what}: {words}. The largest, {decimals(peak[value])}, is at {peak['place']}."
 
 
-def _caption(view: _View, gaps: bool) -> str:
+def _caption(view: _View, side: str) -> str:
     """How to read a figure."""
-    if view.paths:
+    shown = what_is_shown(view.effects, view.mark)
+    if view.mark == "line":
         return (
-            f"The up to {MOST_PATHS} paths of the largest mean signed effect. A line is a path, its width the effect, "
-            "blue where that is positive, red where it is negative. Hover over a line or a node for the numbers, or "
+            f"{shown} Its width is the {view.effects.record.method.noun}, blue where that is positive, red where it is "
+            f"negative; drawn are up to {MOST_PATHS}, the largest. Hover over a line or a node for the numbers, or "
             "show them as a table."
         )
+    of_resid = set(view.effects.index["kind"]) == {"resid"} and view.mark == "cell"
     lines = [
-        f"{what_is_shown(view.effects)} {reading(view.effects)}",
-        " Layer 0 is the embedding, layer l the stream after l blocks."
-        if set(view.effects.index["kind"]) == {"resid"}
-        else "",
-        f" Grey: {gap(view.effects)}." if gaps else "",
+        f"{shown} {reading(view.effects, view.mark)}",
+        " Layer 0 is the embedding, layer l the stream after l blocks." if of_resid else "",
+        f" Grey: {gap(view.effects)}." if view.mark == "cell" and _grid(view, side).isna().any(axis=None) else "",
         view.note,
     ]
     return "".join(lines)
@@ -207,7 +215,8 @@ def _finding(views: list[_View], effects: Effects, side: str) -> str:
     count = effects.pairs.loc[effects.pairs["side"] == side, "key"].nunique()
     start = f"{SIDE_NAMES[side].capitalize()} ({counted(count, 'pair')}): "
     by_slot = len(views) == 1 and views[0].rows == "slot" and effects.record.shares
-    runs = _runs(_grid(views[0], side)) if by_slot else []
+    table = effects.table()
+    runs = _runs(table[table["side"] == side]) if by_slot else []
     if 0 < len(runs) <= 4 and len(views[0].effects.index["slot"].drop_duplicates()) > 1:
         layer = "layer" if set(effects.index["kind"]) == {"resid"} else "block"
         steps = [f'"{slot_name(slot)}" {_span(layer, cells)}' for slot, cells in runs]
@@ -229,17 +238,20 @@ def _finding(views: list[_View], effects: Effects, side: str) -> str:
     return f"{start}the largest {noun} in size is that of {row.place}: {effect}{share}."
 
 
-def _runs(grid: DataFrame) -> list[tuple[Any, list[tuple[Any, float]]]]:
-    """Consecutive layers at which the same slot has the largest fraction: [(slot, [(layer, fraction), ...]), ...]."""
-    grid = grid.loc[:, grid.notna().any()]
-    best = [(grid.index[int(grid[layer].argmax())], layer, float(grid[layer].max())) for layer in grid.columns]
-    return [
-        (slot, [(layer, share) for _, layer, share in run]) for slot, run in groupby(best, key=lambda cell: cell[0])
-    ]
+def _runs(table: DataFrame) -> list[tuple[Any, list[Any]]]:
+    """Consecutive layers at which the same slot has the largest fraction: the slot, and its row at each of them."""
+    known = table.dropna(subset="fraction")
+    best = known.loc[known.groupby("layer")["fraction"].idxmax()]
+    return [(slot, list(rows)) for slot, rows in groupby(best.itertuples(), key=lambda row: row.slot)]
 
 
-def _span(layer: str, cells: list[tuple[Any, float]]) -> str:
-    (first, share), (last, end) = cells[0], cells[-1]
-    if first == last:
-        return f"in {layer} {first} ({100 * share:.0f} %)"
-    return f"from {layer} {first} ({100 * share:.0f} %) to {layer} {last} ({100 * end:.0f} %)"
+def _span(layer: str, rows: list[Any]) -> str:
+    first, last = rows[0], rows[-1]
+    if first is last:
+        return f"in {layer} {first.layer} ({_per_cent(first)})"
+    return f"from {layer} {first.layer} ({_per_cent(first)}) to {layer} {last.layer} ({_per_cent(last)})"
+
+
+def _per_cent(row: Any) -> str:
+    share, bounds = decimals(100 * row.fraction, 0), interval(100 * row.lower, 100 * row.upper, 0)
+    return minus(f"{share} % {bounds}".rstrip())

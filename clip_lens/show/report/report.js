@@ -5,6 +5,7 @@ const darkened = read("dark");
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const MOST_ROWS = 500; // of a figure's table; the file has them all
 const READABLE = 29; // pixels of a cell that holds a number of 11 pixels' height
+const TICK = 15, FEW_TICKS = 16; // pixels that an upright label needs; so many are always shown
 let printing = false;
 
 const unpack = id => {
@@ -40,7 +41,7 @@ const short = text => {
   const cell = text.replace(/^'(?=[=+\-@\t\r\n])/, ""); // the file says by an apostrophe that this is no formula
   const number = Number(cell);
   if (cell === "" || Number.isNaN(number)) return cell;
-  return (Number.isInteger(number) ? cell : String(Number(number.toPrecision(4)))).replace("-", "\u2212");
+  return (Number.isInteger(number) ? cell : String(Number(number.toPrecision(4)))).replaceAll("-", "\u2212");
 };
 
 const make = (tag, text, attributes = {}) => {
@@ -104,10 +105,30 @@ const ground = layout => {
 const isDark = () => dark.matches && !printing;
 const recolour = value => (isDark() ? recoloured(value) : value);
 
-const draw = (box, {data, layout, columns}) => {
-  box.narrow = columns > 0 && (box.clientWidth - 110) / columns < READABLE;
+// Of the labels below a grid every second, third ... is left out where there is no room for all
+
+const across = layout => Object.keys(layout).filter(name => /^xaxis\d*$/.test(name));
+const step = (box, {tickvals, domain: [start, end] = [0, 1]}) =>
+  tickvals?.length > FEW_TICKS ? Math.max(1, Math.ceil(TICK * tickvals.length / ((box.clientWidth - 110) * (end - start)))) : 1;
+const every = (values, step) => values.filter((_, number) => number % step === 0);
+const thinned = (box, layout) => ({
+  ...layout,
+  ...Object.fromEntries(across(layout).filter(name => step(box, layout[name]) > 1).map(name => {
+    const {tickvals, ticktext} = layout[name], kept = step(box, layout[name]);
+    return [name, {...layout[name], tickvals: every(tickvals, kept), ticktext: every(ticktext, kept)}];
+  })),
+});
+
+const isNarrow = (box, columns) => columns > 0 && (box.clientWidth - 110) / columns < READABLE;
+const fits = (box, {layout, columns}) =>
+  columns > 0 ? [isNarrow(box, columns), ...across(layout).map(name => step(box, layout[name]))].join() : "";
+
+const draw = (box, figure) => {
+  const {data, layout, columns} = figure;
+  box.narrow = isNarrow(box, columns);
+  box.drawn = fits(box, figure);
   const traces = data.map(trace => (box.narrow && trace.texttemplate ? {...trace, texttemplate: ""} : trace));
-  return Plotly.react(box, recolour(traces), ground(recolour(layout)), {responsive: true, displayModeBar: false});
+  return Plotly.react(box, recolour(traces), ground(recolour(columns > 0 ? thinned(box, layout) : layout)), {responsive: true, displayModeBar: false});
 };
 
 // The picture of the point under the pointer, of figures that carry pictures (scatter_pairs)
@@ -134,8 +155,7 @@ const start = async () => {
   const again = () => boxes.forEach(box => draw(box, figures[box.id]));
   const fit = new ResizeObserver(entries => {
     for (const {target} of entries) {
-      const {columns} = figures[target.id];
-      if (columns && target.narrow !== (target.clientWidth - 110) / columns < READABLE) draw(target, figures[target.id]);
+      if (target.drawn !== fits(target, figures[target.id])) draw(target, figures[target.id]);
     }
   });
   for (const box of boxes) {

@@ -96,8 +96,8 @@ def report(
     if not results:
         raise ValueError("no results to report on; give a mapping from a name to an Effects or a Section")
     sections = {name: item if isinstance(item, Section) else section_of(name, item) for name, item in results.items()}
-    effects = [item for item in results.values() if isinstance(item, Effects)]
-    methods = methods_of(effects) if methods is None else methods
+    effects = {name: item for name, item in results.items() if isinstance(item, Effects)}
+    methods = methods_of(effects.values()) if methods is None else methods
     given = [warnings] if isinstance(warnings, str) else warnings
     page = _Page(dict(data or {}))
     for number, (heading, section) in enumerate(sections.items(), start=1):

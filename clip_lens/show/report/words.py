@@ -95,8 +95,8 @@ class _Fields(dict[str, Any]):
         return name.replace("_", " ")
 
 
-def what_is_shown(effects: Effects) -> str:
-    """What was done at each place, in the sentence of the result's method.
+def what_is_shown(effects: Effects, mark: str = "cell") -> str:
+    """What was done at each place, in the sentence of the result's method; `mark` stands for it in the figure.
 
     Example:
         >>> from clip_lens.core.effects import toy_effects
@@ -106,7 +106,8 @@ def what_is_shown(effects: Effects) -> str:
     record = effects.record
     texts = "in the other text minus in the run" if record.shares else "in the run"
     source = "source" if record.source is None else record.source.name
-    known = {"place": _place(effects), "source": source, "texts": texts, "slot": _slot(record.settings)}
+    source = source if record.shares or record.source is None else f"source {source}"
+    known = {"mark": mark, "place": _place(effects), "source": source, "texts": texts, "slot": _slot(record.settings)}
     return record.method.caption.format_map(_Fields({**record.settings, **known}))
 
 
@@ -124,21 +125,22 @@ def _slot(settings: Mapping[str, Any]) -> str:
     return "a slot" if slot is None else slot_name(slot) if isinstance(slot, int) else f'"{slot_name(slot)}"'
 
 
-def reading(effects: Effects) -> str:
-    """What a cell's number is, and its colour.
+def reading(effects: Effects, mark: str = "cell") -> str:
+    """What a mark's number is, and its colour.
 
     Example:
         >>> from clip_lens.core.effects import toy_effects
-        >>> reading(toy_effects()).split(":")[0]
-        'Its number is the share of d that this alone moves, a ratio of means over pairs'
+        >>> reading(toy_effects()).split(":")[0], reading(toy_effects(), "bar")[:23]
+        ('Its number is the share of d that this alone moves, a ratio of means over pairs', 'Its length is the share')
     """
     record, method = effects.record, effects.record.method
+    size, nothing = ("number", "0, without colour,") if mark == "cell" else ("length", "0")
     if not record.shares:
-        return f"Its number is the {method.noun} in {record.unit}: {_signs(effects)} 0, without colour, is nothing."
+        return f"Its {size} is the {method.noun} in {record.unit}: {_signs(effects)} {nothing} is nothing."
     alone = f"that this alone {method.verb}" if method.patches else f"that {method.verb} there"
     return (
-        f"Its number is the share of {whole(effects)} {alone}, a ratio of means over pairs: "
-        f"0, without colour, is nothing and 1 all of it; {_signs(effects)}"
+        f"Its {size} is the share of {whole(effects)} {alone}, a ratio of means over pairs: "
+        f"{nothing} is nothing and 1 all of it; {_signs(effects)}"
     )
 
 

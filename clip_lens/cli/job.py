@@ -1,0 +1,219 @@
+"""What every command on pairs works with: opened from its options, and what commands do with it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from clip_lens.cli import options
+from clip_lens.cli.tables import print_effects
+
+if TYPE_CHECKING:
+    from clip_lens.core.effects import Effects
+    from clip_lens.core.keep import Keep
+    from clip_lens.core.setting import Setting
+    from clip_lens.core.source import Function, Source
+    from clip_lens.data.batch import Batch
+    from clip_lens.data.images import ImageStore
+    from clip_lens.model.encoder import HookedTextEncoder
+    from clip_lens.model.site import Place
+
+LONGEST = 120
+"""Characters of a file's name before its ending; a longer one ends in a digest of what was left out."""
+
+
+def say(line: str) -> None:
+    """A line for the person at the terminal."""
+    typer.echo(line)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model, its pairs and their images, a folder, and which pairs are shown."""
+
+    encoder: HookedTextEncoder
+    batch: Batch
+    images: ImageStore
+    out: Path
+    pictures: Path | None
+    segment: str
+    rows: int
+    progress: bool
+    any_store: bool = False
+    overwrite: bool = False
+
+    @property
+    def keep(self) -> Keep:
+        from clip_lens.core.keep import Keep
+
+        return Keep(self.out, say, self.overwrite)
+
+    def setting(self, source: Source | Function) -> Setting:
+        from clip_lens.core.setting import Setting
+
+        return Setting.of(self.encoder, self.batch, source=source, rows=self.rows, progress=self.progress)
+
+    def patched(self, name: str, places: Sequence[Place], source: Source | Function) -> Effects:
+        """What patching each place from a source moves, kept under a name."""
+        from clip_lens.methods.patching import patch_effects
+        from clip_lens.methods.registry import PATCHING
+
+        compute = lambda some: patch_effects(
+            self.encoder, self.batch, some, source=source, rows=self.rows, progress=self.progress
+        )
+        return self.keep.effects(name, self.setting(source).record(PATCHING), places, compute)
+
+    def chosen(self, effects: Effects) -> Effects:
+        """The pairs of the segment that was asked for; the record says how many there were of each.
+
+        Raises:
+            ValueError: no pair is of that segment.
+        """
+        self._check(effects.pairs["segment"])
+        return effects if self.segment == "all" else effects.where(segment=self.segment)
+
+    def of_segment(self) -> Batch:
+        """The pairs of the segment that was asked for, as a batch.
+
+        Raises:
+            ValueError: no pair is of that segment.
+        """
+        from clip_lens.core.effects import segments
+        from clip_lens.methods.scores import pair_scores
+
+        if self.segment == "all":
+            return self.batch
+        found = segments(pair_scores(self.encoder, self.batch).d)
+        self._check(found)
+        return self.batch[[row for row, name in enumerate(found) if name == self.segment]]
+
+    def _check(self, found: Sequence[str]) -> None:
+        counts = {name: list(found).count(name) for name in dict.fromkeys(found)}
+        if self.segment != "all" and self.segment not in counts:
+            there = ", ".join(f"{count} {name}" for name, count in counts.items())
+            raise ValueError(
+                f"no pair is {self.segment!r}, there are {there}; give --segment with one of these, or all"
+            )
+
+    @property
+    def about(self) -> str:
+        """What a report is about: the model, its task where the pairs have a side, the pairs where they are others."""
+        given = "" if self.batch.pairs.name == self.encoder.name else f": {self.batch.pairs.name}"
+        what = "processes negation" if set(self.batch.pairs.side) - {"none"} else "tells captions from foils"
+        return f"{self.encoder.full_name} {what}{given}"
+
+    def write(self, name: str, results: Mapping[str, Effects]) -> None:
+        """The table of the first result on the screen and as csv, and the report of all."""
+        from clip_lens.files import written_whole
+        from clip_lens.show.questions.cautions import cautions
+        from clip_lens.show.report.report import page_in, report
+
+        first, name = next(iter(results.values())), name_of(name, self.segment)
+        table = self.out / f"{name}.csv"
+        with written_whole(table) as temporary:
+            first.table().to_csv(temporary, index=False)
+        page = report(
+            results,
+            page_in(self.out, name),
+            title=f"Where {self.about}",
+            pictures=self.pictures,
+            warnings=cautions(self.encoder, self.batch),
+            name=name,
+        )
+        print_effects(first)
+        say(f"\nThe report is {page}; {table.name} and the .parquet files beside it hold the numbers.")
+
+
+def name_of(*parts: object) -> str:
+    """A file's name of some words, told apart from every other by a digest where it would be too long.
+
+    Example:
+        >>> name_of("paths", "direct", "0.1,0.2", "to", "q, k")
+        'paths-direct-0.1+0.2-to-q+k'
+        >>> len(name_of(*range(99))), name_of(*range(99)) == name_of(*range(98), 98.0)
+        (120, False)
+    """
+    from hashlib import sha256
+
+    whole = "-".join(re.sub(r"[^\w.+-]+", "+", str(part)) for part in parts)
+    said = "-".join(map(str, parts))
+    if len(whole) <= LONGEST:
+        return whole
+    end = sha256(said.encode()).hexdigest()[:16]
+    return f"{whole[: LONGEST - len(end) - 1]}-{end}"
+
+
+def open_job(
+    out: options.Out,
+    pairs: options.PairsFile = "tiny",
+    images: options.Images = "tiny",
+    model: options.Model = "tiny",
+    pretrained: options.Pretrained = None,
+    run: options.RunOption = "affirmative",
+    segment: options.Segment = "correct",
+    rephrased: options.Rephrased = False,
+    any_store: options.AnyStore = False,
+    overwrite: options.Overwrite = False,
+    rows: options.Rows = 256,
+    device: options.Device = "cpu",
+    quiet: options.Quiet = False,
+) -> Job:
+    """What the options of a command on pairs name, opened: its parameters are those options."""
+    from clip_lens.data.batch import align
+    from clip_lens.data.read import read_pairs
+    from clip_lens.model.load import load
+    from clip_lens.tiny.assets import ASSETS
+
+    chosen = read_pairs(pairs)
+    chosen = chosen.rephrased() if rephrased else chosen
+    store = _open_images(images, model, pretrained, out, device, quiet)
+    say(f"Loading {model} ...")
+    encoder = load(model, pretrained=pretrained, device=device)
+    batch = align(chosen, store, encoder, run=run, any_store=any_store)
+    say(repr(batch))
+    for reason, count in batch.dropped.reason.value_counts().items():
+        say(f"  {count} dropped: {reason}")
+    out.mkdir(parents=True, exist_ok=True)
+    shipped = ASSETS / "pictures" if images == "tiny" else None
+    pictures = Path(images) if Path(images).is_dir() else shipped
+    return Job(encoder, batch, store, out, pictures, segment, rows, not quiet, any_store, overwrite)
+
+
+def _open_images(images: str, model: str, pretrained: str | None, out: Path, device: str, quiet: bool) -> ImageStore:
+    from clip_lens.data.embed import embed_images
+    from clip_lens.data.images import ImageStore
+
+    if not Path(images).is_dir():
+        return ImageStore.open(images)
+    say(f"Embedding the pictures in {images} ...")
+    out.mkdir(parents=True, exist_ok=True)
+    return embed_images(
+        images, model=model, pretrained=pretrained, out=out / "images.safetensors", device=device, progress=not quiet
+    )
+
+
+def on_pairs(**defaults: object) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a function of a `Job` and of its own options a command that takes the options of `open_job` too."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+        shared = inspect.signature(open_job, eval_str=True).parameters.values()
+        shared_now = [part.replace(default=defaults.get(part.name, part.default)) for part in shared]
+
+        def run(**given: object) -> None:
+            job = open_job(**{part.name: given.pop(part.name) for part in shared})  # type: ignore[arg-type]
+            command(job, **given)
+
+        told = [part.replace(kind=part.KEYWORD_ONLY) for part in (*own, *shared_now)]
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__signature__ = inspect.Signature(told)  # type: ignore[attr-defined]
+        run.__annotations__ = {part.name: part.annotation for part in told}
+        return run
+
+    return decorate

@@ -1,0 +1,83 @@
+"""What the commands are told: every option that several of them take, in the words of --help.
+
+Nothing heavy is imported here, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Optional
+
+import typer
+
+Run = Literal["affirmative", "negated", "caption", "foil"]
+By = Literal["text", "slot", "position"]
+Through = Literal["direct", "mlp"]
+Replacement = Literal["zeros", "mean", "resample", "noise"]
+SourceName = Literal["counterpart", "zeros", "mean", "resample", "noise"]
+SplitBy = Literal["text", "image"]
+
+
+def _known_kind(kind: str) -> str:
+    """Refused before anything is loaded: what names no kind of site."""
+    from clip_lens.model.site import LAYOUTS
+
+    if kind not in LAYOUTS:
+        raise ValueError(f"no kind of site {kind!r}; the kinds are {', '.join(LAYOUTS)}")
+    return kind
+
+
+def _known_finder(method: str) -> str:
+    """Refused before anything is loaded: what names no way to find a circuit."""
+    from clip_lens.methods.circuits.discover import FINDERS
+
+    if method not in FINDERS:
+        raise ValueError(f"--method {method!r} is no way to find a circuit; give one of {', '.join(FINDERS)}")
+    return method
+
+
+Model = Annotated[
+    str,
+    typer.Option(
+        help="'tiny' (embedded), a model of open_clip's, or a folder that transformers saved.", rich_help_panel="Model"
+    ),
+]
+Pretrained = Annotated[
+    Optional[str],  # noqa: UP045 - typer reads this at run time, on Python 3.10 too
+    typer.Option(help="A tag of open_clip's, a checkpoint file, or 'random'.", rich_help_panel="Model"),
+]
+Device = Annotated[str, typer.Option(help="Where to compute, as torch names it.", rich_help_panel="Model")]
+PairsFile = Annotated[str, typer.Option(help="Caption-foil pairs: .csv, .json, .jsonl, a VALSE file, or 'tiny'.")]
+Images = Annotated[str, typer.Option(help="Their images: a store (.safetensors), a folder of pictures, or 'tiny'.")]
+Out = Annotated[
+    Path,
+    typer.Option(
+        help="The folder to write to. Several commands may share it: files are named after what they hold, and the "
+        "report is report.html, or has a name of its own where that is another command's. A result that is there and "
+        "fits is reused; one that does not fit is an error that says why."
+    ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Compute anew, and replace what is there under the same name.")
+]
+RunOption = Annotated[Run, typer.Option(help="Which text is run and patched.")]
+Segment = Annotated[str, typer.Option(help="correct, ambiguous, incorrect, or all pairs.")]
+Rephrased = Annotated[
+    bool, typer.Option("--rephrased", help="VALSE existence: make both texts equally long, as the paper does.")
+]
+AnyStore = Annotated[bool, typer.Option("--any-store", help="Accept image embeddings of another model.")]
+Rows = Annotated[int, typer.Option(help="Sequences in one forward pass; bounds the memory.", min=1)]
+Kinds = Annotated[
+    str,
+    typer.Option(
+        "--sites",
+        help="Kind of site: resid, mid, attn, mlp, head, q, k, v, pattern, neuron.",
+        callback=_known_kind,
+    ),
+]
+ByOption = Annotated[By, typer.Option(help="Whole texts, named slots (all tokens together), or single positions.")]
+Std = Annotated[float, typer.Option(help="noise: in standard deviations of the activation.", min=0.0)]
+Finder = Annotated[
+    str, typer.Option(help="How edges are found: exact, eap, eap-ig, acdc, random.", callback=_known_finder)
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
