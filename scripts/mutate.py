@@ -136,7 +136,8 @@ def main(chosen: Sequence[str], tests: Sequence[str], each: int, seed: int, quic
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", default=modules(), help="such as core/rows; left out: all")
-    parser.add_argument("--tests", nargs="+", default=["tests/core", "tests/methods", "tests/test_device.py"], help="which tests may notice")
+    noticing = ["tests/core", "tests/methods", "tests/test_device.py"]
+    parser.add_argument("--tests", nargs="+", default=noticing, help="which tests may notice")
     parser.add_argument("--each", type=int, default=6, help="mutants of each module")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", type=float, default=10.0, help="leave out tests that take longer, in seconds")
