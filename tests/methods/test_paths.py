@@ -115,3 +115,47 @@ def test_what_is_no_path_is_left_out_or_an_error():
         path_effects(encoder, batch, SENDERS, RECEIVERS, through="all")
     with pytest.raises(ValueError, match="send"):
         path_effects(encoder, batch, [Site("resid", 1)], [Site("out")])
+
+
+# What runs
+
+
+def whole_runs(encoder, monkeypatch):
+    """Counts texts that run from their tokens on; rows that start at a block are none."""
+    ran, forward = [], type(encoder.tower).forward
+
+    def counting(tower, input, *args, start_at_layer=None, **kwargs):
+        if start_at_layer is None:
+            ran.append(len(tower._tokens(input)))
+        return forward(tower, input, *args, start_at_layer=start_at_layer, **kwargs)
+
+    monkeypatch.setattr(type(encoder.tower), "forward", counting)
+    return ran
+
+
+@pytest.mark.parametrize("rows", [256, 3])
+def test_through_mlps_each_sender_of_a_pair_runs_once(rows, monkeypatch):
+    encoder, batch = tower("causal")[1], batch_of("causal")
+    ran = whole_runs(encoder, monkeypatch)
+    senders = [sender for sender in SENDERS if isinstance(sender, Site)]
+    path_effects(encoder, batch, senders, [Site("v", 2, 1), Site("mlp", 2), Site("out")], through="mlp", rows=rows)
+    # Each pair once as it is and once as the other text, then once for each sender, whatever the receivers.
+    assert sum(ran) == (2 + len(senders)) * len(batch)
+
+
+def test_the_other_text_runs_once_for_source_and_readout(monkeypatch):
+    encoder, batch = tower("causal")[1], batch_of("causal")
+    ran = whole_runs(encoder, monkeypatch)
+    found = patch_effects(encoder, batch, [Site("mlp", 1), Site("resid", 2, slot="eot")])
+    assert sum(ran) == 2 * len(batch)
+    run, other = encoder(batch.tokens), encoder(batch.other)
+    expected = ((other - run) * batch.direction).sum(1)
+    assert torch.allclose(found.total, expected, rtol=0, atol=1e-11)
+    assert found.pairs.d.to_numpy() == pytest.approx((batch.sigma * expected).numpy(), abs=1e-11)
+
+
+def test_of_a_source_that_is_not_the_other_text_the_readout_is_still_its(monkeypatch):
+    encoder, batch = tower("causal")[1], batch_of("causal")
+    found = patch_effects(encoder, batch, [Site("mlp", 1)], source=zeros, metric=cosine)
+    run, other = encoder(batch.tokens), encoder(batch.other)
+    assert torch.allclose(found.baseline, (run * other).sum(1), rtol=0, atol=1e-12)
