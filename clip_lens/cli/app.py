@@ -189,7 +189,8 @@ def circuit(
     seed: Annotated[int, typer.Option(help="The seed of split, random circuits and resampling.")] = 0,
 ) -> None:
     """Find the circuit behind d on one part of the pairs, judge it on the other: f, CPR, CMD, stability; a report."""
-    from clip_lens.methods.circuits.discover import FINDERS, Options, discover
+    from clip_lens.methods.circuits.discover import discover
+    from clip_lens.methods.circuits.finders import FINDERS, Options
     from clip_lens.show.questions.cautions import cautions
     from clip_lens.show.questions.circuits import circuit_report
     from clip_lens.show.report.report import page_in

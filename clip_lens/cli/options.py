@@ -29,7 +29,7 @@ def _known_kind(kind: str) -> str:
 
 def _known_finder(method: str) -> str:
     """Refused before anything is loaded: what names no way to find a circuit."""
-    from clip_lens.methods.circuits.discover import FINDERS
+    from clip_lens.methods.circuits.finders import FINDERS
 
     if method not in FINDERS:
         raise ValueError(f"--method {method!r} is no way to find a circuit; give one of {', '.join(FINDERS)}")
