@@ -1,72 +1,58 @@
-"""Do the tests notice a change? A random sample of mutants of each module, each against the module's own tests.
+"""Do the tests notice a change? A random sample of mutants of core/ and methods/, each against the tests that reach it.
 
-    pip install "mutmut>=3.8"
+    pip install "mutmut==3.8.*"
     python scripts/mutate.py --each 6 --seed 0                     # all of core/ and methods/
-    python scripts/mutate.py --each 20 core/rows methods/gradient  # some modules
+    python scripts/mutate.py --each 40 core/rows methods/gradient --tests tests/core tests/methods/test_gradient.py
 
-Works on a copy of the repository's files, with pyproject.toml's [tool.mutmut]. Prints a line per module and the diff of
-every mutant that its tests let live; docs/mutation.md says how to judge one.
+mutmut writes the mutants (pyproject.toml's [tool.mutmut]) into a copy of the repository's files. Here all tests run
+once, which says which test reaches which function; then each mutant is tried in a fork of that very process, with
+everything imported and every tower built, by the tests that reach it, quickest first, until one fails. Prints a line
+per mutant and the diff of each that lives; docs/mutation.md says how to judge one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
-BESIDE = {
-    "core/address": ("core/test_sites.py", "core/test_edges.py"),
-    "core/grid": ("core/test_effects.py", "methods/test_direct.py"),
-    "core/precision": ("methods/test_direct.py",),
-    "core/record": ("core/test_effects.py", "core/test_keep.py"),
-    "core/rows": ("core/test_rows.py", "core/test_edges.py", "methods/test_patching.py"),
-    "core/setting": ("methods/test_patching.py", "core/test_metric.py"),
-    "core/slots": ("methods/test_causal_tracing.py", "core/test_effects.py"),
-    "core/store": ("core/test_effects.py",),
-    "core/sweep": ("methods/test_patching.py", "core/test_keep.py"),
-    "core/table": ("core/test_effects.py", "core/test_localisation.py"),
-    "core/via": ("core/test_source.py",),
-    "methods/circuits/removal": ("methods/test_faithfulness.py", "methods/test_acdc.py"),
-    "methods/registry": ("core/test_keep.py", "methods/test_patching.py"),
-    "methods/scores": ("methods/test_confounds.py", "methods/test_scores.py"),
-}
-"""The tests of modules that have no test file of their own name, or more than that."""
-OUTCOMES = {0: "lived", 1: "killed", 3: "killed", 5: "not reached", 33: "not reached"}
+UNDER_TEST = "MUTANT_UNDER_TEST"
+"""mutmut's variable: the name of the mutant that acts, or "stats" while functions that are reached are noted."""
 
 
 def modules() -> list[str]:
-    """Every module of core/ and methods/, as BESIDE names them."""
+    """Every module of core/ and methods/, such as core/rows."""
     found = (path for room in ("core", "methods") for path in (ROOT / "clip_lens" / room).rglob("*.py"))
-    return sorted(
-        str(path.relative_to(ROOT / "clip_lens").with_suffix("")) for path in found if path.stem != "__init__"
-    )
+    every = (str(path.relative_to(ROOT / "clip_lens").with_suffix("")) for path in found)
+    return sorted(name for name in every if not name.endswith("__init__"))
 
 
-def tests_of(module: str) -> list[str]:
-    """The files with a module's tests."""
-    room, name = module.split("/")[0], module.split("/")[-1]
-    paths = [f"tests/{path}" for path in BESIDE.get(module, (f"{room}/test_{name}.py",))]
-    return [path for path in paths if (ROOT / path).exists()]
-
-
-def copied(module: str, folder: Path) -> None:
-    """The repository's files in a folder, set to mutate one module."""
+def copied(chosen: Sequence[str], folder: Path) -> None:
+    """The repository's files in a folder, with the mutants of some modules in folder/mutants."""
     listed = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True)
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     config = folder / "pyproject.toml"
-    chosen = {"only_mutate": [f"clip_lens/{module}.py"], "pytest_add_cli_args_test_selection": tests_of(module)}
-    lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in chosen.items())
-    config.write_text(config.read_text().replace("[tool.mutmut]\n", f"[tool.mutmut]\n{lines}"))
+    only = json.dumps([f"clip_lens/{module}.py" for module in chosen])
+    config.write_text(config.read_text().replace("[tool.mutmut]\n", f"[tool.mutmut]\nonly_mutate = {only}\n"))
+    mutmut(folder, "run", "--max-children", "1", "none: they are tried here")
 
 
 def mutmut(folder: Path, *arguments: str) -> str:
@@ -74,39 +60,86 @@ def mutmut(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
 
 
-def outcomes(module: str, folder: Path) -> dict[str, int | None]:
-    """How the tests ended for each mutant; None = not run yet."""
+def sample(module: str, folder: Path, each: int, seed: int) -> list[str]:
+    """Some of a module's mutants."""
     path = folder / "mutants" / "clip_lens" / f"{module}.py.meta"
-    return json.loads(path.read_text())["exit_code_by_key"] if path.exists() else {}
+    names = sorted(json.loads(path.read_text())["exit_code_by_key"]) if path.exists() else []
+    return random.Random(f"{seed} {module}").sample(names, min(each, len(names)))
 
 
-def judge(module: str, each: int, seed: int) -> None:
-    """Runs a sample of a module's mutants, and prints what became of them."""
+@dataclass
+class Trials:
+    """A pytest plugin: the tests once, then every mutant in a fork."""
+
+    mutants: Sequence[str]
+    quick: float
+    """Tests that take longer, in seconds, are left out."""
+    outcome: dict[str, str] = field(default_factory=dict)
+    failed: bool = False
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.failed |= report.failed
+
+    def run(self, session: pytest.Session, item: pytest.Item, following: pytest.Item | None) -> bool:
+        """Whether a test fails."""
+        self.failed = False
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        return self.failed
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        from mutmut.state import state
+
+        os.environ[UNDER_TEST] = "stats"
+        reached: dict[str, list[tuple[float, pytest.Item]]] = {}
+        for item, following in zip(session.items, [*session.items[1:], None], strict=True):
+            state()._stats.clear()
+            start = time.monotonic()
+            failed, took = self.run(session, item, following), time.monotonic() - start
+            if not failed and took < self.quick:
+                for function in state()._stats:
+                    reached.setdefault(function, []).append((took, item))
+        for mutant in self.mutants:
+            tests = sorted(reached.get(mutant.rpartition("__mutmut_")[0], []), key=lambda test: test[0])
+            self.outcome[mutant] = self.tried(session, mutant, tests) if tests else "not reached"
+            print(f"{self.outcome[mutant]}: {mutant} ({len(tests)} tests)", file=sys.stderr, flush=True)
+        return True
+
+    def tried(self, session: pytest.Session, mutant: str, tests: Sequence[tuple[float, pytest.Item]]) -> str:
+        """What becomes of a mutant in a process of its own."""
+        child = os.fork()
+        if child == 0:
+            os.environ[UNDER_TEST] = mutant
+            signal.alarm(60 + int(5 * sum(took for took, _ in tests)))
+            os._exit(any(self.run(session, item, None) for _, item in tests))
+        status = os.waitpid(child, 0)[1]
+        return "lived" if status == 0 else "killed"
+
+
+def main(chosen: Sequence[str], tests: Sequence[str], each: int, seed: int, quick: float) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        copied(module, folder)
-        said = mutmut(
-            folder, "run", "--max-children", "1", "no such mutant"
-        )  # makes all, and asks which test runs what
-        names = sorted(outcomes(module, folder))
-        if not names:
-            print(f"{module}: no mutants\n{said[-2000:]}", flush=True)
-            return
-        chosen = random.Random(f"{seed} {module}").sample(names, min(each, len(names)))
-        said = mutmut(folder, "run", "--max-children", "1", *chosen)
-        ended = {name: OUTCOMES.get(code, f"code {code}") for name, code in outcomes(module, folder).items()}
-        count = Counter(ended[name] for name in chosen)
-        print(f"{module}: {len(names)} mutants, {len(chosen)} run: {dict(count)}", flush=True)
-        for name in chosen:
-            if ended[name] != "killed":
-                print(f"--- {ended[name]}: {name}\n{mutmut(folder, 'show', name)}", flush=True)
+        copied(chosen, folder)
+        by_module = {module: sample(module, folder, each, seed) for module in chosen}
+        os.chdir(folder / "mutants")
+        sys.path.insert(0, str(folder / "mutants"))
+        trials = Trials([name for names in by_module.values() for name in names], quick)
+        quiet = ["-n", "0", "-p", "no:cacheprovider", "-p", "no:terminal", "-o", "addopts=", "-m", "not slow"]
+        pytest.main([*quiet, *tests], plugins=[trials])
+        for module, names in by_module.items():
+            print(f"{module}: {dict(Counter(trials.outcome.get(name, 'not run') for name in names))}")
+        for name, outcome in trials.outcome.items():
+            if outcome != "killed":
+                diff = re.sub(r"(?m)^ .*\n", "", mutmut(folder, "show", name))
+                print(f"\n{outcome}: {name}\n{diff}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", default=modules(), help="such as core/rows; left out: all")
+    noticing = ["tests/core", "tests/methods", "tests/test_device.py"]
+    parser.add_argument("--tests", nargs="+", default=noticing, help="which tests may notice")
     parser.add_argument("--each", type=int, default=6, help="mutants of each module")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", type=float, default=10.0, help="leave out tests that take longer, in seconds")
     given = parser.parse_args()
-    for one in given.modules:
-        judge(one, given.each, given.seed)
+    main(given.modules, given.tests, given.each, given.seed, given.quick)

@@ -23,7 +23,7 @@ from clip_lens.data import batch as batches
 from clip_lens.data import groups
 from clip_lens.data.images import ImageStore
 from clip_lens.data.read import read_pairs
-from clip_lens.methods.circuits.discover import FINDERS
+from clip_lens.methods.circuits.finders import FINDERS
 from clip_lens.model.site import LAYOUTS
 
 

@@ -36,8 +36,8 @@ class Method:
     patching them would do, only reads, or judges circuits. `noun` is what a mean of its values is, `share` what a
     fraction of the total is, `verb` what a share of the whole does at a place. `caption` says what one mark of its
     figure is: `{mark}` (cell, bar, line), `{place}`, `{source}`, `{texts}`, `{slot}` and the record's settings by their
-    names are filled in.
-    `definition` is a heading and the paragraph that defines its numbers. `unit` is given where it isn't the metric's.
+    names are filled in. `definition` is a heading and the paragraph that defines its numbers. `unit` is given where it
+    isn't the metric's.
 
     Example:
         >>> Method("patching", "activation patching").noun

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from pandas import DataFrame
 
-from clip_lens.core.store import written_whole
+from clip_lens.files import written_whole
 
 FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")
 """What a spreadsheet takes a cell for a formula by, when the cell begins with it."""

@@ -11,7 +11,7 @@ from clip_lens.core.rows import WORTH_A_FORWARD, _groups, chunk_effects, needed,
 from clip_lens.core.source import counterpart
 from clip_lens.data.batch import align
 from clip_lens.data.pairs import Pairs
-from clip_lens.model.site import LAYOUTS, Site
+from clip_lens.model.site import LAYOUTS, Edge, Site
 
 LAYERS = 3
 TEXTS = [
@@ -103,6 +103,23 @@ def test_what_is_skipped_in_a_causal_tower():
     assert [row.nonzero().flatten().tolist() for row in runs] == [[3, 4, 5, 6, 7, 8, 9]] * 2 + [[9]] * 3
 
 
+def test_which_edges_are_skipped_in_a_causal_tower():
+    """Keys and values of the last block are read at every position, all else behind it only at the pooled one."""
+    slots, last = tuple(range(10)), LAYERS - 1
+    receivers = [(kind, last - 1) for kind in ("q", "mlp")] + [(kind, last) for kind in ("k", "v", "q", "mlp")]
+    single = {"mlp": None}
+    places = [
+        Edge(Site("embed"), Site(kind, layer, single.get(kind, 1), slot)) for kind, layer in receivers for slot in slots
+    ]
+    chunk = chunk_of(True, (*places, Edge(Site("mlp", 0), Site("out"))), TEXTS[:1])
+    exists, first = needed(chunk)
+    assert exists.all()
+    runs = (first < chunk.positions.shape[-1]).flatten().tolist()
+    assert runs.pop()
+    found = [[slot for slot in slots if runs[10 * row + slot]] for row in range(len(receivers))]
+    assert found == [[3, 4, 5, 6, 7, 8, 9]] * 4 + [[9]] * 2
+
+
 @torch.no_grad()
 def test_progress_counts_every_place_and_pair():
     for causal in (True, False):
@@ -135,3 +152,11 @@ def test_groups_hold_every_row_once_and_mix_lengths_only_while_tiny(lengths, row
         assert 0 < len(held) <= rows
         for number in range(1, len(held)):
             assert held[number] == held[number - 1] or number * held[number - 1] < WORTH_A_FORWARD
+
+
+def test_a_group_ends_where_a_longer_row_comes_after_64_positions_of_its_own():
+    ends = lambda lengths, rows: [group.stop for group in _groups(lengths, rows)]
+    assert ends([2] * 40 + [3] * 10 + [4], 100) == [40, 51]
+    assert ends([2] * 31 + [3] * 22 + [4], 100) == [53, 54]
+    assert ends([2] * 32 + [3] * 22 + [4], 100) == [32, 54, 55]
+    assert ends([64, 65, 65, 65, 66], 2) == [1, 3, 4, 5]

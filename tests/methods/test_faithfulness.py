@@ -16,6 +16,7 @@ from clip_lens.core.setting import Setting
 from clip_lens.core.source import counterpart, mean, resample, zeros
 from clip_lens.methods.circuits.circuit import Circuit, Graph, Selection
 from clip_lens.methods.circuits.faithfulness import Faithfulness, _Trial, completeness, faithfulness, minimality
+from clip_lens.methods.circuits.removal import Part as RemovalPart
 from clip_lens.methods.circuits.removal import Removal
 from clip_lens.methods.patching import patch_effects
 from clip_lens.methods.registry import FAITHFULNESS
@@ -86,6 +87,17 @@ def test_how_many_rows_run_at_once_changes_nothing(rows):
     encoder, batch = tower("causal")[1], batch_of("causal")
     expected = faithfulness(encoder, batch, [*CIRCUITS, FULL]).effects
     agree(faithfulness(encoder, batch, [*CIRCUITS, FULL], rows=rows).effects, expected.values.tolist())
+
+
+def test_circuits_of_the_same_edges_run_once(monkeypatch):
+    encoder, batch, held = tower("causal")[1], batch_of("causal"), []
+    expected = [faithfulness(encoder, batch, circuit).effects.values for circuit in (*CIRCUITS, EMPTY)]
+    values = RemovalPart.values
+    monkeypatch.setattr(RemovalPart, "values", lambda part, sets: held.append(len(sets)) or values(part, sets))
+    every = [EMPTY, *CIRCUITS, EMPTY.named("again"), CIRCUITS[1], EMPTY]
+    found = faithfulness(encoder, batch, every).effects
+    agree(found, torch.cat([expected[n] for n in (4, 0, 1, 2, 3, 4, 1, 4)]).tolist())
+    assert held == [len(CIRCUITS) + 1]
 
 
 @pytest.mark.parametrize("run", ["caption", "foil"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import types
 import warnings
@@ -108,7 +109,12 @@ def test_every_verb_runs_and_says_what_it_says_with_open_clips_tokenizer(tokeniz
 def test_the_explorer_runs(tokenizer: Any) -> None:
     encoder, pairs = encoder_with(tokenizer), clip_lens.read_pairs()[:4]
     store = random_store(pairs, encoder.d_embed)
-    assert "</html>" in clip_lens.explore(encoder, clip_lens.align(pairs, store, encoder), images=store).html()
+    html, usual = (
+        clip_lens.explore(one, clip_lens.align(pairs, store, one), images=store).html()
+        for one in (encoder, encoder_with(simple()))
+    )
+    assert "patched into" in html
+    assert re.findall(r"[+-]\d+\.\d+", html) == re.findall(r"[+-]\d+\.\d+", usual) != []
 
 
 def test_texts_that_are_too_long_are_listed(tokenizer: Any) -> None:

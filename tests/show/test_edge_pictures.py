@@ -154,7 +154,7 @@ SCORED = {EDGES[0]: 0.5, EDGES[3]: -1.0, EDGES[7]: 0.25}
 
 
 def test_a_circuit_is_drawn_by_its_own_scores():
-    circuit = Circuit.of(SCORED, n_layers=12, n_heads=2, meta={"name": "a <b>"})
+    circuit = Circuit.of(SCORED, n_layers=12, n_heads=2, name="a <b>")
     figure = network(circuit)
     scores = dict(zip(figure.frame["edge"], figure.frame["score"], strict=True))
     assert scores == {str(edge): n for edge, n in SCORED.items()}

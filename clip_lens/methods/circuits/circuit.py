@@ -313,10 +313,10 @@ class Circuit:
         """The edges on a path from the embedding to the output; `selection.pruned` says so.
 
         It is another circuit, and may do something else. What reaches no output is not read, and cutting it changes
-        nothing. But a component that nothing kept leads to from the embedding computes on what it reads along its cut
-        edges, the source's values, and what it gives is not what the source has there, unless the source is a run on
-        texts of equal length. Then, and only then, both forms do the same; of zeros, of means, or where a text has
-        positions without counterpart, `faithfulness` says two numbers.
+        nothing. But a component to which no kept edge leads from the embedding computes on what the source sends along
+        its cut edges, and what it gives then is what the source has there only where the source is a run on texts of
+        equal length. Then both forms do the same. From zeros or means, or where a text has positions without
+        counterpart, they are two circuits, and `faithfulness` says a number for each.
 
         Example:
             >>> full = Circuit.full(clip_lens.load())

@@ -17,9 +17,9 @@ from clip_lens.core.metric import Metric, logit
 from clip_lens.core.record import Method
 from clip_lens.core.setting import Setting
 from clip_lens.core.source import Function, Source, counterpart
+from clip_lens.core.spreadsheet import write_csv
 from clip_lens.core.table import sides_of
 from clip_lens.data.batch import Batch
-from clip_lens.files import written_whole
 from clip_lens.methods.circuits.circuit import Circuit, random_circuit
 from clip_lens.methods.circuits.faithfulness import (
     MEASURES,
@@ -195,8 +195,8 @@ def discover(
     those that judge it. The result says which it was, and how many pairs have such a text.
 
     With `keep` results are saved in its folder, under names that say the method, and reused when they are the same:
-    scores-eap.parquet and others, circuit-eap-200.json, summary-eap-200.csv (with `exact`,
-    -exact.csv). What does not depend on the method goes to `shared`, by default the same folder.
+    scores-eap.parquet and others, circuit-eap-200.json, summary-eap-200.csv (with `exact` summary-eap-200-exact.csv).
+    What does not depend on the method goes to `shared`, by default the same folder.
 
     Raises:
         ValueError: an unknown method, a number of edges that the encoder does not have, batches that share a pair or
@@ -366,8 +366,7 @@ def _check(encoder: HookedTextEncoder, found: Batch, judged: Batch, finder: Find
 def _write(done: Discovery, keep: Keep, file: str) -> None:
     done.circuit.save(circuit_path(keep, file))
     compared = "" if done.exact is None else "-exact"  # its r is in no other
-    with written_whole(keep.folder / f"summary-{file}{compared}.csv") as temporary:
-        done.summary.to_csv(temporary, index=False)
+    write_csv(done.summary, keep.folder / f"summary-{file}{compared}.csv")
 
 
 def _own(table: DataFrame, name: str) -> tuple[DataFrame, DataFrame]:

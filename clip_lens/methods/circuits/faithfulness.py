@@ -70,10 +70,11 @@ def faithfulness(
     for circuit in circuits:
         _fits(circuit, encoder)
     removed = torch.stack([circuit.graph.edges & ~circuit.keep for circuit in circuits])
+    distinct, which = removed.unique(dim=0, return_inverse=True)  # small circuits are often empty once pruned
 
     def parts(advance: Callable[[int], object]) -> Iterator[Part]:
         for part in removals(setting):
-            moved = {"values": part.values(removed), "total": part.total}
+            moved = {"values": part.values(distinct)[which], "total": part.total}
             yield part.index, {**moved, **unpatched(setting, part.chunk, part.readout)}
             advance(len(circuits) * len(part.index))
 

@@ -53,7 +53,7 @@ class Finder:
 
     def file(self, options: Options) -> str:
         """What the files of a circuit found in this way are called."""
-        return f"{self.method.key}-{getattr(options, self.bound):g}"
+        return f"{self.method.key}-{getattr(options, self.bound)}"
 
     def scores(self, setting: Setting, options: Options, keep: Keep | None, name: str = "") -> Effects | None:
         """The effects of every edge, read or computed and kept; None where the finder scores none."""

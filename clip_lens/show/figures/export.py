@@ -9,7 +9,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 
 from clip_lens.core.spreadsheet import to_csv
-from clip_lens.core.store import written_whole
+from clip_lens.files import written_whole
 from clip_lens.show.figures.figure import Figure
 
 DRAWN = (".png", ".svg", ".pdf", ".jpg", ".webp")
