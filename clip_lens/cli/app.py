@@ -226,6 +226,8 @@ def embed(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store that another model made.")] = False,
     device: options.Device = "cpu",
     quiet: options.Quiet = False,
+    like: options.Like = None,
+    quick_gelu: options.QuickGelu = None,
 ) -> None:
     """Compute image embeddings once and store them. An interrupted run goes on where it stopped."""
     from clip_lens.data.embed import embed_images
@@ -233,7 +235,7 @@ def embed(
     paths = images[0] if len(images) == 1 else list(images)
     store = embed_images(
         paths, model=model, pretrained=pretrained, out=out, batch_size=batch_size, device=device, progress=not quiet,
-        overwrite=overwrite,
+        overwrite=overwrite, like=like, quick_gelu=quick_gelu,
     )  # fmt: skip
     say(f"{len(store)} embeddings in {out}, {len(store.failed)} images failed")
     for name, reason in store.failed:
@@ -252,11 +254,13 @@ def info(
         ),
     ] = "tiny",
     pretrained: options.Pretrained = None,
+    like: options.Like = None,
+    quick_gelu: options.QuickGelu = None,
 ) -> None:
     """Say what a model or a file is, and whether a file is what was written."""
     from clip_lens.cli.what import lines_on
 
-    for line in lines_on(what, pretrained):
+    for line in lines_on(what, pretrained=pretrained, like=like, quick_gelu=quick_gelu):
         say(line)
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -110,14 +110,13 @@ class Job:
 
     def write(self, name: str, results: Mapping[str, Effects]) -> None:
         """The table of the first result on the screen and as csv, and the report of all."""
-        from clip_lens.files import written_whole
+        from clip_lens.core.spreadsheet import write_csv
         from clip_lens.show.questions.cautions import cautions
         from clip_lens.show.report.report import page_in, report
 
         first, name = next(iter(results.values())), name_of(name, self.segment)
         table = self.out / f"{name}.csv"
-        with written_whole(table) as temporary:
-            first.table().to_csv(temporary, index=False)
+        write_csv(first.table(), table)
         page = report(
             results,
             page_in(self.out, name),
@@ -163,6 +162,8 @@ def open_job(
     rows: options.Rows = 256,
     device: options.Device = "cpu",
     quiet: options.Quiet = False,
+    like: options.Like = None,
+    quick_gelu: options.QuickGelu = None,
 ) -> Job:
     """What the options of a command on pairs name, opened: its parameters are those options."""
     from clip_lens.data.batch import align
@@ -172,9 +173,10 @@ def open_job(
 
     chosen = read_pairs(pairs)
     chosen = chosen.rephrased() if rephrased else chosen
-    store = _open_images(images, model, pretrained, out, device, quiet)
+    weights: dict[str, Any] = {"pretrained": pretrained, "like": like, "quick_gelu": quick_gelu, "device": device}
+    store = _open_images(images, model, weights, out, quiet)
     say(f"Loading {model} ...")
-    encoder = load(model, pretrained=pretrained, device=device)
+    encoder = load(model, **weights)
     batch = align(chosen, store, encoder, run=run, any_store=any_store)
     say(repr(batch))
     for reason, count in batch.dropped.reason.value_counts().items():
@@ -185,7 +187,7 @@ def open_job(
     return Job(encoder, batch, store, out, pictures, segment, rows, not quiet, any_store, overwrite)
 
 
-def _open_images(images: str, model: str, pretrained: str | None, out: Path, device: str, quiet: bool) -> ImageStore:
+def _open_images(images: str, model: str, weights: dict[str, Any], out: Path, quiet: bool) -> ImageStore:
     from clip_lens.data.embed import embed_images
     from clip_lens.data.images import ImageStore
 
@@ -193,9 +195,7 @@ def _open_images(images: str, model: str, pretrained: str | None, out: Path, dev
         return ImageStore.open(images)
     say(f"Embedding the pictures in {images} ...")
     out.mkdir(parents=True, exist_ok=True)
-    return embed_images(
-        images, model=model, pretrained=pretrained, out=out / "images.safetensors", device=device, progress=not quiet
-    )
+    return embed_images(images, model=model, out=out / "images.safetensors", progress=not quiet, **weights)
 
 
 def on_pairs(**defaults: object) -> Callable[[Callable[..., None]], Callable[..., None]]:

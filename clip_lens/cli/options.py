@@ -44,7 +44,25 @@ Model = Annotated[
 ]
 Pretrained = Annotated[
     Optional[str],  # noqa: UP045 - typer reads this at run time, on Python 3.10 too
-    typer.Option(help="A tag of open_clip's, a checkpoint file, or 'random'.", rich_help_panel="Model"),
+    typer.Option(
+        help="A tag of open_clip's, a checkpoint file, or 'random' (untrained; random:SEED for others).",
+        rich_help_panel="Model",
+    ),
+]
+Like = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="The tag of open_clip's that a checkpoint file is used like: its activation, its image preprocessing.",
+        rich_help_panel="Model",
+    ),
+]
+QuickGelu = Annotated[
+    Optional[bool],  # noqa: UP045
+    typer.Option(
+        "--quick-gelu/--no-quick-gelu",
+        help="The activation that a checkpoint file was trained with, where --like and the file don't say it.",
+        rich_help_panel="Model",
+    ),
 ]
 Device = Annotated[str, typer.Option(help="Where to compute, as torch names it.", rich_help_panel="Model")]
 PairsFile = Annotated[str, typer.Option(help="Caption-foil pairs: .csv, .json, .jsonl, a VALSE file, or 'tiny'.")]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 
-def lines_on(what: str, pretrained: str | None = None) -> Iterator[str]:
+def lines_on(what: str, **weights: Any) -> Iterator[str]:
     """What there is to say of a file, by its kind, or of a model; a file's content is checked against what was written.
+
+    `weights` go to `load`: pretrained, like, quick_gelu.
 
     Raises:
         ValueError: no such model, or a file that is damaged or of a kind that is not known.
@@ -22,7 +25,7 @@ def lines_on(what: str, pretrained: str | None = None) -> Iterator[str]:
     }  # fmt: skip
     if path.suffix in known and not path.is_dir():
         return known[path.suffix](path)
-    return _model(what, pretrained)
+    return _model(what, **weights)
 
 
 def _result(path: Path) -> Iterator[str]:
@@ -95,13 +98,14 @@ def _json(path: Path) -> Iterator[str]:
         yield from _said(circuit.record.as_text())
 
 
-def _model(name: str, pretrained: str | None) -> Iterator[str]:
+def _model(name: str, **weights: Any) -> Iterator[str]:
     from clip_lens.model.load import load
 
-    encoder = load(name, pretrained=pretrained)
+    encoder = load(name, **weights)
     yield repr(encoder)
     yield f"  weights {encoder.digest}, image tower {encoder.image_digest}"
     yield f"  {encoder.architecture}"
+    yield from (f"  {note}" for note in encoder.notes)
 
 
 def _said(told: Mapping[str, str]) -> Iterator[str]:

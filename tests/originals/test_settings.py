@@ -6,20 +6,29 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from towers import VISION, randomise
 
 import clip_lens
+from clip_lens.cli import options
+from clip_lens.cli.app import app, main
+from clip_lens.cli.job import open_job
+from clip_lens.data.images import ImageStore
+from clip_lens.data.read import read_pairs
 from clip_lens.originals.open_clip import open_original
 from clip_lens.originals.settings import settings
+from clip_lens.tiny.assets import ASSETS
 
 PAIRS = open_clip.list_pretrained()
+OPENAI_MEAN = open_clip.constants.OPENAI_DATASET_MEAN
 PREPARED = ("mean", "std", "interpolation", "resize_mode")
 
 
@@ -200,3 +209,52 @@ def test_like_and_quick_gelu_are_for_files() -> None:
             open_original("ViT-B-32" if pretrained else "tiny", pretrained=pretrained, quick_gelu=True)
     with pytest.raises(ValueError, match="has its weights with it"):
         clip_lens.load(nn.Linear(2, 2), like="openai")
+
+
+# --- on the command line --------------------------------------------------------------------------------------------
+
+
+def test_every_command_that_loads_a_model_takes_what_decides() -> None:
+    commands = {
+        command.callback.__name__: signature(command.callback).parameters for command in app.registered_commands
+    }  # type: ignore[union-attr, arg-type]
+    loading = {name: options for name, options in commands.items() if "pretrained" in options}
+    assert {"trace", "study", "embed", "info"} < set(loading)
+    assert all({"like", "quick_gelu"} <= set(options) for options in loading.values())
+    assert "random:SEED" in get_args(options.Pretrained)[1].help
+
+
+@pytest.mark.parametrize(
+    ("said", "activation", "mean"),
+    [
+        (("--like", "openai"), "QuickGELU", OPENAI_MEAN),
+        (("--like", "laion2b_s32b_b82k"), "GELU", (0.5, 0.5, 0.5)),
+        (("--like", "laion2b_s32b_b82k", "--quick-gelu"), "QuickGELU", (0.5, 0.5, 0.5)),
+        (("--like", "openai", "--no-quick-gelu"), "GELU", OPENAI_MEAN),
+    ],
+)
+def test_info_and_embed_do_what_is_said(
+    said: tuple[str, ...], activation: str, mean: Any, shrunk: Any, tmp_path: Path, capsys: Any, recwarn: Any
+) -> None:
+    file, picture, out = shrunk("ViT-L-14"), tmp_path / "red.png", tmp_path / "red.safetensors"
+    assert main(["info", "ViT-L-14", "--pretrained", file, *said]) == 0
+    told = capsys.readouterr().out
+    assert f"heads, {activation}(" in told and f"activation {activation}: as " in told
+    Image.new("RGB", (40, 50), "red").save(picture)
+    words = ["--model", "ViT-L-14", "--pretrained", file, *said, "--out", str(out), "--quiet"]
+    assert main(["embed", str(picture), *words]) == 0
+    assert f"mean={mean}" in ImageStore.open(out).provenance["preprocessing"]
+    assert not [warning for warning in recwarn if issubclass(warning.category, UserWarning)]
+
+
+def test_a_job_embeds_and_loads_what_is_said(shrunk: Any, tmp_path: Path, recwarn: Any) -> None:
+    pictures, file = ASSETS / "pictures", shrunk("ViT-L-14")
+    pairs, names = read_pairs(), {path.name for path in pictures.iterdir()}
+    chosen = pairs[[row for row, image in enumerate(pairs.image) if image in names]]
+    chosen.to_frame().to_csv(tmp_path / "pairs.csv", index=False)
+    given: dict[str, Any] = {"pairs": str(tmp_path / "pairs.csv"), "images": str(pictures), "model": "ViT-L-14"}
+    said = {"like": "laion2b_s32b_b82k", "quick_gelu": True}
+    job = open_job(tmp_path / "out", **given, pretrained=file, **said, quiet=True)  # type: ignore[arg-type]
+    assert job.encoder.tower.cfg.act_fn == "quick_gelu"
+    assert "mean=(0.5, 0.5, 0.5)" in job.images.provenance["preprocessing"]
+    assert not [warning for warning in recwarn if issubclass(warning.category, UserWarning)]
