@@ -44,6 +44,7 @@ from .methods.registry import register as register
 from .methods.scores import scores as scores
 from .methods.statistics import correlations as correlations
 from .methods.steering import steer as steer
+from .model.compare import same_weights as same_weights
 from .model.encoder import HookedTextEncoder as HookedTextEncoder
 from .model.load import load as load
 from .model.site import Edge as Edge

@@ -41,6 +41,8 @@ class Encoder(Protocol):
     image_digest: str | None
 
     @property
+    def image_preprocessing(self) -> str | None: ...
+    @property
     def causal(self) -> bool: ...
     @property
     def d_embed(self) -> int: ...
@@ -362,8 +364,7 @@ def align(
         raise ValueError(f"run={run!r}; give one of {', '.join(get_args(Run))}")
     if len(pairs) == 0:
         raise ValueError(f"{pairs.name} has no pairs to align")
-    maker = {"model": encoder.name, "pretrained": encoder.pretrained, "digest": encoder.image_digest}
-    images.require(d_embed=encoder.d_embed, **({} if any_store else maker))
+    images.require_of(encoder, any_store=any_store)
     reasons = _unusable(pairs, images, encoder, run)
     kept = [index for index, reason in enumerate(reasons) if reason is None]
     captions, foils = encoder.tokenize(pairs[kept].caption), encoder.tokenize(pairs[kept].foil)

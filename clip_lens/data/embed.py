@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from clip_lens.data.images import Failures, ImageStore, PathLike, label, unit, versions, where
 from clip_lens.files import in_folder
-from clip_lens.originals.original import Original, digest
+from clip_lens.originals.original import Original, Preparation, digest
 from clip_lens.progress import progress_bar
 from clip_lens.words import some
 
@@ -182,6 +182,8 @@ def _image_tower(original: Original, device: str) -> _ImageTower:
         "versions": versions("clip_lens", original.library, "torch", "pillow"),
         "origin": "computed by clip_lens.embed_images",
     }
+    if isinstance(original.preprocess, Preparation):
+        provenance["preprocess_cfg"] = original.preprocess.settings
     if original.pretrained is not None:
         provenance["pretrained"] = str(original.pretrained)
     return _ImageTower(lambda pixels: module.encode_image(pixels.to(dtype)), original.preprocess, device, provenance)

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path, PurePath, PurePosixPath
 from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -31,6 +32,19 @@ class UnknownImage(KeyError):
 
     def __str__(self) -> str:
         return str(self.args[0])  # KeyError shows the repr of its message
+
+
+class Maker(Protocol):
+    """What a store needs to know of an encoder; `HookedTextEncoder` fulfils it."""
+
+    name: str
+    pretrained: str | None
+    image_digest: str | None
+
+    @property
+    def d_embed(self) -> int: ...
+    @property
+    def image_preprocessing(self) -> str | None: ...
 
 
 class ImageStore:
@@ -158,6 +172,11 @@ class ImageStore:
         """The digest of the image tower's weights, None = not known."""
         return self.provenance.get("digest")
 
+    @property
+    def preprocess_cfg(self) -> str | None:
+        """How the images were prepared: settings as sorted JSON, None = not known."""
+        return self.provenance.get("preprocess_cfg")
+
     @cached_property
     def contents(self) -> Mapping[str, str]:
         """The digests of the image files' bytes by id, empty where none is known."""
@@ -228,14 +247,17 @@ class ImageStore:
         pretrained: str | None = None,
         digest: str | None = None,
         d_embed: int | None = None,
+        preprocessing: str | None = None,
     ) -> None:
         """Nothing, if these embeddings and a text encoder share one joint space, as far as both sides say.
 
         `d_embed` must always fit. Where both digests of the image tower are known they decide, else the names do; what
-        isn't known on one side is not compared.
+        isn't known on one side is not compared. `preprocessing` is `encoder.image_preprocessing`: the same image tower
+        says other things of images that were prepared otherwise.
 
         Raises:
-            ValueError: the store was made by another model; the message has both names.
+            ValueError: the store was made by another model, or by the same one of images that were prepared otherwise;
+                the message has both.
 
         Example:
             >>> ImageStore.open("tiny").require(model="tiny")
@@ -256,6 +278,32 @@ class ImageStore:
                 f"the image embeddings were made by {here}, the encoder is {there}{why}: their spaces have nothing in "
                 f"common; {_remedy(model, pretrained)}, or align with any_store=True if you know better"
             )
+        if self.preprocess_cfg and preprocessing and self.preprocess_cfg != preprocessing:
+            mine, other = _differing(self.preprocess_cfg, preprocessing)
+            raise ValueError(
+                f"the images of {here} were prepared with {mine}, the encoder's are prepared with {other}: "
+                f"{_remedy(model, pretrained)}, with the same --like as the encoder's where it is a file's; or "
+                "any_store=True if you know better"
+            )
+
+    def require_of(self, encoder: Maker, *, any_store: bool = False) -> None:
+        """Nothing, if these embeddings fit an encoder: `require` with what it says. `any_store`: only the width must.
+
+        Raises:
+            ValueError: they don't.
+
+        Example:
+            >>> ImageStore.open("tiny").require_of(clip_lens.load())
+        """
+        if any_store:
+            return self.require(d_embed=encoder.d_embed)
+        return self.require(
+            model=encoder.name,
+            pretrained=encoder.pretrained,
+            digest=encoder.image_digest,
+            d_embed=encoder.d_embed,
+            preprocessing=encoder.image_preprocessing if self.preprocess_cfg else None,
+        )
 
     def save(self, path: PathLike) -> None:
         """Writes the store to one safetensors file, in float32; the file appears whole or not at all.
@@ -361,6 +409,13 @@ def label(model: str | None, pretrained: str | None) -> str:
         ('ViT-B-32 (openai)', 'an unknown model')
     """
     return "an unknown model" if model is None else f"{model} ({pretrained})" if pretrained else model
+
+
+def _differing(mine: str, other: str) -> list[str]:
+    """Of two preprocessings, as JSON, the settings in which they differ."""
+    both = [json.loads(told) for told in (mine, other)]
+    names = sorted({name for told in both for name in told if both[0].get(name) != both[1].get(name)})
+    return [json.dumps({name: told.get(name) for name in names}) for told in both]
 
 
 def _remedy(model: str | None, pretrained: str | None) -> str:

@@ -120,8 +120,7 @@ def _check(places: Sequence[Site], encoder: HookedTextEncoder, batch: Batch | No
 def _banks(encoder: HookedTextEncoder, images: ImageStore | None, texts: Sequence[str], any_store: bool) -> list[Bank]:
     banks = []
     if images is not None:
-        maker = {"model": encoder.name, "pretrained": encoder.pretrained, "digest": encoder.image_digest}
-        images.require(d_embed=encoder.d_embed, **({} if any_store else maker))
+        images.require_of(encoder, any_store=any_store)
         banks.append(Bank("image", images.ids, precise(images[images.ids].to(encoder.device))))
     if isinstance(texts, str):
         raise ValueError(f"texts must be a sequence of texts, got the text {texts!r}; write [{texts!r}]")

@@ -24,9 +24,9 @@ def same_weights(a: HookedTextEncoder, b: HookedTextEncoder) -> DataFrame:
 
     Example:
         >>> a, b = clip_lens.load(), clip_lens.load()
-        >>> float(same_weights(a, b).difference.max())
+        >>> float(clip_lens.same_weights(a, b).difference.max())
         0.0
-        >>> b.tower.blocks[2].attn.W_O[1].zero_(), same_weights(a, b).query("difference > 0").index.tolist()
+        >>> b.tower.blocks[2].attn.W_O[1].zero_(), clip_lens.same_weights(a, b).query("difference > 0").index.tolist()
         (tensor(...), ['blocks.2.attn.out_weight'])
     """
     mine, other = dict(_tensors(a)), dict(_tensors(b))

@@ -17,7 +17,7 @@ from torch import Tensor
 from clip_lens.model.convert import Pool
 from clip_lens.model.site import LAYOUTS, Edge, Kind, Site, order, precedes, readers, writers
 from clip_lens.model.tower import HookedTextTower
-from clip_lens.originals.original import digest
+from clip_lens.originals.original import Preparation, digest
 
 Hook: TypeAlias = tuple[str, Callable[..., Tensor | None]]
 Cache: TypeAlias = Mapping[str, Shaped[Tensor, "pair ..."]]
@@ -48,12 +48,13 @@ class HookedTextEncoder:
         name: str,
         pretrained: str | None = None,
         image_digest: str | None = None,
+        preparation: Preparation | None = None,
         vocabulary: frozenset[int] | None = None,
         notes: tuple[str, ...] = (),
     ):
         self.tower, self.pool, self.scale = tower, pool, scale
         self.name, self.pretrained, self.image_digest = name, pretrained, image_digest
-        self.vocabulary, self.notes = vocabulary, notes
+        self.vocabulary, self.notes, self._preparation = vocabulary, notes, preparation
         self._pad, self._end = 0, None
         if tower.tokenizer is not None:
             empty = self._raw_tokens([""])
@@ -83,6 +84,19 @@ class HookedTextEncoder:
             (tensor(...), False)
         """
         return digest(dict(self.tower.named_parameters()))
+
+    @property
+    def image_preprocessing(self) -> str | None:
+        """How the model's images are prepared: settings as sorted JSON, None = not known, as where it is a guess.
+
+        Raises:
+            ValueError: the model is of transformers', and its image processor can't be read.
+
+        Example:
+            >>> clip_lens.load().image_preprocessing
+            '{"fill_color": 0, "interpolation": "bicubic", "mean": [0.5, 0.5, 0.5], ...}'
+        """
+        return None if self._preparation is None else self._preparation.settings
 
     @property
     def architecture(self) -> str:

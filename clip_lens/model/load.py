@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from clip_lens.model.convert import Pool, convert
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.tower import HookedTextTower
-from clip_lens.originals.open_clip import Original, builtin_config, digest, open_module, open_original
+from clip_lens.originals.open_clip import Original, Preparation, builtin_config, digest, open_module, open_original
 from clip_lens.originals.transformers import SUPPORTED
 
 TOLERANCE = 1e-4
@@ -99,9 +99,16 @@ def _encoder(original: Original, scale: float | None) -> HookedTextEncoder:
         name=original.name,
         pretrained=original.pretrained,
         image_digest=None if visual is None else digest(visual.state_dict()),
+        preparation=_preparation(original),
         vocabulary=original.vocabulary,
         notes=original.notes,
     )
+
+
+def _preparation(original: Original) -> Preparation | None:
+    """How the original's images are prepared, unless that is a guess."""
+    known = isinstance(original.preprocess, Preparation) and not original.image_doubts
+    return cast(Preparation, original.preprocess) if known else None
 
 
 def _scale(module: Any, given: float | None, name: str) -> float:

@@ -6,9 +6,11 @@ come this way: `clip_lens.load` converts the text tower, `clip_lens.embed_images
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_lens.originals.checkpoint import Checkpoint, fill, read
-from clip_lens.originals.original import Original, in_one_line, quiet
+from clip_lens.originals.original import Original, Preparation, in_one_line, quiet
 from clip_lens.originals.original import digest as digest
 from clip_lens.originals.settings import settings
 from clip_lens.originals.transformers import adopt, adopted, cached, open_folder
@@ -64,9 +66,9 @@ def open_original(
             "is no name of open_clip's with a file"
         )
     if name == "tiny":
-        tiny, preprocess, vocabulary = open_tiny(pretrained)
+        tiny, vocabulary = open_tiny(pretrained)
         tokenizer = tokenizer or (tiny_tokenizer() if with_tokenizer else None)
-        return Original(tiny, tokenizer, preprocess, name, pretrained, vocabulary)
+        return Original(tiny, tokenizer, _preprocess(tiny), name, pretrained, vocabulary)
     if name not in open_clip.list_models() and Path(name).is_dir():
         _refuse_weights(name, pretrained)
         return open_folder(name, tokenizer=tokenizer, with_tokenizer=with_tokenizer)
@@ -92,11 +94,33 @@ def _is_file(name: str, pretrained: str | None) -> bool:
     return pretrained is not None and not open_clip.get_pretrained_cfg(name, pretrained) and Path(pretrained).is_file()
 
 
-def _preprocess(module: Any) -> Callable[[Any], Tensor] | None:
+@dataclass(frozen=True)
+class Preprocess(Preparation):
+    """The preprocessing that open_clip makes of a configuration."""
+
+    config: open_clip.transform.PreprocessCfg
+
+    @cached_property
+    def _transform(self) -> Callable[[Any], Tensor]:
+        return open_clip.transform.image_transform_v2(self.config, is_train=False)
+
+    @property
+    def settings(self) -> str:
+        size = self.config.size
+        sides = [size, size] if isinstance(size, int) else size
+        return json.dumps({**asdict(self.config), "size": sides}, sort_keys=True)
+
+    def __call__(self, image: Any) -> Tensor:
+        return self._transform(image)
+
+    def __str__(self) -> str:
+        return str(self._transform)
+
+
+def _preprocess(module: Any) -> Preprocess | None:
     if module.visual is None:
         return None
-    config = open_clip.transform.PreprocessCfg(**module.visual.preprocess_cfg)
-    return open_clip.transform.image_transform_v2(config, is_train=False)
+    return Preprocess(open_clip.transform.PreprocessCfg(**module.visual.preprocess_cfg))
 
 
 def _of_file(name: str, file: str, like: str | None, quick_gelu: bool | None) -> Original:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import re
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+class Preparation(ABC):
+    """A preprocessing that says what it does: a picture in, its pixels out."""
+
+    @property
+    @abstractmethod
+    def settings(self) -> str:
+        """All that decides the pixels, as sorted JSON: the same text for the same preprocessing, wherever it lies."""
+
+    @abstractmethod
+    def __call__(self, image: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from clip_lens.originals.original import Original, in_one_line, quiet
+from clip_lens.originals.original import Original, Preparation, in_one_line, quiet
 
 MODEL_TYPES = {
     "clip": ("CLIPModel",),
@@ -213,8 +213,15 @@ def tokenizer_notes(module: nn.Module, tokenizer: Callable[..., Any] | None) -> 
     return tuple(notes)
 
 
+DECISIVE = (
+    "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize",
+    "image_mean", "image_std", "do_convert_rgb",
+)  # fmt: skip
+"""What decides the pixels, of an image processor's settings; the rest says its class and who saved it."""
+
+
 @dataclass(frozen=True)
-class Preprocess:
+class Preprocess(Preparation):
     """The preprocessing of a folder's own image processor, read on first use: a picture in, its pixels out."""
 
     folder: Path
@@ -228,6 +235,11 @@ class Preprocess:
                 return AutoImageProcessor.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:
             raise ValueError(f"can't read the image processor in {self.folder}: {in_one_line(error)}") from error
+
+    @property
+    def settings(self) -> str:
+        said = self._processor.to_dict()
+        return json.dumps({name: said[name] for name in DECISIVE if name in said}, sort_keys=True, default=dict)
 
     def __call__(self, image: Any) -> Float[Tensor, "channel height width"]:
         return self._processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]

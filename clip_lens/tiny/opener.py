@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import open_clip
 import torch
@@ -23,9 +22,9 @@ def tiny_tokenizer() -> Callable[..., Tensor]:
     return open_clip.SimpleTokenizer()
 
 
-def open_tiny(pretrained: str | None = None) -> tuple[nn.Module, Callable[[Any], Tensor], frozenset[int]]:
+def open_tiny(pretrained: str | None = None) -> tuple[nn.Module, frozenset[int]]:
     """The embedded architecture, with the shipped weights or those of a file that `scripts/train_tiny.py` wrote: its
-    module, its preprocessing, and the token ids that it saw in training.
+    module, which has its image preprocessing with it, and the token ids that it saw in training.
 
     Raises:
         ValueError: no such file, or one that holds no weights of it.
@@ -48,7 +47,5 @@ def open_tiny(pretrained: str | None = None) -> tuple[nn.Module, Callable[[Any],
     table[rows] = state["token_embedding.weight"].to(table.dtype)
     state["token_embedding.weight"] = table.detach()
     module.load_state_dict({key: value.float() for key, value in state.items()})
-    preprocess = open_clip.transform.image_transform_v2(
-        open_clip.transform.PreprocessCfg(**config["preprocess_cfg"]), is_train=False
-    )
-    return module.eval(), preprocess, frozenset(rows.tolist())
+    open_clip.model.set_model_preprocess_cfg(module, config["preprocess_cfg"])
+    return module.eval(), frozenset(rows.tolist())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
+import clip_lens
 from clip_lens.data import embed as embedding
 from clip_lens.data import image_file
 from clip_lens.data import images as storing
@@ -351,6 +353,46 @@ def test_the_same_weights_with_another_preprocessing_are_refused(folder, model, 
     embed(folder, tmp_path / "s", model)
     with pytest.raises(ValueError, match="this run is"):
         embed(folder, tmp_path / "s", stretched)
+
+
+def test_images_that_were_prepared_otherwise_are_refused(folder, model, tmp_path):
+    """The weights are the same, and so the digests are: only the settings tell."""
+    stretched = saved_model(tmp_path / "stretched", seed=0, resize_mode="squash", mean=[0.4] * 3)
+    encoder, other = clip_lens.load(model), clip_lens.load(stretched)
+    store = embed(folder, tmp_path / "s", stretched)
+    assert encoder.image_digest == store.digest == other.image_digest
+    assert json.loads(store.preprocess_cfg) == json.loads(other.image_preprocessing) == {
+        "fill_color": 0, "interpolation": "bicubic", "mean": [0.4] * 3, "mode": "RGB", "resize_mode": "squash",
+        "size": [32, 32], "std": [0.3] * 3,
+    }  # fmt: skip
+    store.require_of(other)
+    theirs, ours = (
+        re.escape(json.dumps({"mean": [mean] * 3, "resize_mode": mode}))
+        for mean, mode in ((0.4, "squash"), (0.5, "shortest"))
+    )
+    told = f"prepared with {theirs}, the encoder's are prepared with {ours}: embed .*--like.*any_store=True"
+    pairs = clip_lens.read_pairs().to_frame()[:4].assign(image="a.png")
+    pairs = clip_lens.Pairs.from_frame(pairs)
+    for use in (
+        lambda **options: store.require_of(encoder, **options),
+        lambda **options: clip_lens.align(pairs, store, encoder, **options),
+        lambda **options: clip_lens.labels(encoder, [clip_lens.Site("neuron", 0, 1)], images=store, **options),
+    ):
+        with pytest.raises(ValueError, match=told):
+            use()
+        use(any_store=True)
+
+
+def test_what_is_not_known_of_a_preprocessing_is_not_compared(folder, model, tmp_path):
+    stretched = saved_model(tmp_path / "stretched", seed=0, resize_mode="squash")
+    mine = embed_images(
+        folder, model=stretched, preprocess=open_original(model).preprocess.__call__, out=tmp_path / "m", progress=False
+    )
+    assert mine.preprocess_cfg is None
+    mine.require_of(clip_lens.load(stretched))
+    ImageStore.open("tiny").require_of(clip_lens.load())
+    stored = embed(folder, tmp_path / "s", stretched)
+    stored.require(digest=stored.digest, preprocessing=None)
 
 
 def test_embeddings_from_elsewhere_are_not_extended(folder, model, tmp_path):

@@ -203,6 +203,15 @@ def test_preprocessing_that_tags_disagree_on_is_a_doubt_about_images(shrunk: Any
     assert "mean (0.5, 0.5, 0.5), bicubic, shortest: laion2b_s32b_b82k" in original.image_doubts[0]
 
 
+def test_a_guessed_preprocessing_is_not_known(shrunk: Any) -> None:
+    file = shrunk("ViT-L-14")
+    with pytest.warns(UserWarning, match="does not say which activation"):
+        guessed = clip_lens.load("ViT-L-14", pretrained=file)
+    said = clip_lens.load("ViT-L-14", pretrained=file, like="laion2b_s32b_b82k")
+    assert guessed.image_preprocessing is None
+    assert json.loads(str(said.image_preprocessing))["mean"] == [0.5, 0.5, 0.5]
+
+
 def test_like_and_quick_gelu_are_for_files() -> None:
     for pretrained in ("openai", "nowhere.pt", "random", None):
         with pytest.raises(ValueError, match=r"like= and quick_gelu= say how the weights in a file were trained"):

@@ -329,6 +329,19 @@ def in_cache(cache: Path, name: str) -> Path:
     return repository / "snapshots" / version
 
 
+def test_another_image_processor_of_the_same_weights_is_refused(tmp_path: Path) -> None:
+    model, plain, dark = clip(), processor(), processor()
+    dark.image_mean = [0.1, 0.2, 0.3]
+    same = saved(tmp_path / "same", model, clip_tokenizer(), plain)
+    darker = saved(tmp_path / "darker", model, clip_tokenizer(), dark)
+    Image.new("RGB", (40, 50), "red").save(tmp_path / "red.png")
+    store = embed_images(tmp_path / "red.png", model=darker, out=tmp_path / "it", progress=False)
+    assert json.loads(str(store.preprocess_cfg))["image_mean"] == [0.1, 0.2, 0.3]
+    store.require_of(load(darker))
+    with pytest.raises(ValueError, match=r'prepared with {"image_mean": \[0.1, 0.2, 0.3\]}, the encoder'):
+        store.require_of(load(same))
+
+
 def test_a_repository_in_the_cache_goes_by_its_name(cache_folder: Path, tmp_path: Path) -> None:
     model, name = clip(), "openai/clip-vit-base-patch32"
     saved(in_cache(cache_folder, name), model, clip_tokenizer(), processor())

@@ -87,8 +87,7 @@ def study(
     if batch.run != "affirmative":
         raise ValueError(f"the study adds the negation: align(..., run='affirmative'). Got run={batch.run!r}")
     if images is not None:
-        maker = {"model": encoder.name, "pretrained": encoder.pretrained, "digest": encoder.image_digest}
-        images.require(d_embed=encoder.d_embed, **({} if any_store else maker))
+        images.require_of(encoder, any_store=any_store)
     hear = say or (lambda line: None)
     keep = Keep(Path(out), hear, overwrite)
     case, fallback = _traced(Case(encoder, batch, keep, segment, images, rows, seed, progress))
