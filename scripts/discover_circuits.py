@@ -288,12 +288,11 @@ def _cautions(encoder: HookedTextEncoder, splits: tuple[Batch, Batch]) -> list[s
 
 def compare(results: Results, out: Path) -> Path:
     """The report and the table over all runs that were done."""
-    from clip_lens.files import written_whole
+    from clip_lens.core.spreadsheet import write_csv
     from clip_lens.show.questions.circuits import comparison, methods, summaries
     from clip_lens.show.report.report import report
 
-    with written_whole(out / "summary.csv") as temporary:
-        summaries(results.found).to_csv(temporary, index=False)
+    write_csv(summaries(results.found), out / "summary.csv")
     every = [found for discoveries in results.found.values() for found in discoveries]
     return report(
         comparison(results.found),

@@ -110,14 +110,13 @@ class Job:
 
     def write(self, name: str, results: Mapping[str, Effects]) -> None:
         """The table of the first result on the screen and as csv, and the report of all."""
-        from clip_lens.files import written_whole
+        from clip_lens.core.spreadsheet import write_csv
         from clip_lens.show.questions.cautions import cautions
         from clip_lens.show.report.report import page_in, report
 
         first, name = next(iter(results.values())), name_of(name, self.segment)
         table = self.out / f"{name}.csv"
-        with written_whole(table) as temporary:
-            first.table().to_csv(temporary, index=False)
+        write_csv(first.table(), table)
         page = report(
             results,
             page_in(self.out, name),
