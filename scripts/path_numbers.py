@@ -16,6 +16,7 @@ import json
 import random
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -84,6 +85,7 @@ def measured(
         for name, pool in pools(encoder).items()
     )
     record = clip_lens.patch_effects(encoder, batch, [Site("resid", 0)], progress=False).record
+    record = replace(record, model=encoder.name, images="")  # weights are told by their digest, not by where they lie
     return {"record": as_json(record), "shares": lines(shares), "chance": lines(chance)}
 
 

@@ -284,28 +284,27 @@ def test_what_does_not_fit_is_refused_before_anything_runs(tower):
 
 @pytest.mark.slow
 def test_what_the_methods_are_worth_on_the_embedded_model(tmp_path):
-    """Found on 150 pairs, judged on 150 others that share no image, captions run; in comments what was measured.
+    """Found on 150 pairs, judged on 150 others that share no text, captions run; in comments what was measured.
 
-    Exact scores agree with themselves on other pairs with r = .99 and .95: that is as far as an estimate can come.
-    Single edges are far from linear here. With the negation in the foil patching any one of them hardly moves d (the
-    1,108 effects sum to -1.5 logits of a mean d of 7.0), since the negator is read through queries, keys and values
-    together, and the gradients along the line, where all move together, say 16. So EAP-IG is the worse estimate of
-    single edges there, and by far the better order for circuits: those edges are what the model needs together.
+    Exact scores agree with themselves on other pairs with r = .98 and .91: that is as far as an estimate can come.
+    Single edges are far from linear here: of the negation in the foil they say little, since the negator is read
+    through queries, keys and values together, and the gradients along the line, where all move together, say much. So
+    EAP-IG is the worse estimate of single edges there, and the better order for circuits when edges are ranked signed.
     """
     encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
-    halves = clip_lens.read_pairs().split(0.5, 0)
-    found, judged = (clip_lens.align(half[:150], store, encoder, run="caption") for half in halves)
+    halves = clip_lens.align(clip_lens.read_pairs(), store, encoder, run="caption").split(by="text")
+    found, judged = (half[:150] for half in halves)
     how = {"keep": None, "shared": Keep(tmp_path), "exact": True, "progress": False}
     ig, eap = (discover(encoder, found, judged, method=method, **how) for method in ("eap-ig", "eap"))
     r = {done.method.key: done.agreement.set_index("side")["r"] for done in (ig, eap)}
-    assert r["eap-ig"]["caption"] > 0.8 > r["eap"]["caption"] + 0.2  # .86, .49
-    assert r["eap"]["foil"] > 0.75 > r["eap-ig"]["foil"] + 0.2  # .84, .32
+    assert r["eap-ig"]["caption"] > 0.8 > r["eap"]["caption"] + 0.2  # .85, .47
+    assert r["eap"]["foil"] > 0.75 > r["eap-ig"]["foil"] + 0.2  # .82, .34
     worth = {done.method.key: done.summary.set_index("side").loc["pooled"] for done in (ig, eap)}
-    assert worth["eap-ig"]["CPR"] > 0.75 > worth["eap"]["CPR"] + 0.4  # .84, .20
-    assert worth["eap-ig"]["CMD"] < 0.27 < worth["eap"]["CMD"] - 0.03  # .23, .33
-    assert worth["eap"]["CMD"] < worth["eap"]["random_CMD"] - 0.3  # .70
+    assert worth["eap-ig"]["CPR"] > 0.7 > worth["eap"]["CPR"] + 0.4  # .76, .25
+    assert worth["eap-ig"]["CMD"] < 0.27 < worth["eap"]["CMD"] - 0.03  # .23, .32
+    assert worth["eap"]["CMD"] < worth["eap"]["random_CMD"] - 0.3  # .72
+    assert ig.repeated == 0 and ig.held_out == "by text"
     exact = patch_effects(encoder, found, encoder.edges(), progress=False)
     assert stability(exact, 100)["jaccard"].item() > 0.78  # .80
-    every = clip_lens.align(halves[0], store, encoder, run="caption")
-    most = gradient_effects(encoder, every, encoder.edges(), steps=5, progress=False)
-    assert stability(most, 100)["jaccard"].item() > 0.85  # .89 on 600 pairs; .76 on 150
+    most = gradient_effects(encoder, halves[0], encoder.edges(), steps=5, progress=False)
+    assert stability(most, 100)["jaccard"].item() > 0.85  # .87 on 600 pairs
