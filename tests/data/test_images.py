@@ -381,6 +381,9 @@ def test_images_that_were_prepared_otherwise_are_refused(folder, model, tmp_path
         with pytest.raises(ValueError, match=told):
             use()
         use(any_store=True)
+    batch = clip_lens.align(pairs, store, encoder, any_store=True)
+    with pytest.raises(ValueError, match=told):
+        clip_lens.study(encoder, batch, tmp_path / "studied", images=store)
 
 
 def test_what_is_not_known_of_a_preprocessing_is_not_compared(folder, model, tmp_path):
