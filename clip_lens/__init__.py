@@ -1,6 +1,6 @@
 """clip_lens: how a CLIP text encoder computes what it says.
 
-One concept: what a reader reads = what this run gives + weight * (what the source gives - what this run gives).
+One concept: what a receiver reads = what this run gives + weight * (what the source gives - what this run gives).
 A *place* says where (`Site`), a *source* with what (`counterpart`), and every method returns one result, `Effects`.
 
 Axes, everywhere: pair pos slot layer head neuron place d_model d_head d_mlp d_embed.

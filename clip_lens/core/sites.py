@@ -1,4 +1,4 @@
-"""Sites + a source -> hooks. What a reader reads at a patched site = what the source gives, on each row of its own.
+"""Sites + a source -> hooks. What a receiver reads at a patched site = what the source gives, on each row of its own.
 
 A *row* is one place of one pair: many interventions are rows of one forward pass, and each hook touches only its rows.
 """
