@@ -6,8 +6,8 @@
 
 mutmut writes the mutants (pyproject.toml's [tool.mutmut]) into a copy of the repository's files. Here all tests run
 once, which says which test reaches which function; then each mutant is tried in a fork of that very process, with
-everything imported and every tower built, by the tests that reach it, quickest first, until one fails. Prints a line
-per mutant and the diff of each that lives; docs/mutation.md says how to judge one.
+everything imported and every tower built, by the tests that reach it, those first that reach least else, until one
+fails. Prints a line per mutant and the diff of each that lives; docs/mutation.md says how to judge one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -67,6 +69,13 @@ def sample(module: str, folder: Path, each: int, seed: int) -> list[str]:
     return random.Random(f"{seed} {module}").sample(names, min(each, len(names)))
 
 
+class Test(NamedTuple):
+    item: pytest.Item
+    took: float
+    reaches: int
+    """How many functions of the chosen modules it reaches."""
+
+
 @dataclass
 class Trials:
     """A pytest plugin: the tests once, then every mutant in a fork."""
@@ -74,6 +83,8 @@ class Trials:
     mutants: Sequence[str]
     quick: float
     """Tests that take longer, in seconds, are left out."""
+    budget: float
+    """For how many seconds of tests a mutant must live."""
     outcome: dict[str, str] = field(default_factory=dict)
     failed: bool = False
 
@@ -90,39 +101,45 @@ class Trials:
         from mutmut.state import state
 
         os.environ[UNDER_TEST] = "stats"
-        reached: dict[str, list[tuple[float, pytest.Item]]] = {}
+        reached: dict[str, list[Test]] = {}
         for item, following in zip(session.items, [*session.items[1:], None], strict=True):
             state()._stats.clear()
             start = time.monotonic()
             failed, took = self.run(session, item, following), time.monotonic() - start
             if not failed and took < self.quick:
-                for function in state()._stats:
-                    reached.setdefault(function, []).append((took, item))
+                for function in set(state()._stats):
+                    reached.setdefault(function, []).append(Test(item, took, len(state()._stats)))
         for mutant in self.mutants:
-            tests = sorted(reached.get(mutant.rpartition("__mutmut_")[0], []), key=lambda test: test[0])
+            tests = self.chosen(reached.get(mutant.rpartition("__mutmut_")[0], []))
             self.outcome[mutant] = self.tried(session, mutant, tests) if tests else "not reached"
             print(f"{self.outcome[mutant]}: {mutant} ({len(tests)} tests)", file=sys.stderr, flush=True)
         return True
 
-    def tried(self, session: pytest.Session, mutant: str, tests: Sequence[tuple[float, pytest.Item]]) -> str:
+    def chosen(self, tests: Sequence[Test]) -> list[Test]:
+        """The tests that reach least beside the function, as many as the budget allows."""
+        ranked = sorted(tests, key=lambda test: (test.reaches, test.took))
+        until = accumulate(test.took for test in ranked)
+        return [test for test, end in zip(ranked, until, strict=True) if end <= self.budget or test is ranked[0]]
+
+    def tried(self, session: pytest.Session, mutant: str, tests: Sequence[Test]) -> str:
         """What becomes of a mutant in a process of its own."""
         child = os.fork()
         if child == 0:
             os.environ[UNDER_TEST] = mutant
-            signal.alarm(60 + int(5 * sum(took for took, _ in tests)))
-            os._exit(any(self.run(session, item, None) for _, item in tests))
+            signal.alarm(60 + int(5 * sum(test.took for test in tests)))
+            os._exit(any(self.run(session, test.item, None) for test in tests))
         status = os.waitpid(child, 0)[1]
         return "lived" if status == 0 else "killed"
 
 
-def main(chosen: Sequence[str], tests: Sequence[str], each: int, seed: int, quick: float) -> None:
+def main(chosen: Sequence[str], tests: Sequence[str], each: int, seed: int, quick: float, budget: float) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         copied(chosen, folder)
         by_module = {module: sample(module, folder, each, seed) for module in chosen}
         os.chdir(folder / "mutants")
         sys.path.insert(0, str(folder / "mutants"))
-        trials = Trials([name for names in by_module.values() for name in names], quick)
+        trials = Trials([name for names in by_module.values() for name in names], quick, budget)
         quiet = ["-n", "0", "-p", "no:cacheprovider", "-p", "no:terminal", "-o", "addopts=", "-m", "not slow"]
         pytest.main([*quiet, *tests], plugins=[trials])
         for module, names in by_module.items():
@@ -141,5 +158,6 @@ if __name__ == "__main__":
     parser.add_argument("--each", type=int, default=6, help="mutants of each module")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", type=float, default=10.0, help="leave out tests that take longer, in seconds")
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds of tests that a mutant must live through")
     given = parser.parse_args()
-    main(given.modules, given.tests, given.each, given.seed, given.quick)
+    main(given.modules, given.tests, given.each, given.seed, given.quick, given.budget)

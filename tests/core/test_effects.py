@@ -308,12 +308,26 @@ def test_grid_holds_the_table():
     assert grid.index.tolist() == [0, 1, 2] and grid.columns.tolist() == [0, 1]
 
 
+def test_grid_axes_are_numbers_where_all_entries_are():
+    places = tuple(Site("resid", layer, slot=slot) for layer in (0, 1) for slot in (2, 3, None))
+    grid = make([[float(n)] for n in range(6)], [1.0], places=places).grid()
+    assert grid.columns.dtype == np.int64 and grid.columns.tolist() == [0, 1]
+    assert grid.index.dtype == object and grid.index.tolist() == [2, 3, None]  # not NaN
+
+
 def test_grid_is_nan_where_no_place_is():
     places = (Site("mlp", 0, slot="eot"), Site("mlp", 1, slot="negator"))
     assert make([[1.0], [2.0]], [4.0], places=places).grid().isna().to_numpy().tolist() == [
         [True, False],
         [False, True],
     ]
+
+
+@pytest.mark.parametrize(("known", "end"), [(7, "'6'$"), (8, "'7'$"), (9, "'7' and 1 more$"), (20, "'7' and 12 more$")])
+def test_what_there_is_is_listed_up_to_eight(known, end):
+    effects = make([[1.0] * known], [1.0] * known, keys=[str(n) for n in range(known)])
+    with pytest.raises(ValueError, match=end):
+        effects.where(key="none")
 
 
 def test_grid_errors_say_what_to_choose():
