@@ -7,6 +7,7 @@ import clip_lens
 from clip_lens import Edge, Site
 from clip_lens.core.metric import cosine, kl, logit
 from clip_lens.core.source import counterpart, mean, noise, resample, zeros
+from clip_lens.methods.scores import pair_scores
 
 HALVES = (torch.bfloat16, torch.float16)
 ERROR = {torch.bfloat16: 0.3, torch.float16: 0.05}
@@ -76,6 +77,21 @@ def test_what_half_precision_costs(dtype):
         found.append(torch.stack([each.signed().mean(1) for each in effects]))
     assert (found[0] - found[1]).abs().max() < ERROR[dtype], found[0] - found[1]
     assert found[0].abs().max() > 1  # there is something to be wrong about
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest", "on_average"), [(torch.float16, 0.015, 0.003), (torch.bfloat16, 0.17, 0.026)], ids=str
+)
+def test_what_the_readme_says_of_d(dtype, largest, on_average):
+    """The embedded model on all its pairs, against float64: no pair changes side."""
+    found = []
+    for kind in (torch.float64, dtype):
+        encoder = clip_lens.load(dtype=kind)
+        batch = clip_lens.align(clip_lens.read_pairs(), clip_lens.ImageStore.open("tiny"), encoder)
+        found.append(pair_scores(encoder, batch).d.double())
+    error = (found[0] - found[1]).abs()
+    assert 0.5 * largest < error.max() <= largest and 0.5 * on_average < error.mean() <= on_average
+    assert torch.equal(found[0] > 0, found[1] > 0) and found[0].abs().mean() == pytest.approx(7.1, abs=0.05)
 
 
 def test_a_metric_is_taken_in_float32():
