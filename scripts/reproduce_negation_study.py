@@ -133,12 +133,13 @@ def write(out: Path, title: str, cells: DataFrame, found: DataFrame, said: list[
     """The comparison as a page, as Markdown and as two tables."""
     from negation_published import markdown, section
 
+    from clip_lens.core.spreadsheet import to_csv
     from clip_lens.files import written_whole
     from clip_lens.show.report.report import report
 
     texts = {
-        "against.csv": found.to_csv(index=False),
-        "against-cells.csv": cells.to_csv(index=False),
+        "against.csv": to_csv(found),
+        "against-cells.csv": to_csv(cells),
         "against.md": f"# {title}\n\n{' '.join(said)}\n\n{markdown(found)}",
     }
     for name, text in texts.items():
