@@ -256,6 +256,15 @@ def test_by_slot_weighs_a_slot_by_its_tokens():
     assert (found.n, found.dropped) == (2, 0)
 
 
+def test_by_slot_is_nan_where_a_slot_lies_behind_every_place():
+    effects = make([[1.0, 1.0], [3.0, 9.0]], [4.0, 8.0])  # places at positions 0 and 1
+    slots = Slots(torch.tensor([[0, -1, 1], [0, 0, 1]]), ("subject", "eot"), effects.pairs)
+    named = effects.by_slot(slots)
+    values = {place.slot: named.values[n].tolist() for n, place in enumerate(named.places)}
+    assert values["subject"][0] == 1.0 and len(values["subject"]) == 3
+    assert all(value != value for value in values.get("eot", [NAN]))
+
+
 def test_by_slot_finds_pairs_by_key():
     effects, batch = slotted()
     some = effects.where(key=["pair 3", "pair 1"])

@@ -1,6 +1,8 @@
 """Identities: the same content is the same thing, another content another, and what can't be told is anonymous."""
 
+import sys
 import types
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -15,6 +17,16 @@ from clip_lens.core.via import via
 from clip_lens.model.site import Site
 
 MLP = Site("mlp", 1)
+
+
+@dataclass(frozen=True)
+class One:
+    value: int
+
+
+@dataclass(frozen=True)
+class Other:
+    value: int
 
 
 def bank(seed, n=3):
@@ -34,6 +46,7 @@ DIFFERENT = [
     (1, 1.0, True, "1", b"1", None, (1,), [1], {1}, {1: 1}),
     ((("a",), "b"), (("a", "b"),), (("a", "b"), ()), ("a", "b"), ({"a": "b"},)),
     (MLP, Site("mlp", 1, slot="eot"), Site("attn", 1)),
+    (One(1), Other(1), One(2)),
     (logit, cosine, kl(bank(0)), kl(bank(1)), kl(bank(0).float()), kl(bank(0)[:2])),
     (
         counterpart, as_source(zeros), as_source(mean), resample(0), resample(1), noise(0.0), noise(1.0), noise(1.0, 1),
@@ -109,6 +122,20 @@ def test_a_function_is_its_code_and_what_it_reads_and_calls():
     assert None not in found and len(found) == 4
     same = {identity_of(script(text.format(factor=1, what="u")).outer) for _ in range(2)}
     assert len(same) == 1 and same < found
+
+
+@pytest.mark.parametrize(
+    ("folder", "changes"),
+    [("/home/me", True), ("/usr/lib/python3/dist-packages", False), ("/env/site-packages", False)],
+)
+def test_a_function_of_an_installed_package_goes_by_its_name(folder, changes, monkeypatch):
+    both = [script(f"def mine(u, readout):\n    return {n} * u[:, 0]") for n in (1, 2)]
+    for module in both:
+        module.__file__ = f"{folder}/a_script_of_yours.py"
+        module.mine.__module__ = module.__name__
+    monkeypatch.setitem(sys.modules, "a_script_of_yours", both[0])
+    one, two = (identity_of(module.mine) for module in both)
+    assert one is not None and (one != two) == changes
 
 
 def test_identity_is_that_of_now():

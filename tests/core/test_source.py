@@ -120,6 +120,29 @@ def test_mean(name, monkeypatch):
     assert torch.allclose(once, chunked, rtol=0, atol=1e-11, equal_nan=True)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_mean_over_others_is_theirs_at_the_slots_of_the_run(name):
+    """The means of pairs of unequal length, at the slots of pairs of equal length: other texts, other positions."""
+    encoder, over, batch = tower(name)[1], batch_of(name, False, "foil"), batch_of(name, True)
+    hook, lines = "blocks.1.hook_mlp_out", {}
+    for n, value in enumerate(encoder.cache(over.tokens, names=hook)[hook]):
+        for p in range(int(over.length[n])):
+            lines.setdefault(int(over.slot[n, p]), []).append(value[p])
+    index = torch.tensor([2, 0])
+    found = mean(over=over)(encoder, batch)(index, [hook])[hook]
+    seen = 0
+    for row, n in enumerate(index.tolist()):
+        for p in range(int(batch.length[n])):
+            values = lines.get(int(batch.slot[n, p]))
+            if values is None:
+                assert found[row, p].isnan().all()
+            else:
+                seen += 1
+                assert torch.allclose(found[row, p], torch.stack(values).mean(0), rtol=1e-10, atol=1e-12)
+    assert seen > 5
+    assert not torch.equal(batch.slot[index][:, : over.slot.shape[1]], over.slot[index][:, : batch.slot.shape[1]])
+
+
 def test_mean_of_a_pattern_is_refused():
     with pytest.raises(ValueError, match=r"mean of blocks\.1\.attn\.hook_pattern is not defined"):
         patch_effects(tower("causal")[1], batch_of("causal"), [Site("pattern", 1)], source=mean)

@@ -150,6 +150,16 @@ def test_damaged_metadata_are_named(tmp_path, how):
         Effects.load(path)
 
 
+def test_a_column_of_texts_among_the_numbers_is_named(tmp_path):
+    path = tmp_path / "effects.parquet"
+    made().save(path)
+    table = pq.read_table(path)
+    texts = pa.array(["x"] * table.num_rows)
+    pq.write_table(table.set_column(table.num_columns - 1, table.column_names[-1], texts), path)
+    with pytest.raises(ValueError, match=r"effects\.parquet"):
+        Effects.load(path)
+
+
 def test_the_first_format_is_refused_and_says_what_it_lacks(tmp_path):
     """As version 0.1 wrote it: a table of pandas' with a note of format 1 and neither digest nor record."""
     effects = toy_effects()

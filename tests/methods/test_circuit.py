@@ -127,6 +127,9 @@ def test_overlaps_have_a_row_for_each_two():
     circuits = {name: drawn(seed) for seed, name in enumerate("abc")}
     table = Circuit.overlaps(circuits)
     assert list(zip(table["first"], table["second"], strict=True)) == [("a", "b"), ("a", "c"), ("b", "c")]
+    for _, line in table.iterrows():
+        one, two = ({*circuits[line[end]].edges()} for end in ("first", "second"))
+        assert (line["edges_first"], line["edges_second"], line["shared"]) == (len(one), len(two), len(one & two))
     a, b, n = len(circuits["a"]), len(circuits["b"]), int(Graph.of(LAYERS, HEADS).edges.sum())
     assert table["jaccard"][0] == circuits["a"].jaccard(circuits["b"]) and table["by_chance"][0] == a * b / n
 

@@ -239,6 +239,7 @@ def test_what_is_finished_is_not_computed_again(tower, tmp_path, monkeypatch):
         assert Circuit.load(tmp_path / method / f"circuit-{files[method]}.json").jaccard(done.circuit) == 1.0
         saved = pd.read_csv(tmp_path / method / f"summary-{files[method]}-exact.csv")
         assert saved["f"].to_numpy() == pytest.approx(done.summary["f"].to_numpy())
+    assert (tmp_path / "exact" / f"stability-{files['exact']}.parquet").exists()
     assert Effects.load(tmp_path / "exact" / "scores-exact.parquet").values.equal(first["exact"].scores.values)
     with pytest.raises(AssertionError, match="computed again"):
         discover(encoder, found, judged, method="acdc", threshold=0.7, keep=Keep(tmp_path / "acdc"), **how)
