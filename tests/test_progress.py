@@ -6,8 +6,11 @@ import sys
 import time
 
 import pytest
+from oracle import batch_of, tower
 
+import clip_lens
 from clip_lens import progress
+from clip_lens.model.site import Site
 from clip_lens.progress import progress_bar
 
 
@@ -53,3 +56,44 @@ def test_a_clean_run_says_nothing():
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """What every bar that is made counts, and how far it came."""
+    made = []
+
+    class Counted(progress.tqdm):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.counted = 0
+            made.append((options, self))
+
+        def update(self, n=1):
+            self.counted += n
+
+    monkeypatch.setattr(progress, "_kind", lambda: Counted)
+    return made
+
+
+EDGES = {"senders": [Site("head", 0)], "receivers": [Site("out")]}
+VERBS = {
+    "patching": (lambda e, b: clip_lens.patch_effects(e, b, e.sites("mlp")), "row", 4 * 7),
+    "paths through MLPs": (
+        lambda e, b: clip_lens.path_effects(e, b, e.sites("head", layers=[0]), [Site("out")], through="mlp"),
+        "row",
+        4 * 7,
+    ),
+    "gradients": (lambda e, b: clip_lens.gradient_effects(e, b, e.edges(**EDGES)), "row", 7),
+    "attribution": (lambda e, b: clip_lens.direct_effects(e, b), "pair", 7),
+    "the lens": (lambda e, b: clip_lens.logit_lens(e, b), "pair", 7),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verbs_bar_counts_up_to_its_total(verb, bars):
+    run, unit, least = VERBS[verb]
+    run(tower("causal")[1], batch_of("causal"))
+    ((options, bar),) = bars
+    assert options["unit"] == unit and options["desc"]
+    assert bar.counted == options["total"] >= least

@@ -1,5 +1,6 @@
 """Records: what a result says of what was run, in every one of its fields, and in words."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -82,7 +83,9 @@ def test_a_result_says_what_was_run_on_what():
         "unaligned": sum(line.count(-1) for line in origins),
     }
     assert record.unaligned > 0 and record.untemplated == 4  # no "there is" with a determiner
-    assert record.held_out == batch.held_out == "" and record.method is PATCHING
+    assert record.held_out == "" and record.method is PATCHING
+    part = replace(batch, held_out="by text")
+    assert patch_effects(encoder, part, [Site("mlp", 1)]).record.held_out == "by text"
     assert (record.weights, record.data_digest, record.batch) == (encoder.digest, batch.pairs.digest, batch.digest)
 
 

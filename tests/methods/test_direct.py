@@ -333,6 +333,16 @@ def test_flipping_the_batch_keeps_the_parts_of_d():
     assert torch.allclose(there.values, -back.values, rtol=0, atol=1e-12)
 
 
+def test_as_many_pairs_are_read_together_as_fit(monkeypatch):
+    encoder, batch = tower("causal")[1], batch_of("causal")
+    width = max(batch.tokens.shape[1], batch.other.shape[1])
+    each = 5 + (width + 3) * 128  # 5 places; positions and blocks, times neurons
+    for lines, pairs in ((each - 1, 1), (each, 1), (3 * each - 1, 2), (3 * each, 3), (10**9, reading.PAIRS_AT_ONCE)):
+        monkeypatch.setattr(reading, "LINES_AT_ONCE", lines)
+        found = reading._at_once(encoder, batch, 5)
+        assert (found, type(found)) == (pairs, int)
+
+
 def test_pairs_at_a_time_change_nothing(monkeypatch):
     encoder, batch = tower("bidirectional")[1], batch_of("bidirectional")
     places = [*KINDS, *SOURCES]
