@@ -146,13 +146,6 @@ class Effects:
     def _sample(self) -> Sample:
         return Sample(self.index, self.values, self.total, self.pairs, self.orientation)
 
-    def _with(self, **changes: Any) -> Effects:
-        """The result with some fields changed; what is known of its places is kept where they stay."""
-        changed = replace(self, **changes)
-        if changed.places == self.places and "index" in self.__dict__:
-            changed.__dict__["index"] = self.index
-        return changed
-
     def fraction(self, of: Of = "means", floor: float = 0.0, pooled: bool = False) -> DataFrame:
         """The recovered fraction of every place: 0 = nothing moved, 1 = all of it. One row per place and side.
 

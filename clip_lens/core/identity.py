@@ -87,10 +87,11 @@ def _held(function: Callable[..., Any]) -> Iterator[bytes]:
 
 def _parts(thing: Any, seen: tuple[Any, ...]) -> Iterator[bytes]:
     """The bytes that a thing comes down to; `seen` are the functions that it is read within."""
-    if hasattr(thing, "identity"):
-        if thing.identity is None:
-            raise _Anonymous
-        yield str(thing.identity).encode()
+    said = getattr(thing, "identity", thing)  # of numpy that is a function, and nothing that it says of itself
+    if said is None and thing is not None:
+        raise _Anonymous
+    if isinstance(said, str) and said is not thing:
+        yield said.encode()
     elif isinstance(thing, Tensor):
         yield f"{thing.dtype}{tuple(thing.shape)}".encode()
         yield thing.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

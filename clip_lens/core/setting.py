@@ -176,7 +176,7 @@ class Setting:
             untemplated=batch.untemplated,
             unaligned=int(batch.unaligned.sum()),
             hooks=encoder.hooked,
-            notes=getattr(encoder, "notes", ()),
+            notes=encoder.notes,
             settings=settings,
             versions=dict(versions()),
         )

@@ -163,3 +163,14 @@ def test_the_encoder_used_changes_nothing():
     before = over.identity
     over(encoder, batch)(torch.arange(2), ["blocks.1.hook_mlp_out"])
     assert over.identity == before
+
+
+def test_a_module_is_known_by_its_name_whatever_it_holds(monkeypatch):
+    """numpy has a function `identity`: read as what numpy says of itself, it differed from one process to the next."""
+
+    def scaled(u, readout):
+        return (u * readout.direction).sum(-1) * np.sqrt(4.0)
+
+    before = identity_of(np), metric(scaled, oriented=True).identity
+    monkeypatch.setattr(np, "identity", lambda n: n)
+    assert None not in before and before == (identity_of(np), metric(scaled, oriented=True).identity)
