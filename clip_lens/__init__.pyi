@@ -1,6 +1,8 @@
 """The public names, once: `__init__.py` resolves them lazily, type checkers and editors read them here."""
 
 from .core.effects import Effects as Effects
+from .core.metric import activation as activation
+from .core.metric import attention_score as attention_score
 from .core.metric import cosine as cosine
 from .core.metric import kl as kl
 from .core.metric import logit as logit

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from clip_lens.core.address import Addresses
+from clip_lens.core.address import Addresses, address
 from clip_lens.core.effects import segments
 from clip_lens.core.metric import Metric, Readout, as_metric, logit
 from clip_lens.core.record import Method, MetricRecord, Record, SourceRecord, versions
@@ -61,6 +61,9 @@ class Setting:
             raise ValueError(f"rows={rows}: at least one sequence must fit into a forward")
         setting = cls(encoder, batch, as_source(source), as_metric(metric), rows, progress)
         setting.check()
+        if (target := setting.metric.target) is not None:
+            address([target.site], encoder, batch)  # says what there is
+            target.check(encoder, batch)
         return setting
 
     @classmethod
@@ -102,10 +105,14 @@ class Setting:
 
     @property
     def everything(self) -> Place:
-        """The place that patches every edge: of a run its last residual stream, else what every sender sends to the
-        output (with every edge patched, nothing else reaches it)."""
+        """The place that patches every edge: of a run the last residual stream that the metric depends on, else what
+        every sender sends to the output (with every edge patched, nothing else reaches it), or, where the metric reads
+        an activation, every sender before it."""
+        target, encoder = self.metric.target, self.encoder
         if getattr(self.fetch, "is_run", False):
-            return Site("resid", self.encoder.n_layers)
+            return Site("resid", encoder.n_layers if target is None else target.site.layer)
+        if target is not None:
+            return target.senders(encoder.n_layers, encoder.n_heads)
         return tuple(self.encoder.edges(receivers=[Site("out")]))
 
     def patchable(self, places: Iterable[Place]) -> tuple[Place, ...]:
@@ -134,9 +141,9 @@ class Setting:
         `also` names hooks whose source is needed beside those of the places, `own` those whose unpatched values are.
         """
         for index in self.batch.chunks(pairs_at_once(addresses, self.encoder, self.batch, self.rows)):
-            chunk = prepare(self.encoder, self.batch, addresses, self.fetch, index, also, own)
+            chunk = prepare(self.encoder, self.batch, addresses, self.fetch, index, also, own, self.metric.target)
             readout = Readout(chunk.batch.direction, chunk.embedding, read_other(chunk, self.fetch))
-            self.check_metric(self.metric(chunk.embedding, readout), index)
+            self.check_metric(self.metric(chunk.seen, readout), index)
             yield index, chunk, readout
 
     @staticmethod

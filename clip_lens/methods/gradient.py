@@ -242,11 +242,18 @@ def backward(
     hooks: list[Hook] = [(name, partial(_keep, into=value, name=name)) for name in names]
     with torch.enable_grad():
         leaf = embedding.detach().requires_grad_()
+        read = chunk.read
+        if read.target is not None:
+            hooks.append((read.hook, partial(_keep, into=value, name=read.hook)))
         y = chunk.encoder.tower.run_with_hooks(leaf, fwd_hooks=list(hooks), start_at_layer=0)
-        result = metric(chunk.encoder.read(y, chunk.pooled), readout)
+        seen = chunk.encoder.read(y, chunk.pooled) if read.target is None else chunk.target_in(value)
+        result = metric(seen, readout)
         if not result.requires_grad:
             raise ValueError("the metric has no gradient with respect to the embedding: compute it from `u` in torch")
-        gradient = torch.autograd.grad(result.sum(), [value[name] for name in names])
+        # What stands behind a target has no part in it.
+        gradient = torch.autograd.grad(
+            result.sum(), [value[name] for name in names], allow_unused=True, materialize_grads=True
+        )
     held = {name: tensor.detach() for name, tensor in value.items()}
     return Found(held, dict(zip(names, gradient, strict=True)))
 
