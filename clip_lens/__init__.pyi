@@ -39,6 +39,7 @@ from .methods.direct import direct_effects as direct_effects
 from .methods.gradient import gradient_effects as gradient_effects
 from .methods.labels import labels as labels
 from .methods.lens import logit_lens as logit_lens
+from .methods.matching import attention_attribution as attention_attribution
 from .methods.patching import patch_effects as patch_effects
 from .methods.paths import path_effects as path_effects
 from .methods.probes.probe import probe as probe

@@ -186,7 +186,10 @@ def _site_readers(chunk: Chunk) -> tuple[Bool[Tensor, "hook pair pos"], Reader]:
 
 def _edge_readers(chunk: Chunk) -> tuple[Bool[Tensor, "sender pair pos"], Reader]:
     """The same for senders and the receivers of their edges."""
-    found = [_read_at(chunk.read, site.kind, site.layer, chunk.encoder.n_layers) for site in chunk.addresses.receivers]
+    n_layers = chunk.encoder.n_layers
+    # What an MLP reads stands before its neurons; as a site it is what it gives.
+    ends = [("neuron" if site.kind == "mlp" else site.kind, site.layer) for site in chunk.addresses.receivers]
+    found = [_read_at(chunk.read, cast(Kind, kind), layer, n_layers) for kind, layer in ends]
     flags = torch.tensor(found, dtype=torch.long, device=chunk.positions.device)
     return chunk.sends, lambda columns: flags[columns[:, 1]]
 

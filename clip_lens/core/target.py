@@ -68,7 +68,8 @@ class Target:
 
     def reads(self, kind: Kind, layer: int, n_layers: int) -> bool:
         """Whether what a site of a kind or a receiver of edges has there can reach it; where that isn't known, yes."""
-        return _step(kind, layer, n_layers) <= _step(self.site.kind, self.site.layer, n_layers)
+        own: Kind = "q" if self.scores else self.site.kind
+        return _step(kind, layer, n_layers) <= _step(own, self.site.layer, n_layers)
 
     def senders(self, n_layers: int, n_heads: int) -> tuple[Site, ...]:
         """Every sender of the tower whose output reaches it."""
