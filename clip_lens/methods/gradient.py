@@ -68,11 +68,12 @@ def gradient_effects(
     smallest at the run, such as `kl`, has no gradient there: it needs `steps` above 1.
 
     `rule` says what the gradient goes through (method, section 10). "relp" (Rezaei Jafari et al. 2508.21258):
-    LayerNorm's scale, attention patterns and each neuron's slope f(x)/x are constants; q and k get 0. "qk": where a q or
-    k is patched, or what it reads, the softmax (and the LayerNorm before it) is computed anew, position by position, and
-    the gradient begins at the pattern. "atp*" (Kramar et al. 2403.00745): that, and GradDrop: of each place the mean
-    over layers, each with the gradient through its own attention and MLP dropped, of the |attribution|, over L - 1 of
-    the L layers since a place's own gives 0. Its values have no sign: they are not additive and not oriented.
+    LayerNorm's scale, attention patterns and each neuron's slope f(x)/x are constants; q and k get 0. "qk": where a q
+    or k is patched, or what it reads, the softmax (and the LayerNorm before it) is computed anew, one position at a
+    time, and the gradient begins at the pattern. "atp*" (Kramar et al. 2403.00745): that, and GradDrop: the mean over
+    layers of |attribution|, the gradient through one layer's attention and MLP dropped each time, over L - 1 of the L
+    layers since a place's own gives 0. Its values have no sign: they are not additive and not oriented.
+
     `rows` bounds the pairs in one pass and with them the memory; it changes nothing else.
 
     Raises:
@@ -340,7 +341,9 @@ def exact_scores(chunk: Chunk, receiver: Site, found: Found) -> Float[Tensor, "p
             scores.append(torch.zeros_like(x[..., 0]))
             continue
         moved = (block.ln1(x + change) - normed) @ weight
-        whole = torch.zeros_like(found.value[name]).index_copy(2, torch.tensor([head], device=x.device), moved[:, :, None])
+        whole = torch.zeros_like(found.value[name]).index_copy(
+            2, torch.tensor([head], device=x.device), moved[:, :, None]
+        )
         scores.append(through_softmax(name, whole, found.value, found.gradient, chunk.encoder.causal)[:, :, head])
     return torch.stack(scores, -1).to(chunk.encoder.precision)
 

@@ -134,8 +134,9 @@ MATCHED = register(
         "another, with the LayerNorm frozen.",
         (
             "Attention attribution",
-            "With its LayerNorm frozen a head's attention score, before the softmax, is a sum over pairs of parts: what the "
-            "query reads of one, times what the key reads of another, over the root of the head's width. Rows are "
+            "With its LayerNorm frozen a head's attention score, before the softmax, is a sum over pairs of parts: "
+            "what the query reads of one, times what the key reads of another, over the root of the head's width. Rows "
+            "are "
             "the query's side, columns the key's; all cells together are the score.",
         ),
         share="share of the score",
