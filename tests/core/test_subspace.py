@@ -17,6 +17,7 @@ SITES = {
     "keys": (Site("k", 1, 0), 8),
     "neurons": (Site("neuron", 1), 128),
 }
+CAUSAL = tower("causal")[1], batch_of("causal")
 BOTH = pytest.mark.parametrize("name", ["causal", "bidirectional"])
 
 
@@ -56,7 +57,9 @@ def test_a_projection_is_what_it_is_by_hand(name):
         for place in places
     ]
     found = patch_effects(encoder, batch, places, source=subspace(site, basis))
-    assert (found.values - torch.tensor(expected)).nan_to_num().abs().max() <= 1e-10 * found.total.abs().max()
+    assert (
+        found.values - torch.tensor(expected, dtype=torch.float64)
+    ).nan_to_num().abs().max() <= 1e-10 * found.total.abs().max()
     turned = patch_effects(encoder, batch, places, source=subspace(site, basis @ drawn(3, 3, 1)))
     assert torch.allclose(turned.values, found.values, atol=1e-12, equal_nan=True)
 
@@ -103,7 +106,7 @@ def test_elsewhere_it_is_the_counterpart():
         (lambda: subspace(Site("neuron", 1, 3), drawn(8, 1)), "of neurons none"),
         (lambda: subspace(Site("mlp", 1), drawn(32, 1)[:, 0]), "a finite matrix"),
         (lambda: subspace(Site("mlp", 1), torch.ones(32, 2)), "1 are independent"),
-        (lambda: subspace(Site("mlp", 1), drawn(8, 1))(tower("causal")[1], batch_of("causal"))(torch.arange(2), ["blocks.1.hook_mlp_out"]), "has 32 numbers"),
+        (lambda: patch_effects(*CAUSAL, [Site("mlp", 1)], source=subspace(Site("mlp", 1), drawn(8, 1))), "32 numbers"),
     ],
 )  # fmt: skip
 def test_what_spans_nothing_is_refused(make, says):
