@@ -15,6 +15,7 @@ from .core.source import noise as noise
 from .core.source import resample as resample
 from .core.source import source as source
 from .core.source import zeros as zeros
+from .core.subspace import subspace as subspace
 from .core.via import via as via
 from .data.batch import Batch as Batch
 from .data.batch import align as align
@@ -40,6 +41,7 @@ from .methods.gradient import gradient_effects as gradient_effects
 from .methods.labels import labels as labels
 from .methods.lens import logit_lens as logit_lens
 from .methods.matching import attention_attribution as attention_attribution
+from .methods.optimal import optimal as optimal
 from .methods.patching import patch_effects as patch_effects
 from .methods.paths import path_effects as path_effects
 from .methods.probes.probe import probe as probe
@@ -47,6 +49,7 @@ from .methods.registry import register as register
 from .methods.scores import scores as scores
 from .methods.statistics import correlations as correlations
 from .methods.steering import steer as steer
+from .methods.subspaces import learn_basis as learn_basis
 from .model.compare import same_weights as same_weights
 from .model.encoder import HookedTextEncoder as HookedTextEncoder
 from .model.load import load as load
