@@ -87,6 +87,13 @@ class Projected(Counterpart):
     reference: Float[Tensor, "n rank_of_that"] | None
     is_other = False
 
+    @property
+    def is_run(self) -> bool:  # type: ignore[override]
+        """Not where the last stream itself is projected: the total is the other text's all the same."""
+        return hook_name(self.site, self.encoder.n_layers) != hook_name(
+            Site("resid", self.encoder.n_layers), self.encoder.n_layers
+        )
+
     def __call__(self, pairs: Int[Tensor, "pair"], names: Iterable[str]) -> Cache:
         names = set(names)
         found = dict(super().__call__(pairs, names))

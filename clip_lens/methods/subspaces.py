@@ -69,7 +69,8 @@ def learn_basis(
     other and run). "probe": the weights of a logistic regression that tells them apart, in units of the activation.
     "das": `rank` directions such that swapping them makes the run's embedding the other text's rather than its own
     (cross-entropy of the two logits; distributed alignment search, Geiger et al. 2024, by TransformerLens' `fit_das`).
-    `shuffled` is the control: which text is which is drawn at random for each pair, by `seed`. Learn on some pairs,
+    `shuffled` is the control, drawn by `seed`: of means and a probe, which text of a pair is which; of DAS, the
+    activations that are to turn a run into its other text come from another pair's run. Learn on some pairs,
     judge on others.
 
     Raises:
@@ -98,10 +99,14 @@ def learn_basis(
     absent = (there < 0) | (~batch.where(site.slot).any(1) if site.slot is not None else torch.zeros_like(there).bool())
     if absent.any():
         raise ValueError(f"{site}: {int(absent.sum())} of {len(batch)} pairs have no counterpart there; leave them out")
-    swap = torch.from_numpy(np.random.default_rng(seed).random(len(batch)) < 0.5).to(at.device) & shuffled
+    random = np.random.default_rng(seed)
+    swap = torch.from_numpy(random.random(len(batch)) < 0.5).to(at.device) & shuffled
     losses: tuple[float, ...] = ()
     if how == "das":
-        vectors, losses = _das(encoder, batch, site, at, there, swap, rank, seed, epochs)
+        given = len(batch) + torch.arange(len(batch))
+        if shuffled:
+            given = torch.from_numpy(random.permutation(len(batch)))
+        vectors, losses = _das(encoder, batch, site, torch.cat([at, there]), given.to(at.device), rank, seed, epochs)
     else:
         run, other = (_read(encoder, tokens, site, p) for tokens, p in ((batch.tokens, at), (batch.other, there)))
         first = (negation_is_run(batch) ^ swap).unsqueeze(1)
@@ -136,14 +141,14 @@ def _das(
     encoder: HookedTextEncoder,
     batch: Batch,
     site: Site,
-    at: Int[Tensor, "pair"],
-    there: Int[Tensor, "pair"],
-    swap: Tensor,
+    at: Int[Tensor, "text"],
+    given: Int[Tensor, "pair"],
     rank: int,
     seed: int,
     epochs: int,
 ) -> tuple[Float[Tensor, "n rank"], tuple[float, ...]]:
-    """DAS by TransformerLens; its inputs are the numbers of texts, the runs first and behind them the others."""
+    """DAS by TransformerLens; its inputs are the numbers of texts, the runs first and behind them the others. `given`
+    says which text each run's activations come from, `at` at which position each text is read."""
     from transformer_lens.tools.analysis.interchange import fit_das
 
     n = len(batch)
@@ -160,7 +165,7 @@ def _das(
 
     numbers = torch.arange(n, device=tokens.device)
     fit = fit_das(
-        encoder.tower, hook_name(site, encoder.n_layers), numbers, numbers + n, (~swap).long(), logits,
-        rank=rank, base_positions=at, source_positions=there, epochs=epochs, seed=seed,
+        encoder.tower, hook_name(site, encoder.n_layers), numbers, given, torch.ones_like(numbers), logits,
+        rank=rank, base_positions=at[:n], source_positions=at[given], epochs=epochs, seed=seed,
     )  # fmt: skip
     return fit.subspace.basis.detach().double(), tuple(fit.losses)

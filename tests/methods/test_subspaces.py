@@ -49,19 +49,28 @@ def test_a_probe_tells_the_texts_apart_and_a_shuffled_one_does_not(tiny):
     assert np.median([abs(float(basis.vectors[:, 0] @ real)) for basis in means]) < 0.95
 
 
-def test_das_moves_more_than_a_random_direction_of_its_length_and_more_than_arbitrary_labels(tiny):
-    """On pairs whose texts it has not seen, per side."""
+def test_das_moves_more_than_a_random_direction_of_its_length_and_than_one_learned_from_other_texts(tiny):
+    """On pairs whose texts it has not seen, the negation in the caption; in the foil one direction carries none of it."""
     encoder, _, found, judged = tiny
-    basis = learn_basis(encoder, found, SITE, "das", epochs=15)
-    assert basis.losses[-1] < 0.8 * basis.losses[0] and len(basis.losses) == 15
-    share = lambda source: patch_effects(encoder, judged, [PLACE], source=source).fraction().set_index("side").fraction
-    learned, shuffled = (
-        share(basis.source),
-        share(learn_basis(encoder, found, SITE, "das", epochs=15, shuffled=True).source),
+    site, place = Site("resid", 5), Site("resid", 5, slot="eot")
+    basis, control = (
+        learn_basis(encoder, found, site, "das", epochs=15, shuffled=shuffled) for shuffled in (False, True)
     )
-    random = [share(basis.random(seed)).abs() for seed in range(5)]
-    for side in learned.index:
-        assert learned[side] > 2 * max(draw[side] for draw in random) and learned[side] > shuffled[side]
+    assert basis.losses[-1] < 0.8 * basis.losses[0] and len(basis.losses) == 15
+    learned, shuffled, *random = (
+        patch_effects(encoder, judged, [place], source=source).fraction().set_index("side").fraction["caption"]
+        for source in (basis.source, control.source, *(basis.random(seed) for seed in range(5)))
+    )
+    assert learned > 2 * max(map(abs, random)) and learned > 1.5 * shuffled
+
+
+def test_of_the_last_stream_the_total_is_still_the_other_text(tiny):
+    encoder, _, _, judged = tiny
+    place, one = Site("resid", 6, slot="eot"), torch.eye(128)[:, :1]
+    found = patch_effects(encoder, judged, [place], source=subspace(Site("resid", 6), one))
+    whole = patch_effects(encoder, judged, [place])
+    assert torch.allclose(found.total, whole.total, atol=1e-3)
+    assert (found.values - found.total).abs().max() > 1
 
 
 def test_das_is_of_its_seed_and_leaves_the_tower_as_it_was(tiny):
