@@ -16,11 +16,13 @@ from .core.source import zeros as zeros
 from .core.via import via as via
 from .data.batch import Batch as Batch
 from .data.batch import align as align
-from .data.batch import template_slots as template_slots
 from .data.embed import embed_images as embed_images
 from .data.images import ImageStore as ImageStore
 from .data.pairs import Pairs as Pairs
 from .data.read import read_pairs as read_pairs
+from .data.slots import changed_slots as changed_slots
+from .data.slots import template_slots as template_slots
+from .data.slots import word_slots as word_slots
 from .methods.attention import attention_effects as attention_effects
 from .methods.circuits.acdc import acdc as acdc
 from .methods.circuits.circuit import Circuit as Circuit

@@ -263,7 +263,16 @@ class MeanOver:
     def __call__(self, pairs: Int[Tensor, "pair"], names: Iterable[str]) -> Cache:
         names = set(names)
         self.whole(torch.arange(1, device=pairs.device), names)  # computes the means that are not known yet
-        return replace(self.whole, batch=self.batch)(pairs, names)
+        known = {name: self._at_slots(self.whole.known[name]) for name in names}
+        return replace(self.whole, batch=self.batch, known=known)(pairs, names)
+
+    def _at_slots(self, means: Shaped[Tensor, "slot ..."]) -> Shaped[Tensor, "slot ..."]:
+        """Means at the slots of the other batch, which may count them otherwise: NaN where the whole has no such
+        slot."""
+        number = {name: at for at, name in enumerate(self.whole.batch.slots)}
+        missing = len(means)
+        lines = torch.tensor([number.get(name, missing) for name in self.batch.slots] + [missing - 1])
+        return torch.cat([means, torch.full_like(means[:1], torch.nan)])[lines.to(means.device)]
 
 
 def resample(seed: int = 0) -> Source:
