@@ -84,7 +84,7 @@ def test_a_result_says_what_was_run_on_what():
         "unaligned": sum(line.count(-1) for line in origins),
     }
     assert record.unaligned > 0 and record.slots == batch.slots
-    assert record.slot_rules == {"template_slots": 5, "changed_slots": 2}  # two have no "there is" with a determiner
+    assert record.slot_rules == {"template_slots": 5, "no_slots": 2}  # two have no "there is" with a determiner
     assert record.held_out == "" and record.method is PATCHING
     part = replace(batch, held_out="by text")
     assert patch_effects(encoder, part, [Site("mlp", 1)]).record.held_out == "by text"

@@ -28,16 +28,17 @@ NAN = float("nan")
 LAYERS, HEADS, WIDTH = 2, 4, 32
 HEAD_LIKE = ("head", "q", "k", "v", "pattern")
 
-# (text, its slots), token by token; None = no slot. "skateboarders" is three tokens.
+# (text, its slots), token by token; "skateboarders" is three tokens. "There are dogs." and "no" are their other texts
+# with words left out, "photo" without/with fits no template.
 NO_PEOPLE = ("There are no people in it.", "sot there be negator subject subject_rest subject_rest stop eot")
 SOME_PEOPLE = ("There are some people in it.", NO_PEOPLE[1])
 NO_DOGS = ("There are no dogs.", "sot there be negator subject stop eot")
-DOGS = ("There are dogs.", "sot - - - - eot")
+DOGS = ("There are dogs.", "sot there be subject stop eot")
 RED_ZEBRA = ("There is a red zebra.", "sot there be negator subject subject_rest stop eot")
 NO_ZEBRA = ("There is no zebra!", "sot there be negator subject stop eot")
-WITHOUT = ("photo without skateboarders", "sot - - - - - eot")
-WITH = ("a photo of skateboarders", "sot - - - - - - eot")
-BARE = ("no", "sot - eot")
+WITHOUT = ("photo without skateboarders", "sot between changed after after after eot")
+WITH = ("a photo of skateboarders", "sot changed between changed after after after eot")
+BARE = ("no", "sot negator eot")
 # (caption, foil, for each token of the caption its counterpart in the foil)
 CASES = (
     (NO_PEOPLE, SOME_PEOPLE, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
@@ -140,7 +141,7 @@ class Oracle:
         self.pooled = oracle_pool(module, self.tokens)
         self.slots = [*self.text[1].split(), *["-"] * (width - n)]
         if self.pooled >= n:
-            self.slots[n - 1] = "-"
+            self.slots[n - 1] = "after" if "after" in self.slots else "-"
         self.slots[self.pooled] = "eot"
         self.run, self.other = oracle_cache(clip, self.tokens), oracle_cache(clip, other_tokens)
         self.baseline, self.target = self.metric(self.tokens), self.metric(other_tokens)
