@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from clip_lens.core.identity import adopt, identity_of_function
+from clip_lens.data.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,43 @@ class Readout:
     def rows(self, pairs: Int[Tensor, "row"]) -> Readout:
         """The readout of some pairs, one line per row."""
         return Readout(self.direction[pairs], self.run[pairs], self.other[pairs])
+
+    @classmethod
+    def of(
+        cls,
+        batch: Batch,
+        run: Float[Tensor, "row d_embed"],
+        other: Float[Tensor, "row d_embed"],
+    ) -> Readout:
+        """The readout of a batch's pairs, of these embeddings."""
+        return cls(batch.direction, run, other) if batch.has_direction else TextsOnly(run, other)
+
+
+class TextsOnly(Readout):
+    """The readout of pairs without an image: whatever asks for the direction is refused.
+
+    Example:
+        >>> u = torch.tensor([[0.6, 0.8]])
+        >>> cosine(u, TextsOnly(u, u))
+        tensor([1.])
+    """
+
+    def __init__(self, run: Float[Tensor, "row d_embed"], other: Float[Tensor, "row d_embed"]):
+        object.__setattr__(self, "run", run)
+        object.__setattr__(self, "other", other)
+
+    @property
+    def direction(self) -> Float[Tensor, "row d_embed"]:
+        raise ValueError(NO_DIRECTION)
+
+    def rows(self, pairs: Int[Tensor, "row"]) -> Readout:
+        return TextsOnly(self.run[pairs], self.other[pairs])
+
+
+NO_DIRECTION = (
+    "this needs the direction of an image, and these pairs are texts alone: align them with a store of images, give a "
+    "direction (batch.along(w)), or take what needs none (metric=cosine, attention_effects, patterns, probe)"
+)
 
 
 Function: TypeAlias = Callable[[Float[Tensor, "row d_embed"], Readout], Float[Tensor, "row"]]

@@ -1,5 +1,5 @@
-"""Readers of published data sets in their own files, on the base of `formats`. Which key means what is from their public
-repositories; what each makes of an item stands in docs/pairs.md."""
+"""Readers of published data sets in their own files, on the base of `formats`. Which key means what is from their
+public repositories; what each makes of an item stands in docs/pairs.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any
 
 from clip_lens.data.crops import crop_id
-from clip_lens.data.formats import FOIL_IMAGE, Format, Item, Items, Unusable, choices, pair, register, swapped, texts_in
+from clip_lens.data.formats import Format, Item, Items, Unusable, choices, pair, register, swapped, texts_in
+from clip_lens.data.pairs import FOIL_IMAGE
 
 VALSE_VOTES = 2  # of three annotators; Parcalabescu et al. 2022, section 4.4
 

@@ -1,4 +1,4 @@
-"""What a reader of a data set's own files is: a name, the columns that its items have, and what one item makes of pairs.
+"""What a reader of a data set's own files is: a name, the columns of its items, and the pairs that an item makes.
 
 A reader takes from an item what it uses (`item.pop`); what is left over stays as columns of the pairs. Further readers
 are registered by name:
@@ -16,14 +16,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-from clip_lens.data.pairs import FOILS, QUESTION, TEXTS, Dropped
+from clip_lens.data.pairs import FOIL_IMAGE, FOILS, QUESTION, TEXTS, Dropped
 from clip_lens.words import close, some
 
 Item: TypeAlias = dict[str, Any]
 Items: TypeAlias = Sequence[tuple[str, str, Item]]
 """Where each item stands in its file, its key, and what it holds."""
-FOIL_IMAGE = "foil_image"
-"""The column with the image that the foil is true of."""
 
 
 class Unusable(ValueError):

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from clip_lens.data.groups import SplitBy, first_part
+from clip_lens.data.repairs import offered
 from clip_lens.words import close, counted, some
 
 NEGATORS = ("no", "not", "without", "n't", "never", "none", "nobody", "nothing")
@@ -29,6 +30,8 @@ OWN = ("key", *TEXTS, "side", "sigma", "d", "segment", "unaligned")
 
 QUESTION = "question"
 """The column that says which pairs belong together: one question with several foils, or a group of two images."""
+FOIL_IMAGE = "foil_image"
+"""The column with the image that the foil is true of."""
 FOILS = "foils"
 """The column that says how many pairs a question has: one that lost some on the way is not scored."""
 
@@ -51,9 +54,10 @@ def _nothing_dropped() -> pd.DataFrame:
 class Pairs:
     """Pairs of a caption and a foil about one image, in the order of the file; of texts alone, every image is empty.
 
-    A column `question` of `info` keeps pairs together that belong together, such as a caption with several foils: they
-    are scored as one, and no split parts them. `info` has a row per pair for every further column of the file. `dropped` (columns key, reason) lists what was lost
-    on the way here; what a caller asked to leave out, by an index, `where` or `split`, is not a loss.
+    A column `question` of `info` says which pairs belong together, such as one caption with several foils: they are
+    scored as one, and no split parts them. `info` has a row per pair for every further column of the file. `dropped`
+    (columns key, reason) lists what was lost on the way here; what a caller asked to leave out, by an index, `where` or
+    `split`, is not a loss.
 
     Raises:
         ValueError: the columns differ in length, keys or columns repeat, a column of `info` is named like one that
@@ -228,6 +232,22 @@ class Pairs:
         first = first_part(self.image, texts, fraction, seed, by, self.question)
         return self[first], self[~first]
 
+    def repaired(self, ids: Iterable[str]) -> Pairs:
+        """The pairs with the ids of a store in place of images' names that differ from one in folders, letters' case,
+        kind of slash or ending alone ("C:\\\\pictures\\\\p04.jpg", "p04.gif").
+
+        A name that none or several of the ids may be meant by stays, and so does one that is an id.
+
+        Example:
+            >>> Pairs(["a"], ["no cat"], ["a cat"], ["/data/p04.jpg"]).repaired(["p04.gif", "p05.gif"]).image
+            ('p04.gif',)
+        """
+        found = offered([*self.image, *map(str, self.info.get(FOIL_IMAGE, ()))], ids)
+        info = self.info.copy()
+        if FOIL_IMAGE in info:
+            info[FOIL_IMAGE] = [found.get(name, name) for name in info[FOIL_IMAGE]]
+        return replace(self, image=[found.get(name, name) for name in self.image], info=info)
+
     def rephrased(self) -> Pairs:
         """The pairs with caption and foil equally long, as in Quantmeyer et al. 2024.
 
@@ -275,7 +295,7 @@ def pairs_of(frame: pd.DataFrame, name: str, dropped: Dropped) -> Pairs:
     keys = _keys(frame, name)
     texts = {column: [_text(value) for value in frame.get(column, [""] * len(frame))] for column in TEXTS}
     about_images = any(map(str.strip, texts["image"]))
-    reasons = [_reason(*row, about_images) for row in zip(*texts.values(), strict=True)]
+    reasons = [_reason(row, about_images) for row in zip(*texts.values(), strict=True)]
     dropped = dropped + [(key, reason) for key, reason in zip(keys, reasons, strict=True) if reason]
     kept = [row for row, reason in enumerate(reasons) if reason is None]
     if not kept:
@@ -343,11 +363,11 @@ def _text(value: Any) -> str:
     return ""
 
 
-def _reason(caption: str, foil: str, image: str, about_images: bool) -> str | None:
-    for column, value in (("caption", caption), ("foil", foil), ("image", image)):
+def _reason(row: Sequence[str], about_images: bool) -> str | None:
+    for column, value in zip(TEXTS, row, strict=True):
         if not value.strip() and (about_images or column != "image"):
             return f"{column} is empty or not text"
-    return "caption and foil are equal" if caption == foil else None
+    return "caption and foil are equal" if row[0] == row[1] else None
 
 
 def _negation(pairs: Pairs) -> tuple[str, ...] | None:

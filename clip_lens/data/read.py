@@ -1,4 +1,4 @@
-"""`read_pairs`: the pairs of a csv, a json or a json lines file, of a DataFrame, or of a published data set's own file."""
+"""`read_pairs`: the pairs of a csv, a json or a json lines file, a DataFrame, or a published data set's own file."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def pair_scores(encoder: HookedTextEncoder, batch: Batch) -> PairScores:
 
     def compute(index: Int[Tensor, "pair"]) -> dict[str, Tensor]:
         run, other = encoder(batch.tokens[index]), encoder(batch.other[index])
-        readout = Readout(batch.direction[index], run, other)
+        readout = Readout.of(batch[index], run, other)
         scores = torch.stack([logit(run, readout), logit(other, readout)])
         Setting.check_metric(scores.sum(0), index)
         caption, foil = torch.where(batch.sigma[index] > 0, scores.flip(0), scores)
