@@ -30,6 +30,20 @@ def crop_id(image: str, box: tuple[Any, Any, Any, Any]) -> str:
     return f"{image}#xywh={','.join(str(round(number)) for number in numbers)}"
 
 
+def cut_out(image: Any, box: Box | None) -> Any:
+    """The part of a picture (PIL's), the picture itself without a box.
+
+    Raises:
+        ValueError: the box lies outside of the picture.
+    """
+    if box is None:
+        return image
+    left, upper, width, height = box
+    if left >= image.width or upper >= image.height or left + width <= 0 or upper + height <= 0:
+        raise ValueError(f"the box {left},{upper},{width},{height} is outside of {image.width} x {image.height} pixels")
+    return image.crop((left, upper, left + width, upper + height))
+
+
 def cropped(name: str) -> tuple[str, Box | None]:
     """The image that an id is of, and the box if it names a part of it.
 
