@@ -333,7 +333,7 @@ def _chosen(images: Mapping[str, Path], ids: Iterable[str] | None) -> dict[str, 
     wanted = {name: name if name in images else cropped(name)[0] for name in ids}
     absent = [name for name, file in wanted.items() if file not in images]
     if absent:
-        near = [f"{name!r} may be {known!r}" for name, known in offered(absent[:3], [*images, *wanted]).items()]
+        near = [f"{name!r} may be {known!r}" for name, known in offered(absent[:3], images).items()]
         raise ValueError(
             f"{len(absent)} of {len(wanted)} ids have no image: {some(absent, 3, quote=True)}; ids are paths below the "
             f"folder, such as {some(images, 2, quote=True)}{'; ' if near else ''}{', '.join(near)}"

@@ -171,6 +171,16 @@ class Pairs:
         return any(self.image)
 
     @property
+    def images(self) -> tuple[str, ...]:
+        """Every image once, those that foils are true of too.
+
+        Example:
+            >>> Pairs(["a", "b"], ["no cat", "no dog"], ["a cat", "a dog"], ["1.jpg", "1.jpg"]).images
+            ('1.jpg',)
+        """
+        return tuple(dict.fromkeys([*filter(None, self.image), *map(str, self.info.get(FOIL_IMAGE, ()))]))
+
+    @property
     def digest(self) -> str:
         """16 hexadecimal digits of a sha256 over the pairs and their info: the same content gives the same digest."""
         texts = json.dumps([self.key, self.caption, self.foil, self.image])
