@@ -68,9 +68,8 @@ def probe(
     1 = all that separates the texts, and used where the interval clears what random directions do *on both sides*.
     One direction for all pairs knows neither subject nor image: shares of opposite sign on the two sides mean that it
     raises or lowers the score of every image alike, not that it negates. Where the texts of each pair are of equal
-    length, layer 0 holds nothing; where not, it says what length alone tells. `metric=cosine` takes shares of the way to
-    the other text instead of d, and needs no image. `note` says what did not work, `attrs`
-    how it came about.
+    length, layer 0 holds nothing; where not, it says what length alone tells. `metric=cosine` takes shares of the way
+    to the other text instead of d, and needs no image. `note` says what did not work, `attrs` how it came about.
 
     Raises:
         ValueError: runs with the negation are mixed with runs without, pairs without a side, too few texts that differ,
