@@ -141,7 +141,7 @@ def _row(by: str, side: str, pairs: DataFrame, interval: float, incomplete: int 
 def group_scores(encoder: HookedTextEncoder, batch: Batch, *, interval: float = 0.95) -> DataFrame:
     """Winoground's scores of groups of two captions and two images: a row each for text, image and group.
 
-    A group is a question of two pairs, each one's caption being the other's foil (method, section 10; Thrush et al.
+    A group is a question of two pairs, each one's caption being the other's foil (Thrush et al.
     2022). Text: both captions are preferred for their image, image: both images for their caption, group: both.
     Columns: score, accuracy, lower, upper (Wilson's interval), n, right, incomplete: groups of which a pair is missing,
     none of the n. A tie counts as wrong.
