@@ -5,6 +5,7 @@ from .core.metric import cosine as cosine
 from .core.metric import kl as kl
 from .core.metric import logit as logit
 from .core.metric import metric as metric
+from .core.metric import rank as rank
 from .core.record import Method as Method
 from .core.record import Record as Record
 from .core.source import counterpart as counterpart
@@ -43,6 +44,7 @@ from .methods.patching import patch_effects as patch_effects
 from .methods.paths import path_effects as path_effects
 from .methods.probes.probe import probe as probe
 from .methods.registry import register as register
+from .methods.scores import group_scores as group_scores
 from .methods.scores import scores as scores
 from .methods.statistics import correlations as correlations
 from .methods.steering import steer as steer

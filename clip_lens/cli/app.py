@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -77,10 +77,10 @@ def demo(
     "clip-lens trace --model ViT-B-32 --pretrained openai --pairs existence.json --rephrased "
     "--images v7w.safetensors --out traced",
 )
-@on_pairs(pairs=inspect.Parameter.empty, images=inspect.Parameter.empty)
-def trace(job: Job, kind: options.Kinds = "resid") -> None:
+@on_pairs(pairs=inspect.Parameter.empty)
+def trace(job: Job, kind: options.Kinds = "resid", metric: options.MetricOption = "logit") -> None:
     """Causal tracing on your own pairs: by layer and slot, for both sides of the negation, with a report."""
-    _trace(job, kind)
+    _trace(job.measured(metric), kind)
 
 
 @app.command(
@@ -88,11 +88,18 @@ def trace(job: Job, kind: options.Kinds = "resid") -> None:
     "clip-lens patch --sites pattern --pairs my.csv --images my-pictures/ --out patterns",
 )
 @on_pairs()
-def patch(job: Job, kind: options.Kinds = "head", by: options.ByOption = "text") -> None:
+def patch(
+    job: Job,
+    kind: options.Kinds = "head",
+    by: options.ByOption = "text",
+    metric: options.MetricOption = "logit",
+) -> None:
     """Activation patching of every head, neuron or stream, each on its own, from the other text."""
     from clip_lens.core.source import counterpart
 
-    _sites(job, name_of("patch", kind, by), kind, by, counterpart, f"{kind} patched from the other text")
+    _sites(
+        job.measured(metric), name_of("patch", kind, by), kind, by, counterpart, f"{kind} patched from the other text"
+    )
 
 
 @app.command(
@@ -107,10 +114,11 @@ def ablate(
     replacement: Annotated[options.Replacement, typer.Option("--with", help="What replaces the activation.")] = "mean",
     std: options.Std = 1.0,
     seed: Annotated[int, typer.Option(help="resample, noise: the seed.")] = 0,
+    metric: options.MetricOption = "logit",
 ) -> None:
     """Ablation: what the metric loses when an activation is replaced by zero, its mean, another text's, or noise."""
     source, told = _source(replacement, std, seed)
-    _sites(job, name_of("ablate", kind, by, told), kind, by, source, f"{kind} ablated: {told}")
+    _sites(job.measured(metric), name_of("ablate", kind, by, told), kind, by, source, f"{kind} ablated: {told}")
 
 
 @app.command(
@@ -228,14 +236,21 @@ def embed(
     quiet: options.Quiet = False,
     like: options.Like = None,
     quick_gelu: options.QuickGelu = None,
+    pairs: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Embed the images of this file of pairs alone, cropped where it has boxes."),
+    ] = None,
+    format: options.Format = None,
 ) -> None:
     """Compute image embeddings once and store them. An interrupted run goes on where it stopped."""
     from clip_lens.data.embed import embed_images
+    from clip_lens.data.read import read_pairs
 
+    ids = None if pairs is None else read_pairs(pairs, format=format).images
     paths = images[0] if len(images) == 1 else list(images)
     store = embed_images(
-        paths, model=model, pretrained=pretrained, out=out, batch_size=batch_size, device=device, progress=not quiet,
-        overwrite=overwrite, like=like, quick_gelu=quick_gelu,
+        paths, model=model, pretrained=pretrained, ids=ids, out=out, batch_size=batch_size, device=device,
+        progress=not quiet, overwrite=overwrite, like=like, quick_gelu=quick_gelu,
     )  # fmt: skip
     say(f"{len(store)} embeddings in {out}, {len(store.failed)} images failed")
     for name, reason in store.failed:
@@ -272,7 +287,9 @@ def _trace(job: Job, kind: str) -> None:
     by_slot = job.patched(f"{kind}-slots", slots, counterpart)
     by_position = job.patched(f"{kind}-positions", positions, counterpart)
     single = job.chosen(by_position).by_slot(job.batch)
-    job.write(f"trace-{kind}", {f"{kind}: whole slots": job.chosen(by_slot), f"{kind}: single positions": single})
+    job.write(
+        name_of("trace", kind), {f"{kind}: whole slots": job.chosen(by_slot), f"{kind}: single positions": single}
+    )
 
 
 def _sites(job: Job, name: str, kind: str, by: str, source: Source | Function, title: str) -> None:

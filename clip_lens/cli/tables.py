@@ -41,9 +41,11 @@ def _show(table: Table) -> None:
 def _titled(effects: Effects, side: str) -> Table:
     from rich.table import Table
 
+    from clip_lens.show.report.words import whole
+
     record, count = effects.record, int((effects.pairs["side"] == side).sum())
     patch = f"{record.unit} that a patch {record.method.verb}"
-    what = f"share of d that a patch {record.method.verb}" if record.shares else patch
+    what = f"share of {whole(effects)} that a patch {record.method.verb}" if record.shares else patch
     return Table(title=f"{what}; negation in the {side}, {count} pairs" if side != "none" else f"{what}, {count} pairs")
 
 

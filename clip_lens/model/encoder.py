@@ -18,6 +18,7 @@ from clip_lens.model.convert import Pool
 from clip_lens.model.site import LAYOUTS, Edge, Kind, Site, order, precedes, readers, writers
 from clip_lens.model.tower import HookedTextTower
 from clip_lens.originals.original import Preparation, digest
+from clip_lens.words import some
 
 Hook: TypeAlias = tuple[str, Callable[..., Tensor | None]]
 Cache: TypeAlias = Mapping[str, Shaped[Tensor, "pair ..."]]
@@ -196,7 +197,7 @@ class HookedTextEncoder:
         new = unseen_words(self, self._raw_tokens(words)).tolist()
         unseen = [word for word, is_new in zip(words, new, strict=True) if is_new]
         warnings.warn(
-            f"{self.name} never saw {', '.join(map(repr, unseen))} in training: what it says of texts with "
+            f"{self.name} never saw {some(unseen, 10, quote=True)} in training: what it says of texts with "
             f"{'this word' if len(unseen) == 1 else 'these words'} means nothing",
             stacklevel=3,
         )
