@@ -26,7 +26,7 @@ from clip_lens.methods.direct import UNALIGNED, direct_effects
 from clip_lens.methods.lens import logit_lens
 from clip_lens.methods.patching import patch_effects
 from clip_lens.model.encoder import HookedTextEncoder
-from clip_lens.model.site import Kind, Place, Site, hook_name
+from clip_lens.model.site import LAYOUTS, Kind, Place, Site, hook_name
 from clip_lens.show.explore.view import ALONE, Layout, Panels, Patched, Rows, SourceName, Text, View, has_heads
 from clip_lens.words import some
 
@@ -126,15 +126,14 @@ class Desk:
             raise ValueError(
                 f"a view has no {', '.join(sorted(unknown))}; it has {', '.join(View.__dataclass_fields__)}"
             )
+        for name in TYPED[:2]:
+            if name in changes:
+                changes[name] = " ".join(changes[name].split())
         if "pair" in changes:
             changes = dict(zip(TYPED, self.own(changes["pair"]), strict=True)) | changes
         if changes.keys() & {"caption", "foil", "run", "pair"}:
-            changes = {"query": None, "together": ()} | changes
-        if (kind := changes.get("kind", view.kind)) != view.kind:
-            changes = {"rows": _rows_of(view, kind)} | changes
-        changes |= {name: " ".join(changes[name].split()) for name in TYPED[:2] if name in changes}
-        changes |= {"together": tuple(changes[name]) for name in ("together",) if name in changes}
-        view = replace(view, **changes)
+            changes = {"query": None, "together": (), **changes}
+        view = replace(view, **{"rows": _rows_of(view, changes.get("kind", view.kind)), **changes})
         return replace(view, layer=max(0, min(view.layer, self.depth(view.kind) - 1)))
 
     def depth(self, kind: Kind) -> int:
@@ -391,7 +390,7 @@ class Desk:
         one, encoder = self._one(view).batch, self.encoder
         positions = _positions(encoder, one.tokens)
         rest = [place for place in range(one.tokens.shape[1]) if place not in positions and one.inside[0, place]]
-        slots: list[list[str | int]] = [[position] for position in positions]
+        slots: list[Sequence[str | int]] = [[position] for position in positions]
         slots += [rest] if rest else []
         extra = (one.inverse < 0) & one.flip().inside
         slots += [[UNALIGNED]] if bool(extra.any()) else []
@@ -527,7 +526,7 @@ def way_of(batch: Batch, run: Run) -> Literal["as it is", "flip", "align"]:
 
 def _rows_of(view: View, kind: Kind) -> Rows:
     """How another kind is laid out at first: as before, but by head where heads come in."""
-    if has_heads(kind) == has_heads(view.kind):
+    if kind not in LAYOUTS or has_heads(kind) == has_heads(view.kind):
         return view.rows
     return "head" if has_heads(kind) else "token"
 

@@ -52,7 +52,7 @@ function controls(choices) {
       make("label", { className: "wide" }, about, fields.pair),
       make("div", { className: "cl-steps" }, step(-1, "◀", "pair before"), step(1, "▶", "next pair")),
     ] : []),
-    labelled("Image", fields.image, "third"),
+    labelled("Image", fields.image, "third image"),
     labelled("Caption", fields.caption, "half"),
     labelled("Foil", fields.foil, "half"),
     labelled("Patch", fields.kind, "third"),

@@ -139,13 +139,16 @@ def _in_units(value: float, panels: Panels) -> str:
 
 def _change(panels: Panels, moved: float) -> str:
     """The score before and after a patch that takes `moved` away."""
-    return f"{_score(panels)}: {_number(panels.score, panels)} → {_number(panels.score - moved, panels)}"
+    words = f"{_score(panels)}: {_number(panels.score, panels)} → {_number(panels.score - moved, panels)}"
+    return words.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 # Grids
 
 
-def _cell(value: float, limit: float, text: str, sets: dict[str, Any] | None, title: str, **more: Any) -> dict[str, Any]:
+def _cell(
+    value: float, limit: float, text: str, sets: dict[str, Any] | None, title: str, **more: Any
+) -> dict[str, Any]:
     gap = not isfinite(value)
     size = 0.0 if gap or not limit else min(abs(value) / limit, 1.0)
     cell = {"value": 0.0 if gap else value, "sets": sets, "title": title, "size": size, "gap": gap, "site": None}
@@ -212,7 +215,7 @@ def _place(panels: Panels, site: Site) -> str:
     bare = label(at_slot(site, None))
     if site.slot is None:
         return bare
-    words = dict(zip(panels.run.origin, panels.run.tokens, strict=True))
+    words: dict[str | int, str] = dict(zip(panels.run.origin, panels.run.tokens, strict=True))
     return f"{bare} at “{words.get(site.slot) or slot_name(site.slot)}”"
 
 
@@ -355,7 +358,7 @@ def _verdict(panels: Panels) -> str:
     if panels.view.alone:
         return ""
     fits = "the caption fits better: right" if panels.score > 0 else "the foil fits better: wrong"
-    return f"d = caption − foil = {_number(panels.score, panels)}, {fits}"
+    return minus(f"d = caption - foil = {_number(panels.score, panels)}, {fits}")
 
 
 def _says(panels: Panels) -> str:

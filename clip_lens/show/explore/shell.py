@@ -200,7 +200,8 @@ class Explorer:
         said = [{"kind": "note", "text": note} for note in self.notes]
         if self.message:
             said = [{"kind": "error", "text": self.message}]
-            said += [{"kind": "note", "text": f"below is still {_titled(self.panels.view)}"}] if self.panels else []
+            last = f"below is still the last picture: {_texts(self.panels.view)}" if self.panels else ""
+            said += [{"kind": "note", "text": last}] if last else []
         text, picture = (code(self.desk, self.panels), self._picture(self.panels.view)) if self.panels else ("", None)
         return render(self.panels, said=said, code=text, picture=picture, live=live, opened=opened)
 
@@ -264,9 +265,11 @@ class Explorer:
 
 
 def _titled(view: View) -> str:
-    """What a view is of."""
-    texts = repr(view.caption) if view.alone else f"{view.caption!r} / {view.foil!r}"
-    return f"{texts}, {view.kind} from {view.source}"
+    return f"{_texts(view)}, {view.kind} from {view.source}"
+
+
+def _texts(view: View) -> str:
+    return repr(view.caption) if view.alone else f"{view.caption!r} / {view.foil!r}"
 
 
 def _scene(seed: int) -> str:
