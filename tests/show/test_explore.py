@@ -293,7 +293,7 @@ def test_signs_are_those_of_d(desk):
     panels = desk.look(view)
     after = panels.score - float(panels.grid.iloc[panels.chosen])
     words = Explored(desk, view).words
-    line = f"d: {panels.score:.2f} → {after:.2f}".replace("-", "−")
+    line = f"d: {panels.score:.2f} → {after:.2f}".replace("-", "\N{MINUS SIGN}")
     assert f"Patching resid 2 at “{panels.labels[4]}”: {line}." in words
     close(after, panels.texts[0].logit - panels.patched.text.logit)  # the foil is run
 
@@ -408,9 +408,9 @@ def test_hooks_of_the_users_are_seen(encoder, batch):
     desk = Desk(encoder, batch)
     view = desk.change(desk.start(), kind="head")
     before = desk.look(view).effects.values
-    with encoder.tower.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", lambda value, hook: 0 * value)]):
-        with pytest.raises(ValueError, match="hooks of yours"):
-            desk.look(view)
+    hooks = [("blocks.0.hook_mlp_out", lambda value, hook: 0 * value)]
+    with encoder.tower.hooks(fwd_hooks=hooks), pytest.raises(ValueError, match="hooks of yours"):
+        desk.look(view)
     close(desk.look(view).effects.values, before)
 
 
@@ -720,7 +720,7 @@ def test_words_on_cells_are_read_at_every_value(dark, tone):
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_other_words_are_read(dark):
     found, words, papers = css_colours(dark)
-    for paper in papers:
+    for paper in (*papers, found["fill"]):
         assert contrast(found["soft"], paper) >= 4.5
     for word in words:
         for ground in (*papers, found["fill"], found["zero"], found["note"], found["error"]):
