@@ -27,7 +27,7 @@ from clip_lens.methods.lens import logit_lens
 from clip_lens.methods.patching import patch_effects
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import LAYOUTS, Kind, Place, Site, hook_name
-from clip_lens.show.explore.view import ALONE, Layout, Panels, Patched, Rows, SourceName, Text, View, has_heads
+from clip_lens.show.explore.view import ALONE, KINDS, Layout, Panels, Patched, Rows, SourceName, Text, View, has_heads
 from clip_lens.words import some
 
 TYPED = ("caption", "foil", "image")
@@ -76,8 +76,7 @@ class Desk:
         self._known: tuple[Any, ...] = ()
         self._one = lru_cache(KEPT)(self._find)
         self._read = lru_cache(KEPT)(self._reading)
-        self._direct = lru_cache(KEPT)(self._contributions)
-        self._sources = lru_cache(KEPT)(self._by_source)
+        self._parts = lru_cache(KEPT)(self._attributed)
         self._lens = lru_cache(KEPT)(self._by_layer)
         self._effects = lru_cache(KEPT)(self._patch)
         self._together = lru_cache(KEPT)(self._patch_together)
@@ -196,7 +195,7 @@ class Desk:
         grid = layout.grid(effects.signed()[:, 0])
         chosen = _chosen(one, view, layout)
         texts = self._texts(one, view)
-        sources = self._sources(view.texts)
+        parts = self._parts(view.texts)
         return Panels(
             view=view,
             effects=effects,
@@ -205,9 +204,9 @@ class Desk:
             labels=self._labels(one, view, layout.rows),
             first=[] if view.by_head else [_first(one, row) for row in layout.rows],
             chosen=chosen,
-            direct=self._direct(view.texts),
-            sources=DataFrame(sources.values[self._block(view)].T.numpy(), index=range(len(sources.labels))),
-            tokens=sources.labels,
+            direct=parts.direct,
+            sources=DataFrame(parts.sources[self._block(view)].T.numpy()),
+            tokens=parts.tokens,
             lens=self._lens(view.texts),
             texts=texts,
             score=texts[0].logit if view.alone else texts[0].logit - texts[1].logit,
@@ -220,7 +219,7 @@ class Desk:
         """Drops what was computed with other weights or hooks; under hooks, which may hold anything, all of it."""
         state = (self.encoder.digest, self.encoder.hooked)
         if state != self._known or self.encoder.hooked:
-            for kept in (self._one, self._read, self._direct, self._sources, self._lens, self._effects):
+            for kept in (self._one, self._read, self._parts, self._lens, self._effects):
                 kept.cache_clear()
             for kept in (self._together, self._after, self._means):
                 kept.cache_clear()
@@ -360,9 +359,13 @@ class Desk:
         return {"counterpart": counterpart, "zeros": as_source(zeros), "noise": noise(1.0, seed=0)}[view.source]
 
     def _means_of(self, run: Run) -> Source:
-        """The means over the whole batch, with this text of each pair as the run; each is computed once."""
+        """The means over the whole batch, with this text of each pair as the run, computed once."""
         whole = self._running(run)
         means = Mean(self.encoder, whole)
+        sites = [site for kind in KINDS if not LAYOUTS[kind].query_by_key for site in self.encoder.sites(kind)]
+        names = {hook_name(site, self.encoder.n_layers) for site in sites}
+        with torch.inference_mode():  # of all kinds: the pass over the batch costs more than keeping them
+            means(torch.zeros(1, dtype=torch.long, device=whole.tokens.device), names)
         return replace(mean(over=whole), function=lambda encoder, one: MeanOver(means, one))
 
     def _running(self, run: Run) -> Batch:
@@ -378,32 +381,31 @@ class Desk:
 
     # What is read without a patch
 
-    def _contributions(self, view: View) -> DataFrame:
-        """Each head's and MLP's direct contribution to the score, with a column per block."""
-        encoder, layers = self.encoder, range(self.encoder.n_layers)
-        places = [site for layer in layers for site in (*encoder.sites("head", layers=[layer]), Site("mlp", layer))]
-        values = self._parts(view, places).reshape(len(layers), -1).T.numpy()
-        return DataFrame(values, index=[*(f"head {head}" for head in range(encoder.n_heads)), "MLP"])
-
-    def _by_source(self, view: View) -> Sources:
-        """What every head adds to the score from each token that it reads, [layer, head, token]."""
+    def _attributed(self, view: View) -> Attributed:
+        """What heads and MLPs add to the score, in all and, of heads, from each token that they read."""
         one, encoder = self._one(view).batch, self.encoder
-        positions = _positions(encoder, one.tokens)
-        rest = [place for place in range(one.tokens.shape[1]) if place not in positions and one.inside[0, place]]
-        slots: list[Sequence[str | int]] = [[position] for position in positions]
-        slots += [rest] if rest else []
-        extra = (one.inverse < 0) & one.flip().inside
-        slots += [[UNALIGNED]] if bool(extra.any()) else []
-        heads = encoder.sites("v")
-        places: list[Place] = [tuple(replace(head, slot=slot) for slot in each) for head in heads for each in slots]
-        values = self._parts(view, places).reshape(encoder.n_layers, encoder.n_heads, len(slots))
-        labels = [*_words(encoder, one.tokens), *(["[padding]"] if rest else [])]
-        return Sources([*labels, *(["only in the other"] if bool(extra.any()) else [])], values)
+        labels, slots = self._source_slots(one)
+        heads, mlps = encoder.sites("head"), encoder.sites("mlp")
+        read: list[Place] = [
+            tuple(replace(head, slot=slot) for slot in each) for head in encoder.sites("v") for each in slots
+        ]
+        effects = direct_effects(encoder, one, [*heads, *mlps, *read], contrast=not view.alone, progress=False)
+        by_head, by_mlp, by_token = effects.signed()[:, 0].split([len(heads), len(mlps), len(read)])
+        whole = torch.cat([by_head.reshape(encoder.n_layers, -1), by_mlp[:, None]], 1).T.numpy()
+        direct = DataFrame(whole, index=[*(f"head {head}" for head in range(encoder.n_heads)), "MLP"])
+        return Attributed(direct, labels, by_token.reshape(encoder.n_layers, encoder.n_heads, len(slots)))
 
-    def _parts(self, view: View, places: Sequence[Place]) -> Float[Tensor, "place"]:
-        one = self._one(view).batch
-        effects = direct_effects(self.encoder, one, places, contrast=not view.alone, progress=False)
-        return effects.signed()[:, 0]
+    def _source_slots(self, one: Batch) -> tuple[list[str], list[Sequence[str | int]]]:
+        """The tokens that heads read, in words and as source slots: each of the run's, its padding where that is read,
+        and together those that only the other text has."""
+        positions = _positions(self.encoder, one.tokens)
+        labels = _words(self.encoder, one.tokens)
+        slots: list[Sequence[str | int]] = [[position] for position in positions]
+        if padding := [place for place in range(int(one.length)) if place not in positions]:
+            labels, slots = [*labels, "[padding]"], [*slots, padding]
+        if bool(((one.inverse < 0) & one.flip().inside).any()):
+            labels, slots = [*labels, "only in the other"], [*slots, [UNALIGNED]]
+        return labels, slots
 
     def _by_layer(self, view: View) -> DataFrame:
         """The logits, and the score, as they would be read from the residual stream before each layer."""
@@ -475,11 +477,12 @@ class Desk:
         return Text("", _words(self.encoder, tokens), seen, query, [origin[position] for position in kept], logit)
 
 
-class Sources(NamedTuple):
-    """What heads add by the token that they read from, and those tokens in words."""
+class Attributed(NamedTuple):
+    """What heads and MLPs add, a column per block; those tokens in words that heads read, and what they add of each."""
 
-    labels: list[str]
-    values: Float[Tensor, "layer head token"]
+    direct: DataFrame
+    tokens: list[str]
+    sources: Float[Tensor, "layer head token"]
 
 
 SOURCE_WORDS = {"counterpart": "other text", "mean": "mean over a batch", "zeros": "zeros", "noise": "noise"}
