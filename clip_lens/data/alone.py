@@ -6,8 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clip_lens.data.batch import SLOTS, Batch, Encoder
+from clip_lens.data.batch import Batch, Encoder
 from clip_lens.data.pairs import Pairs
+
+ENDS = ("sot", "eot")
 
 
 def one_text(text: str, encoder: Encoder, direction: Float[Tensor, "d_embed"], *, image: str = "") -> Batch:
@@ -30,7 +32,7 @@ def one_text(text: str, encoder: Encoder, direction: Float[Tensor, "d_embed"], *
     tokens = encoder.cut(encoder.tokenize([text]))
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
     slot = torch.full_like(tokens, -1)
-    slot[0, 0], slot[0, encoder.pool(tokens)[0]] = SLOTS.index("sot"), SLOTS.index("eot")
+    slot[0, 0], slot[0, encoder.pool(tokens)[0]] = range(len(ENDS))
     length = encoder.length(tokens) if encoder.causal else torch.full_like(tokens[:, 0], tokens.shape[1])
     length = torch.maximum(length, encoder.pool(tokens) + 1)
     pairs = Pairs(["one text"], [text], [text], [image], name="one text")
@@ -40,7 +42,7 @@ def one_text(text: str, encoder: Encoder, direction: Float[Tensor, "d_embed"], *
         origin=positions,
         slot=slot,
         other_slot=slot,
-        slots=SLOTS,
+        slots=ENDS,
         length=length,
         other_length=length,
         direction=direction[None].to(encoder.device, encoder.precision),
