@@ -42,6 +42,15 @@ THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 SHORTCUTS = ("b", "x", "a")  # a cell below, cut, a cell above
 PATIENCE = 240  # seconds
 WIDTHS = (1100, 840, 700, 560, 400)  # pixels, as notebooks are wide
+SPINS = """
+const [done, root] = [arguments[arguments.length - 1], document.querySelector(".clip-lens-explore")];
+const seen = [], look = () => seen.push(getComputedStyle(root.querySelector(".cl-busy span")).visibility);
+root.classList.add("waiting");
+look();
+setTimeout(look, 150);
+setTimeout(() => { look(); root.classList.remove("waiting"); look(); done(seen); }, 1200);
+"""
+"""Whether the ring is seen at once, after 150 ms, after 1.2 s of waiting, and behind it."""
 CUT = """
 const outside = (node) => {
   const box = node.parentElement.closest(".cl-scroll, .clip-lens-explore").getBoundingClientRect();
@@ -200,6 +209,14 @@ class Page:
         sleep(0.5)
         self.driver.save_screenshot(str(self.out / f"{self.name}-{what}.png"))
 
+    def spins(self, action: Any) -> None:
+        """Fails unless a click has the page wait, with a ring that turns from 300 ms on and not before."""
+        waiting = "document.querySelector('.clip-lens-explore').classList"
+        assert self.driver.execute_script(f"arguments[0].click(); return {waiting}.contains('waiting')", action)
+        self.wait(lambda: not self.all(".cl-panels.busy"))
+        seen = self.driver.execute_async_script(SPINS)
+        assert seen == ["hidden", "hidden", "visible", "hidden"], seen
+
     def uncut(self, width: str) -> None:
         """Fails where words are wider than what holds them, at a width of the explorer; a panel may be scrolled."""
         self.driver.execute_script("arguments[0].style.width = arguments[1]", self.all(".clip-lens-explore")[0], width)
@@ -311,6 +328,7 @@ def pick_heads(page: Page) -> None:
     page.driver.execute_script("for (let n = 0; n < 5; n++) arguments[0].click()", page.all(".cl-steps button")[1])
     page.wait(lambda: not page.all(".cl-panels.busy"))
     assert int(Select(page.field("Pair")).first_selected_option.get_attribute("value")) == before + 5
+    page.spins(page.all(".cl-steps button")[1])
     page.act("by head", lambda: Select(page.field("Rows")).select_by_value("head"))
 
 
