@@ -32,6 +32,8 @@ How = Literal["add", "remove"]
 STEERABLE: tuple[Kind, ...] = ("embed", "resid", "mid", "attn", "mlp")
 CHUNK = 256
 """Texts that are run at a time where nothing but one activation of each is kept."""
+AT_ONCE = 16
+"""Hooks whose activations are kept of so many texts; of more hooks fewer texts are run at a time."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -240,17 +242,29 @@ class Mean:
         """Means by slot; the last line is that of no slot, which the index -1 finds."""
         sums: dict[str, Tensor] = {}
         counts = precise(torch.zeros(len(self.batch.slots) + 1, device=self.encoder.device))
-        for index in torch.arange(len(self.batch), device=self.encoder.device).split(CHUNK):
-            own = _own(self.encoder, self.batch, index, names)
+        first, times = _distinct(self.batch)
+        texts = self.batch[first]
+        for index in texts.chunks(max(1, CHUNK // (1 + len(names) // AT_ONCE))):
+            own = _own(self.encoder, texts, index, names)
             width = next(iter(own.values())).shape[1]
-            inside = self.batch.inside[index][:, :width]
-            slot = self.batch.slot[index][:, :width][inside] % len(counts)
-            counts.index_add_(0, slot, torch.ones_like(slot, dtype=counts.dtype))
+            inside = texts.inside[index][:, :width]
+            slot = texts.slot[index][:, :width][inside] % len(counts)
+            weight = times[index][:, None].expand_as(inside)[inside].to(counts.dtype)
+            counts.index_add_(0, slot, weight)
             for name, value in own.items():
                 empty = counts.new_zeros(len(counts), *value.shape[2:])
-                sums[name] = sums.get(name, empty).index_add(0, slot, value[inside].to(counts.dtype))
+                weighed = value[inside].to(counts.dtype) * weight.reshape(-1, *[1] * (value.ndim - 2))
+                sums[name] = sums.get(name, empty).index_add(0, slot, weighed)
         means = {name: total / counts.reshape(-1, *[1] * (total.ndim - 1)) for name, total in sums.items()}
         return {name: value.to(self.encoder.dtype) for name, value in means.items()}
+
+
+def _distinct(batch: Batch) -> tuple[Int[Tensor, "text"], Int[Tensor, "text"]]:
+    """Which pairs have the different run texts, slots and all, one pair each, and how many pairs have that text."""
+    texts = torch.cat([batch.tokens, batch.slot, batch.length[:, None]], 1)
+    _, number, times = texts.unique(dim=0, return_inverse=True, return_counts=True)
+    pair = torch.arange(len(batch), device=number.device)
+    return torch.zeros_like(times).scatter_reduce(0, number, pair, "amin", include_self=False), times
 
 
 @dataclass(frozen=True)

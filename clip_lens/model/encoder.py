@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from html import escape
 from typing import Any, TypeAlias, cast
@@ -57,6 +58,7 @@ class HookedTextEncoder:
         self.name, self.pretrained, self.image_digest = name, pretrained, image_digest
         self.vocabulary, self.notes, self._preparation = vocabulary, notes, preparation
         self._pad, self._end = 0, None
+        self._digest: str | None = None
         if tower.tokenizer is not None:
             empty = self._raw_tokens([""])
             self._pad, self._end = int(empty[0, -1]), int(empty[0, pool(empty)])
@@ -84,7 +86,25 @@ class HookedTextEncoder:
             >>> encoder.tower.blocks[2].attn.W_O[1].zero_(), encoder.digest == before
             (tensor(...), False)
         """
-        return digest(dict(self.tower.named_parameters()))
+        return self._digest or digest(dict(self.tower.named_parameters()))
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """For verbs that are called one after the other on the same weights: inside, nobody edits them, so that
+        `digest` is computed once, and other threads wait for the tower.
+
+        Example:
+            >>> encoder = clip_lens.load()
+            >>> with encoder.unchanged():
+            ...     encoder.digest == encoder.digest
+            True
+        """
+        with self.tower.turn:
+            outer, self._digest = self._digest, self.digest
+            try:
+                yield
+            finally:
+                self._digest = outer
 
     @property
     def image_preprocessing(self) -> str | None:
