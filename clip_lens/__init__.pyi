@@ -10,6 +10,7 @@ from .core.record import Record as Record
 from .core.source import counterpart as counterpart
 from .core.source import mean as mean
 from .core.source import noise as noise
+from .core.source import other_tower as other_tower
 from .core.source import resample as resample
 from .core.source import source as source
 from .core.source import zeros as zeros

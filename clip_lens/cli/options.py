@@ -89,7 +89,7 @@ Kinds = Annotated[
     str,
     typer.Option(
         "--sites",
-        help="Kind of site: resid, mid, attn, mlp, head, q, k, v, pattern, neuron.",
+        help="Kind of site: resid, mid, attn, mlp, head, q, k, v, pattern, neuron, result, norm, projection.",
         callback=_known_kind,
     ),
 ]

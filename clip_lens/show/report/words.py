@@ -23,6 +23,9 @@ KIND_NAMES = {
     "v": "the values",
     "pattern": "the attention pattern",
     "neuron": "a neuron's activation",
+    "result": "what a head writes",
+    "norm": "what the final LayerNorm gives",
+    "projection": "the embedding",
 }
 D = (
     "The logit difference d",
