@@ -32,6 +32,7 @@ from .methods.circuits.faithfulness import minimality as minimality
 from .methods.circuits.selection import sized_circuits as sized_circuits
 from .methods.circuits.selection import stability as stability
 from .methods.circuits.selection import top_edges as top_edges
+from .methods.compare import compare as compare
 from .methods.confounds import confounds as confounds
 from .methods.direct import components as components
 from .methods.direct import direct_effects as direct_effects

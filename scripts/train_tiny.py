@@ -400,11 +400,17 @@ def tune(state: dict[str, Tensor], seed: int, recipe: Recipe = TUNING) -> tuple[
 
 
 def _with_rows(state: dict[str, Tensor], words: Int[Tensor, " row"]) -> dict[str, Tensor]:
-    """A shipped state dict in float32, its token table laid out by `words`: 0 for those that it lacks, as it reads them."""
+    """A shipped state dict in float32, its token table laid out by `words`, 0 for those that it lacks."""
     table = torch.zeros(len(words), MODEL["text_cfg"]["width"])
     table[torch.searchsorted(words, state["token_embedding.rows"].long())] = state["token_embedding.weight"].float()
     rest = {name: value.float() for name, value in state.items() if name != "token_embedding.rows"}
     return rest | {"token_embedding.weight": table}
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state dict that are others than before."""
+    same = lambda name: name in before and torch.equal(before[name], after[name])
+    return {name: value for name, value in after.items() if not same(name)}
 
 
 def without_pairs(amount: int, first: int = FRESH + 400_000) -> pd.DataFrame:
@@ -836,8 +842,9 @@ def tune_command(
     out: Annotated[Path, typer.Option(help="folder for model.safetensors and card.json")] = Path("build/tiny-without"),
     steps_scale: Annotated[float, typer.Option(help="multiplies the steps and the pool, for a trial")] = 1.0,
     measured_pairs: Annotated[int, typer.Option(help="pairs per caption form to measure on")] = 600,
+    ship: Annotated[bool, typer.Option("--ship", help="also write what differs into the package's files")] = False,
 ) -> None:
-    """Teach a trained model a negation that it has never met, by its text tower alone, and measure it before and after."""
+    """Teach a trained model's text tower a negation that it has never met, and measure it before and after."""
     recipe, before = TUNING.scaled(steps_scale), load_file(start)
     state, seconds = tune(before, seed, recipe)
     card = {"seed": seed, "seconds": seconds, "recipe": asdict(recipe), "versions": versions()}
@@ -846,6 +853,9 @@ def tune_command(
         for when, weights in (("before", before), ("after", state))
     }
     save_run(out, state, card)
+    if ship:
+        write_atomically(ASSETS / "tuned-without.safetensors", lambda path: save_file(changed(before, state), path))
+        write_json(ASSETS / "tuned-without.json", card)
     typer.echo(json.dumps({when: card[when] for when in ("before", "after")}, indent=1))
 
 

@@ -395,7 +395,8 @@ class _Tower:
         _require_alike(encoder, self.encoder, batch)
         if hooks := self.encoder.hooked:
             raise ValueError(
-                f"the other tower, {self.encoder.full_name}, has hooks of yours on, at {', '.join(hooks)}; take them off"
+                f"the other tower, {self.encoder.full_name}, has hooks of yours on, at {', '.join(hooks)}; take them "
+                "off"
             )
         _warn_of_images(encoder, self.encoder)
         return OtherTower(encoder, batch, self.encoder)

@@ -13,7 +13,7 @@
 | neuron | blocks.{l}.mlp.hook_post | pair pos d_mlp |
 | result | blocks.{l}.attn.hook_result; what a head writes, without the attention's bias | pair pos head d_model |
 | norm | hook_norm; what ln_final gives, read at the pooled position | pair pos d_model |
-| projection | hook_projection; the embedding before it has unit length, read at the pooled position | pair pos d_embed |
+| projection | hook_projection; the embedding, not yet of unit length, read at the pooled position | pair pos d_embed |
 | out | the pooled position of what ln_final reads; a receiver of edges only | pair d_model |
 | token, position, attn_bias, mlp_bias, constant | parts of a sum, for attribution only: no hook, can't be patched | |
 
@@ -29,7 +29,8 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 Kind = Literal[
-    "embed", "resid", "mid", "attn", "mlp", "head", "q", "k", "v", "pattern", "neuron", "result", "norm", "projection", "out",
+    "embed", "resid", "mid", "attn", "mlp", "head", "q", "k", "v", "pattern", "neuron", "result",
+    "norm", "projection", "out",
     "token", "position", "attn_bias", "mlp_bias", "constant",
 ]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)
