@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from clip_lens.tiny.assets import ASSETS
 
-
 TUNED = ("without",)
 """Fine-tunes of the embedded weights that ship with them."""
 
