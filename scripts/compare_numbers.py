@@ -1,6 +1,9 @@
 """The numbers of docs/compare.md: the embedded model beside its fine-tune on "without", as one JSON file.
 
-    python scripts/compare_numbers.py tutorials/results/compare.json --second build/tiny-0/model.safetensors
+    python scripts/compare_numbers.py tutorials/results/compare.json --second build/tiny-0/model.safetensors \\
+        --page docs/compare.md
+
+With `--page` the page's tables are written anew too.
 
 The fine-tune is `scripts/train_tiny.py tune`'s, which ships as "without"; the second model, if given, is another
 training of the embedded one (`scripts/train_tiny.py train --seed 0`). Pairs are the shipped ones about "a picture
@@ -20,6 +23,7 @@ from typing import Any
 from circuit_numbers import lines
 from pandas import DataFrame
 from path_numbers import embedded_by
+from train_tiny import fill, markdown
 
 import clip_lens
 from clip_lens import Site
@@ -42,11 +46,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="the JSON file to write")
     parser.add_argument("--second", type=Path, help="weights of a second training of the embedded model")
+    parser.add_argument("--page", type=Path, help="the page whose tables are written anew")
     given = parser.parse_args(arguments)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(given.out) as temporary:
         numbers = measured(given.second)
         temporary.write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if given.page:
+        write_page(given.page, numbers)
     return 0
 
 
@@ -128,6 +135,66 @@ def circuit(encoder: HookedTextEncoder, batch: Batch) -> clip_lens.Circuit:
     """The edges with the largest EAP-IG scores."""
     scores = clip_lens.gradient_effects(encoder, batch, encoder.edges(), steps=STEPS, progress=False)
     return clip_lens.top_edges(scores, EDGES)
+
+
+# The page
+
+
+SIDES = ("caption", "foil")
+SHOWN = ["embed @3", *(f"resid {layer}" for layer in (1, 2, 3, 6)), "norm", "projection", "attn 0", "attn 2", "mlp 0"]
+
+
+def write_page(path: Path, numbers: Mapping[str, Any]) -> None:
+    """The page with its tables made anew from the numbers."""
+    tables = {
+        "accuracy": _accuracy(numbers["accuracy on fresh scenes"]),
+        "swapped": _swapped(numbers["swapped, the text with the negation"]["table"]),
+        "heads": _heads(numbers["heads on no"]),
+        "circuits": _circuits(numbers["overlaps"]),
+    }
+    text = fill(path.read_text(encoding="utf-8"), tables)
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _accuracy(rows: list[dict[str, Any]]) -> str:
+    found = {(row["words"], row["side"], row["when"]): row for row in rows}
+    lines = [
+        [words, f"in the {side}", *(_bounded(found[words, side, when], "share") for when in ("before", "after")),
+         *(f"{found[words, side, when]['d']:.1f}" for when in ("before", "after")), found[words, side, "after"]["n"]]
+        for words, side in dict.fromkeys((row["words"], row["side"]) for row in rows)
+    ]  # fmt: skip
+    return markdown(["said by", "negation", "right before", "right after", "d before", "d after", "pairs"], lines)
+
+
+def _swapped(rows: list[dict[str, Any]]) -> str:
+    found = {(row["place"], row["side"]): row for row in rows}
+    lines = [[f"`{place}`", *(_bounded(found[place, side], "fraction") for side in SIDES)] for place in SHOWN]
+    counts = [f"negation in the {side}, {found['norm', side]['n']} pairs" for side in SIDES]
+    return markdown(["swapped", *counts], lines)
+
+
+def _heads(told: Mapping[str, Any]) -> str:
+    lines = [
+        [row["place"], f"in the {row['side']}", f"{row['effect_a']:.2f}", f"{row['effect_b']:.2f}",
+         f"{row['effect']:+.2f} [{row['effect_lower']:.2f}, {row['effect_upper']:.2f}]"]
+        for row in told["largest"]
+    ]  # fmt: skip
+    clear = " and ".join(f"{told['intervals without 0'][side]} (negation in the {side})" for side in SIDES)
+    said = f"Of {told['heads']} heads the interval is on one side of 0 for {clear}; one or two would be by chance."
+    return markdown(["head", "negation", "base", "tuned", "difference"], lines) + f"\n\n{said}"
+
+
+def _circuits(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        [row["first"], row["second"], row["shared"], row["only_first"], row["only_second"], f"{row['by_chance']:.1f}"]
+        for row in rows
+    ]
+    return markdown(["one", "other", "in both", "only in one", "only in the other", "in both by chance"], lines)
+
+
+def _bounded(row: Mapping[str, Any], value: str) -> str:
+    return f"{row[value]:.2f} [{row['lower']:.2f}, {row['upper']:.2f}]"
 
 
 if __name__ == "__main__":

@@ -758,7 +758,8 @@ def write_numbers(path: Path, card: dict) -> None:
     write_atomically(path, lambda neighbour: neighbour.write_text(text))
 
 
-def _table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+def markdown(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    """A table as Markdown has it."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
@@ -780,13 +781,13 @@ def _target_table(card: dict) -> str:
     seconds = [f"{run['seconds']['all']:.0f}{' *' * ('note' in run['seconds'])}" for run in runs.values()]
     rows.append(["training, seconds of one core", "", *seconds])
     notes = [f"\n\n\\* seed {seed}: {run['seconds']['note']}" for seed, run in runs.items() if "note" in run["seconds"]]
-    return _table(["on fresh scenes", "target", *names], rows) + "".join(notes)
+    return markdown(["on fresh scenes", "target", *names], rows) + "".join(notes)
 
 
 def _form_table(card: dict) -> str:
     runs = card["seeds"].values()
     rows = [[f"`{FORMS[form]}`", *(run["accuracy by form"][form] for run in runs)] for form in FORMS]
-    return _table(["accuracy by caption form", *(f"seed {seed}" for seed in card["seeds"])], rows)
+    return markdown(["accuracy by caption form", *(f"seed {seed}" for seed in card["seeds"])], rows)
 
 
 def _head_table(card: dict) -> str:
@@ -798,7 +799,7 @@ def _head_table(card: dict) -> str:
         ]
         for layer in range(MODEL["text_cfg"]["layers"])
     ]
-    return _table(["layer", *(f"seed {seed}: heads 0 to 3" for seed in runs)], rows)
+    return markdown(["layer", *(f"seed {seed}: heads 0 to 3" for seed in runs)], rows)
 
 
 def _trace_table(card: dict) -> str:
@@ -809,7 +810,7 @@ def _trace_table(card: dict) -> str:
         for side in shares
         for slot in shares[side]
     ]
-    return _table(header, rows)
+    return markdown(header, rows)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------

@@ -125,7 +125,10 @@ class Comparison:
     def _record(self) -> Record:
         """What was run: what both have in common, and of the rest the two side by side."""
         a, b = self.a.record, self.b.record
-        both = lambda one, two: one if one == two else f"{two} minus {one}"
+        fields = {name: (getattr(a, name), getattr(b, name)) for name in ("weights", "dtype", "images", "batch")}
+        both: dict[str, Any] = {
+            name: one if one == two else f"{two} minus {one}" for name, (one, two) in fields.items()
+        }
         source = None if a.source is None else replace(a.source, swaps=False)
         return replace(
             a,
@@ -133,7 +136,7 @@ class Comparison:
             model=f"{self.names[1]} minus {self.names[0]}",
             source=source,
             notes=tuple(_notes(a, b)),
-            **{name: both(getattr(a, name), getattr(b, name)) for name in ("weights", "dtype", "images", "batch")},
+            **both,
         )
 
     def _method(self, method: Method) -> Method:
