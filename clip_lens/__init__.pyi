@@ -11,6 +11,7 @@ from .core.record import Record as Record
 from .core.source import counterpart as counterpart
 from .core.source import mean as mean
 from .core.source import noise as noise
+from .core.source import other_tower as other_tower
 from .core.source import resample as resample
 from .core.source import source as source
 from .core.source import zeros as zeros
@@ -34,6 +35,7 @@ from .methods.circuits.faithfulness import minimality as minimality
 from .methods.circuits.selection import sized_circuits as sized_circuits
 from .methods.circuits.selection import stability as stability
 from .methods.circuits.selection import top_edges as top_edges
+from .methods.compare import compare as compare
 from .methods.confounds import confounds as confounds
 from .methods.direct import components as components
 from .methods.direct import direct_effects as direct_effects

@@ -107,8 +107,11 @@ class Setting:
 
     @property
     def everything(self) -> Place:
-        """The place that patches every edge: of a run its last residual stream, else what every sender sends to the
-        output (with every edge patched, nothing else reaches it)."""
+        """The place that patches everything: of another tower what its projection gives, of a run of this one its last
+        residual stream, else what every sender sends to the output (with every edge patched, nothing else reaches
+        it)."""
+        if hasattr(self.fetch, "tower"):
+            return Site("projection")
         if getattr(self.fetch, "is_run", False):
             return Site("resid", self.encoder.n_layers)
         return tuple(self.encoder.edges(receivers=[Site("out")]))
