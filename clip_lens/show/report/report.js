@@ -6,6 +6,8 @@ const dark = matchMedia("(prefers-color-scheme: dark)");
 const MOST_ROWS = 500; // of a figure's table; the file has them all
 const READABLE = 29; // pixels of a cell that holds a number of 11 pixels' height
 const TICK = 15, FEW_TICKS = 16; // pixels that an upright label needs; so many are always shown
+const PAPER = {whole: 690, half: 335}; // pixels of a figure on A4 or letter, which no browser tells beforehand
+const CUE = "Scroll sideways for more columns \u2192";
 let printing = false;
 
 const unpack = id => {
@@ -67,11 +69,12 @@ const fill = async details => {
   const [names, ...body] = lines(await unpack(details.dataset.table).text());
   const words = (names || []).map((_, number) => body.some(line => line[number] && Number.isNaN(Number(line[number]))));
   const table = make("table"), head = make("thead"), rows = make("tbody");
-  if (names) head.append(row(names, words, "th"));
+  if (names) head.append(row(JSON.parse(details.dataset.names), words, "th"));
   rows.append(...body.slice(0, MOST_ROWS).map(line => row(line, words, "td")));
   table.append(head, rows);
   table.setAttribute("aria-label", box.getAttribute("aria-label"));
   box.append(table);
+  cue(box);
   if (body.length > MOST_ROWS)
     box.after(make("p", `The first ${MOST_ROWS} of ${body.length} rows; the file has all.`, {class: "small"}));
 };
@@ -109,7 +112,7 @@ const recolour = value => (isDark() ? recoloured(value) : value);
 
 const across = layout => Object.keys(layout).filter(name => /^xaxis\d*$/.test(name));
 const step = (box, {tickvals, domain: [start, end] = [0, 1]}) =>
-  tickvals?.length > FEW_TICKS ? Math.max(1, Math.ceil(TICK * tickvals.length / ((box.clientWidth - 110) * (end - start)))) : 1;
+  tickvals?.length > FEW_TICKS ? Math.max(1, Math.ceil(TICK * tickvals.length / ((width(box) - 110) * (end - start)))) : 1;
 const every = (values, step) => values.filter((_, number) => number % step === 0);
 const thinned = (box, layout) => ({
   ...layout,
@@ -119,7 +122,8 @@ const thinned = (box, layout) => ({
   })),
 });
 
-const isNarrow = (box, columns) => columns > 0 && (box.clientWidth - 110) / columns < READABLE;
+const width = box => (printing ? PAPER[box.closest("figure").className ? "whole" : "half"] : box.clientWidth);
+const isNarrow = (box, columns) => columns > 0 && (width(box) - 110) / columns < READABLE;
 const fits = (box, {layout, columns}) =>
   columns > 0 ? [isNarrow(box, columns), ...across(layout).map(name => step(box, layout[name]))].join() : "";
 
@@ -128,7 +132,9 @@ const draw = (box, figure) => {
   box.narrow = isNarrow(box, columns);
   box.drawn = fits(box, figure);
   const traces = data.map(trace => (box.narrow && trace.texttemplate ? {...trace, texttemplate: ""} : trace));
-  return Plotly.react(box, recolour(traces), ground(recolour(columns > 0 ? thinned(box, layout) : layout)), {responsive: true, displayModeBar: false});
+  const sized = printing ? {width: width(box), autosize: false} : {};
+  const shaped = ground(recolour(columns > 0 ? thinned(box, layout) : layout));
+  return Plotly.react(box, recolour(traces), {...shaped, ...sized}, {responsive: true, displayModeBar: false});
 };
 
 // The picture of the point under the pointer, of figures that carry pictures (scatter_pairs)
@@ -186,6 +192,22 @@ addEventListener("beforeprint", () => {
   opened.forEach(details => { details.open = true; });
 });
 addEventListener("afterprint", () => opened.forEach(details => { details.open = false; }));
+
+// Tables that go on to the right say so
+
+const cue = box => {
+  const more = box.scrollWidth - box.clientWidth - box.scrollLeft > 4;
+  box.classList.toggle("more", more);
+  if (more && !box.previousElementSibling?.classList.contains("cue"))
+    box.before(make("p", CUE, {class: "small cue", "aria-hidden": "true"}));
+  const said = box.previousElementSibling;
+  if (said?.classList.contains("cue")) said.hidden = box.scrollWidth - box.clientWidth <= 4;
+};
+const watch = new ResizeObserver(entries => entries.forEach(({target}) => cue(target)));
+for (const box of document.querySelectorAll(".scroll")) {
+  watch.observe(box);
+  box.addEventListener("scroll", () => cue(box), {passive: true});
+}
 
 // Contents: folded on narrow screens, the section in view is marked
 
