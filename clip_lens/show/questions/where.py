@@ -41,10 +41,10 @@ AS_IN_THE_PAPER = (
     "weighs by its d. Layer 0 is the embedding; layer l is the stream after l blocks."
 )
 LOCALISATION = (
-    "The standard deviation (ddof 0) of the slots' shares of d, from the negator to the end of text, with single tokens "
-    "averaged by slot: high where one slot has everything, low where it is spread out. The numbers of pairs are in "
-    "brackets; bands are 95 % bootstrap intervals. Segments with fewer than ten pairs on a side, or with a mean d below "
-    "1 logit, of which shares mean little, are only in the table."
+    "The standard deviation (ddof 0) of the slots' shares of d, from the negator to the end of text, with single "
+    "tokens averaged by slot: high where one slot has everything, low where it is spread out. The numbers of pairs are "
+    "in brackets; bands are 95 % bootstrap intervals. Segments with fewer than ten pairs on a side, or with a mean d "
+    "below 1 logit, of which shares mean little, are only in the table."
 )
 METHODS = (
     (
@@ -102,13 +102,14 @@ def headline(table: DataFrame) -> str:
     Example:
         >>> from clip_lens.core.effects import toy_effects
         >>> headline(toy_effects().where(side="foil").table())
-        'Where? Most of d moves at the negator in layer 0, then at the end of text in layer 1 (negation in the foil).'
+        'Where? The largest share of d moves at the negator in layer 0, then at the end of text in layer 1 (negation
+        in the foil).'
     """
     parts = []
     for side, part in by_side(table):
         steps = [f"the {slot_name(slot)} {_layers(rows)}" for slot, rows in slots_by_layer(part)]
         parts.append(f"at {', then at '.join(steps)} ({SIDE_WORDS[side]})")
-    return f"Where? Most of d moves {'; '.join(parts)}."
+    return f"Where? The largest share of d moves {'; '.join(parts)}."
 
 
 def _layers(rows: list[Any]) -> str:

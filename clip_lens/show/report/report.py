@@ -286,7 +286,11 @@ def _template() -> Any:
 
 def _unbroken(value: Any) -> Any:
     """Words as a page shows them; what is markup already stays."""
-    return unbroken(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return (
+        unbroken(value).replace(" -> ", " \N{RIGHTWARDS ARROW} ")
+        if isinstance(value, str) and not isinstance(value, Markup)
+        else value
+    )
 
 
 def _shown(example: Example | None) -> dict[str, Any] | None:

@@ -94,10 +94,11 @@ class Table:
 class Section:
     """One part of a report: what was found, how it was found, and what shows it. Everything but the title is optional.
 
-    `findings` are sentences; `headline` is the one that stands under the page's title, by default a finding; `text` is prose, paragraphs parted by an
-    empty line; `notes` stand small below the figures. `meta` is what was run: what all sections have in common is
-    said once. `pairs` (as `Effects.pairs`, with the columns `PAIRS` of this module) are counted, and those of the first
-    section that has any give the example pairs. `data` maps a file's name to a table or a file that readers can save.
+    `findings` are sentences; `headline` is the one that stands under the page's title, by default a finding; `text` is
+    prose, paragraphs parted by an empty line; `notes` stand small below the figures. `meta` is what was run: what all
+    sections have in common is said once. `pairs` (as `Effects.pairs`, with the columns `PAIRS` of this module) are
+    counted, and those of the first section that has any give the example pairs. `data` maps a file's name to a table or
+    a file that readers can save.
 
     Raises:
         ValueError: no title, a single str for findings or notes, or pairs without one of their columns.
