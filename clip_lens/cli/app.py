@@ -267,7 +267,7 @@ def info(
 def _trace(job: Job, kind: str) -> None:
     """Causal tracing by whole slots and by single positions: two results, a table, a report."""
     from clip_lens.core.source import counterpart
-    from clip_lens.show.questions.where import SAME, apart, right, traced
+    from clip_lens.show.questions.where import SAME, WHAT_MAPS_SHOW, apart, right
 
     slots, positions = (_layers(job.encoder, kind, _slots(job.batch, by)) for by in ("slot", "position"))
     by_slot = job.patched(f"{kind}-slots", slots, counterpart)
@@ -275,8 +275,8 @@ def _trace(job: Job, kind: str) -> None:
     whole, single = job.chosen(by_slot), job.chosen(by_position).by_slot(job.batch)
     further = apart(whole, single)
     results = {"By slot": whole, **({"By single token": single} if further > SAME else {})}
-    points = [right(by_slot.pairs, whole.pairs)]
-    job.write(f"trace-{kind}", results, summary=traced(further), points=points)
+    points = [right(by_slot.pairs, whole.pairs, further)]
+    job.write(f"trace-{kind}", results, summary=WHAT_MAPS_SHOW, points=points)
 
 
 def _sites(job: Job, name: str, kind: str, by: str, source: Source | Function, title: str) -> None:

@@ -187,9 +187,13 @@ def _hovers(part: DataFrame, columns: _Columns, effects: Effects | DataFrame) ->
 
 def _labels(labels: Series) -> dict[str, Any]:
     return {
-        "tickvals": list(range(len(labels))), "ticktext": [shortened(label.replace("-&gt;", ARROW).replace("->", ARROW)) for label in labels],
+        "tickvals": list(range(len(labels))), "ticktext": [_short(label) for label in labels],
         "tickfont": {"size": SMALL}, "range": [len(labels) - 0.5, -0.5], "showgrid": False,
     }  # fmt: skip
+
+
+def _short(label: str) -> str:
+    return shortened(label.replace("-&gt;", ARROW))
 
 
 def _reach(parts: Sequence[tuple[str, DataFrame]], columns: _Columns) -> list[float]:

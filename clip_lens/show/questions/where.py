@@ -136,8 +136,15 @@ def apart(one: Effects, other: Effects) -> float:
     return float((first - second).abs().max()) if first.isna().equals(second.isna()) else float("inf")
 
 
-def right(every: DataFrame, traced: DataFrame) -> str:
-    """How often the model is right on all pairs, and how many of them are traced.
+WHAT_MAPS_SHOW = (
+    "The maps show where in the text, and how deep in the model, d is decided: at each place, what one text computes is "
+    "replaced with what the other computes there."
+)
+
+
+def right(every: DataFrame, traced: DataFrame, apart: float = float("inf")) -> str:
+    """How often the model is right on all pairs, and how many are traced; `apart` is how far the shares of slots and
+    of tokens lie apart, said where that is too little to be seen.
 
     Example:
         >>> from clip_lens.core.effects import toy_effects
@@ -146,25 +153,11 @@ def right(every: DataFrame, traced: DataFrame) -> str:
         'The model prefers the caption in 100 % of all 3 pairs; the 2 correct ones are traced.'
     """
     every, traced = every.drop_duplicates("key"), traced.drop_duplicates("key")
-    share = f"The model prefers the caption in {decimals(100 * (every['d'] > 0).mean(), 0)} % of all"
-    if len(traced) == len(every):
-        return f"{share} {counted(len(every), 'pair')}, and all of them are traced."
-    kind = listed(list(map(str, dict.fromkeys(traced["segment"]))))
-    return f"{share} {counted(len(every), 'pair')}; the {len(traced)} {kind} ones are traced."
-
-
-def traced(apart: float) -> str:
-    """What causal tracing shows, for the head of a page; `apart` is how far shares of slots and of tokens lie apart.
-
-    Example:
-        >>> traced(0.012)[-47:]
-        'token by token, no share differs by more than 0.01.'
-    """
-    same = f" Patched token by token, no share differs by more than {decimals(apart)}." if apart <= SAME else ""
-    return (
-        "The maps show where in the text, and how deep in the model, d is decided: at each place, what one text "
-        f"computes is replaced with what the other computes there.{same}"
-    )
+    kinds = listed(list(map(str, dict.fromkeys(traced["segment"]))))
+    chosen = "all of them" if len(traced) == len(every) else f"the {len(traced)} {kinds} ones"
+    share = f"{decimals(100 * (every['d'] > 0).mean(), 0)} % of all {counted(len(every), 'pair')}"
+    same = f" Token by token instead of slot by slot, no share differs by more than {decimals(apart)}."
+    return f"The model prefers the caption in {share}; {chosen} are traced.{same if apart <= SAME else ''}"
 
 
 def localised(spread: DataFrame) -> list[str]:

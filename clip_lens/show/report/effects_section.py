@@ -91,7 +91,8 @@ def _largest_effects(effects: Effects, data: str) -> Table:
         "effect": "effect", "effect_lower": "effect, lower", "effect_upper": "effect, upper",
         "n": "pairs", "dropped": "dropped",
     }  # fmt: skip
-    if not effects.table()["dropped"].any():
+    top = effects.top(TOP)
+    if not top["dropped"].any():
         del names["dropped"]
     if not effects.record.shares:
         names = {key: name for key, name in names.items() if key not in SHARES}
@@ -99,9 +100,7 @@ def _largest_effects(effects: Effects, data: str) -> Table:
         name: place_name(place).removeprefix("the ")
         for name, place in zip(effects.index["place"], effects.places, strict=True)
     }
-    top = effects.top(TOP).assign(
-        side=lambda table: table["side"].map(NEGATION_IN), place=lambda table: table["place"].map(words)
-    )
+    top = top.assign(side=lambda table: table["side"].map(NEGATION_IN), place=lambda table: table["place"].map(words))
     return Table(
         top[list(names)].rename(columns=names),
         "The largest effects",
