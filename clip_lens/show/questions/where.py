@@ -137,8 +137,8 @@ def apart(one: Effects, other: Effects) -> float:
 
 
 WHAT_MAPS_SHOW = (
-    "The maps show where in the text, and how deep in the model, d is decided: at each place, what one text computes is "
-    "replaced with what the other computes there."
+    "The maps show where in the text, and how deep in the model, d is decided: at each place, what one text computes "
+    "is replaced with what the other computes there."
 )
 
 

@@ -361,14 +361,14 @@ def _what_was_run(sections: Mapping[str, Section]) -> dict[str, Any]:
     """Each thing once: what all results have in common, in the order of `WHAT`, then what is a result's own."""
     shared = _shared([section.meta for section in sections.values() if section.meta])
     drops = (section.meta[name] for section in sections.values() for name in DROPPED if name in section.meta)
-    own = {
-        section.title: {key: value for key, value in section.meta.items() if key not in shared}
+    own = [
+        (section.title, {key: value for key, value in section.meta.items() if key not in shared})
         for section in sections.values()
-    }
+    ]
     order = [*(name for name in WHAT if name in shared), *(name for name in shared if name not in WHAT)]
     return {
         "shared": {name: shared[name] for name in order},
-        "recorded": {title: meta for title, meta in own.items() if meta},
+        "recorded": [(title, meta) for title, meta in own if meta],
         "pair_counts": _pair_counts(sections),
         "dropped": "; ".join(dict.fromkeys(drops)),
     }
