@@ -112,11 +112,15 @@ Kinds = Annotated[
     str,
     typer.Option(
         "--sites",
-        help="Kind of site: resid, mid, attn, mlp, head, q, k, v, pattern, neuron.",
+        help="Kind of site: resid, mid, attn, mlp, head, q, k, v, pattern, neuron, result, norm, projection.",
         callback=_known_kind,
     ),
 ]
 ByOption = Annotated[By, typer.Option(help="Whole texts, named slots (all tokens together), or single positions.")]
+ImagesOfB = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--images-b", help="The images in the second model's own embedding; without it those of --images."),
+]
 Std = Annotated[float, typer.Option(help="noise: in standard deviations of the activation.", min=0.0)]
 Finder = Annotated[
     str, typer.Option(help="How edges are found: exact, eap, eap-ig, acdc, random.", callback=_known_finder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,6 +111,48 @@ def _columns(sample: Sample, side: str, of: str, floor: float, draws: Draws | No
     return {name: torch.cat([part[name] for part in made]).numpy() for name in names}
 
 
+def tabulate_differences(
+    first: Sample, second: Sample, names: tuple[str, str], of: str, pooled: bool, draws: Draws
+) -> DataFrame:
+    """One row per place and side of two samples of the same places and pairs: fraction and effect of the second minus
+    those of the first, with bounds from the same resamples of pairs for both, and each sample's own.
+
+    Example:
+        >>> pairs, one = DataFrame({"key": list("abcde"), "side": "foil"}), torch.ones(5)
+        >>> first = Sample(DataFrame({"place": ["mlp 0"]}), torch.full((1, 5), 0.5), one, pairs, one)
+        >>> second, draws = first._replace(values=one[None]), Draws(0.95, 3, 0)
+        >>> table = tabulate_differences(first, second, ("a", "b"), "means", False, draws)
+        >>> table[["effect", "effect_lower", "effect_a", "effect_b"]].iloc[0].tolist()
+        [0.5, 0.5, 0.5, 1.0]
+    """
+    frames = []
+    for side in sides_of(first.pairs, pooled):
+        both = [_by_chunks(sample, side, of, 0.0, draws.resamples) for sample in (first, second)]
+        keys = both[0][0]
+        units, n = units_of(keys)
+        counts = draws.counts(side, units, n)
+        made = [_differences(two, len(keys), counts, draws, units) for two in zip(both[0][1], both[1][1], strict=True)]
+        columns = {name: torch.cat([part[name] for part in made]).numpy() for name in made[0]}
+        named = {
+            f"{value}_{name}": columns.pop(f"{value} {at}") for at, name in enumerate(names) for value in POINTS[:2]
+        }
+        frames.append(first.index.assign(side=side, **columns, **named))
+    return pd.concat(frames, ignore_index=True).astype({"n": np.int64, "dropped": np.int64})
+
+
+def _differences(
+    two: tuple[_Sums, _Sums], n_keys: int, counts: Tensor, draws: Draws, units: Int[np.ndarray, "key"]
+) -> dict[str, Tensor]:
+    """The columns of some places: differences with bounds, each sample's own points, and the pairs in both."""
+    points = [_points(sums, n_keys) for sums in two]
+    drawn = [b - a for a, b in zip(*(_estimates(sums, counts) for sums in two), strict=True)]
+    few = _few(two[0], units) | _few(two[1], units)
+    n = torch.stack([own["n"] for own in points]).amin(0)
+    difference = {name: points[1][name] - points[0][name] for name in POINTS[:2]}
+    own = {f"{name} {at}": points[at][name] for name in POINTS[:2] for at in (0, 1)}
+    return {**difference, **_quantiles(drawn, few, draws), **own, "n": n, "dropped": n_keys - n}
+
+
 def drawn_fractions(
     sample: Sample, side: str, of: str, floor: float, draws: Draws
 ) -> Float[np.ndarray, "place resample"]:
@@ -172,11 +214,20 @@ def _bounds(sums: _Sums, counts: Tensor | None, draws: Draws, units: Int[np.ndar
     """The intervals' bounds; NaN where fewer than `FEWEST` units entered, of which a resample says next to nothing."""
     if counts is None or not len(sums.effect):
         return dict.fromkeys(BOUNDS, torch.full((len(sums.effect),), torch.nan, dtype=torch.float64))
+    return _quantiles(_estimates(sums, counts), _few(sums, units), draws)
+
+
+def _few(sums: _Sums, units: Int[np.ndarray, "key"]) -> Tensor:
+    """Whether too few units entered at each place for an interval."""
     entered = torch.zeros_like(sums.entered).index_add_(1, torch.from_numpy(units), sums.entered)
-    few = (entered > 0).sum(1) < FEWEST
+    return (entered > 0).sum(1) < FEWEST
+
+
+def _quantiles(drawn: Iterable[Tensor], few: Tensor, draws: Draws) -> dict[str, Tensor]:
+    """The bounds of resampled fractions and effects; NaN where too few pairs entered."""
     tail = (1 - draws.interval) / 2
     levels = torch.tensor([tail, 1 - tail], dtype=torch.float64)
-    found = (bound for drawn in _estimates(sums, counts) for bound in drawn.nanquantile(levels, dim=1))
+    found = (bound for some in drawn for bound in some.nanquantile(levels, dim=1))
     bounds = [bound.masked_fill(few, torch.nan) for bound in found]
     return dict(zip(BOUNDS, bounds, strict=True))
 
