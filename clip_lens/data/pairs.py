@@ -154,16 +154,14 @@ class Pairs:
 
     @property
     def question(self) -> tuple[str, ...] | None:
-        """The question that each pair belongs to, its own key where the column says nothing; None without the column.
+        """The question that each pair belongs to, one of its own where the column is empty; None without the column.
 
         Example:
             >>> pairs = clip_lens.read_pairs("tiny")[:3]
             >>> pairs.question is None, Pairs.from_frame(pairs.to_frame().assign(question="one")).question
             (True, ('one', 'one', 'one'))
         """
-        if QUESTION not in self.info:
-            return None
-        return tuple(_text(value) or key for value, key in zip(self.info[QUESTION], self.key, strict=True))
+        return tuple(questions(self.info[QUESTION], self.key)) if QUESTION in self.info else None
 
     @property
     def has_images(self) -> bool:
@@ -357,6 +355,17 @@ def _unique_keys(keys: Sequence[str], name: str) -> None:
         raise ValueError(
             f"{name} repeats {len(repeated)} keys: {some(repeated, quote=True)}; every pair needs a key of its own"
         )
+
+
+def questions(asked: Iterable[Any], keys: Iterable[str]) -> list[str]:
+    """The question of each pair as a text; a pair without one has one of its own, which no other is called.
+
+    Example:
+        >>> questions([1.0, 1.0, None, ""], ["0", "1", "2", "3"])
+        ['1.0', '1.0', 'pair 2', 'pair 3']
+    """
+    missing = [(not isinstance(value, str) and bool(pd.isna(value))) or value == "" for value in asked]
+    return [f"pair {key}" if none else str(value) for value, key, none in zip(asked, keys, missing, strict=True)]
 
 
 def repetitions(names: Iterable[str]) -> list[str]:
