@@ -79,7 +79,7 @@ def demo(
 )
 @on_pairs(pairs=inspect.Parameter.empty, images=inspect.Parameter.empty)
 def trace(job: Job, kind: options.Kinds = "resid") -> None:
-    """Causal tracing on your own pairs: by layer and slot, for both sides of the negation, with a report."""
+    """Causal tracing on your own pairs: by layer and slot, for each side, with a report."""
     _trace(job, kind)
 
 

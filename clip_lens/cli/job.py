@@ -154,7 +154,7 @@ def open_job(
     images: options.Images = "tiny",
     model: options.Model = "tiny",
     pretrained: options.Pretrained = None,
-    run: options.RunOption = "affirmative",
+    run: options.RunOption = None,
     segment: options.Segment = "correct",
     rephrased: options.Rephrased = False,
     any_store: options.AnyStore = False,

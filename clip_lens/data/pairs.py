@@ -391,8 +391,9 @@ def _collection(wanted: Any) -> list[Any]:
 def _summary(pairs: Pairs) -> str:
     sides = pairs.side
     counts = ", ".join(f"{sides.count(side)} {side}" for side in SIDES)
+    told = f", negation in {counts}" if set(sides) - {"none"} else ""
     lost = f"; {len(pairs.dropped)} dropped" if len(pairs.dropped) else ""
-    return f"{len(pairs)} pair{'s' if len(pairs) != 1 else ''}, negation in {counts}{lost}"
+    return f"{len(pairs)} pair{'s' if len(pairs) != 1 else ''}{told}{lost}"
 
 
 def _dropped(rows: Dropped) -> pd.DataFrame:

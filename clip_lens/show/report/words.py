@@ -33,8 +33,8 @@ D = (
 SHARE = (
     "Recovered fractions",
     "Where the source is the other text of the pair, the recovered fraction is the sum of the effects over the sum of "
-    "the differences between the two texts: 0 is nothing, 1 is all of it. It is a ratio of means, for each side of the "
-    "negation by itself, because the sides have opposite signs; it can be below 0 or above 1.",
+    "the differences between the two texts: 0 is nothing, 1 is all of it. It is a ratio of means, and where pairs have "
+    "sides one for each side, because these have opposite signs; it can be below 0 or above 1.",
 )
 INTERVAL = (
     "Intervals",
