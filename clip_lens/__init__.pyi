@@ -5,11 +5,13 @@ from .core.metric import cosine as cosine
 from .core.metric import kl as kl
 from .core.metric import logit as logit
 from .core.metric import metric as metric
+from .core.metric import rank as rank
 from .core.record import Method as Method
 from .core.record import Record as Record
 from .core.source import counterpart as counterpart
 from .core.source import mean as mean
 from .core.source import noise as noise
+from .core.source import other_tower as other_tower
 from .core.source import resample as resample
 from .core.source import source as source
 from .core.source import zeros as zeros
@@ -33,6 +35,7 @@ from .methods.circuits.faithfulness import minimality as minimality
 from .methods.circuits.selection import sized_circuits as sized_circuits
 from .methods.circuits.selection import stability as stability
 from .methods.circuits.selection import top_edges as top_edges
+from .methods.compare import compare as compare
 from .methods.confounds import confounds as confounds
 from .methods.direct import components as components
 from .methods.direct import direct_effects as direct_effects
@@ -43,6 +46,7 @@ from .methods.patching import patch_effects as patch_effects
 from .methods.paths import path_effects as path_effects
 from .methods.probes.probe import probe as probe
 from .methods.registry import register as register
+from .methods.scores import group_scores as group_scores
 from .methods.scores import scores as scores
 from .methods.statistics import correlations as correlations
 from .methods.steering import steer as steer

@@ -144,7 +144,8 @@ class Effects:
         return sigma if self.record.metric.oriented else torch.ones_like(sigma)
 
     @property
-    def _sample(self) -> Sample:
+    def sample(self) -> Sample:
+        """What tables are made of."""
         return Sample(self.index, self.values, self.total, self.pairs, self.orientation)
 
     def fraction(self, of: Of = "means", floor: float = 0.0, pooled: bool = False) -> DataFrame:
@@ -210,7 +211,7 @@ class Effects:
                 if known[1:] == asked[1:]:
                     return table.drop(columns=[name for name in BOUNDS if name in table])
         if asked not in self._tables:
-            self._tables[asked] = tabulate(self._sample, of, floor, pooled, draws)
+            self._tables[asked] = tabulate(self.sample, of, floor, pooled, draws)
         return self._tables[asked].copy()
 
     def _tables_of(self, rows: np.ndarray, columns: np.ndarray) -> dict[_Asked, DataFrame]:
@@ -353,7 +354,7 @@ class Effects:
             raise ValueError(f"no place is at one of {', '.join(slots)}; positions get names with by_slot(batch)")
         draws, points, parts = Draws(interval, resamples, seed), found.fraction(of, floor, pooled), []
         for side, table in points.groupby("side", sort=False):
-            drawn = drawn_fractions(found._sample, str(side), of, floor, draws)
+            drawn = drawn_fractions(found.sample, str(side), of, floor, draws)
             for name, part in table.reset_index(drop=True).groupby(SPREAD, dropna=False, sort=False):
                 bounds = _spread_bounds(drawn[part.index], interval, int(part["n"].max()))
                 parts.append((*name, side, part["fraction"].std(ddof=0), *bounds, part["fraction"].count()))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clip_lens.core.address import Addresses
 from clip_lens.core.effects import segments
-from clip_lens.core.metric import Metric, Readout, as_metric, logit
+from clip_lens.core.metric import NO_DIRECTION, Metric, Readout, TextsOnly, as_metric, logit
 from clip_lens.core.record import Method, MetricRecord, Record, SourceRecord, versions
 from clip_lens.core.record import Setting as Value
 from clip_lens.core.rows import Chunk, pairs_at_once, prepare, read_other
@@ -64,14 +64,19 @@ class Setting:
         return setting
 
     @classmethod
-    def reading(cls, encoder: HookedTextEncoder, batch: Batch, *, progress: bool = True) -> Setting:
-        """The setting of a verb that reads and patches nothing, along the batch's direction.
+    def reading(
+        cls, encoder: HookedTextEncoder, batch: Batch, *, progress: bool = True, directed: bool = True
+    ) -> Setting:
+        """The setting of a verb that reads and patches nothing, along the batch's direction if it is `directed`.
 
         Raises:
-            ValueError: no pairs, or a batch of another width than the encoder's embedding.
+            ValueError: no pairs, a batch of another width than the encoder's embedding, or one without the direction
+                that is needed.
         """
         setting = cls(encoder, batch, None, logit, progress=progress)
         setting.check()
+        if directed and not batch.has_direction:
+            raise ValueError(NO_DIRECTION)
         return setting
 
     def check(self) -> None:
@@ -102,8 +107,11 @@ class Setting:
 
     @property
     def everything(self) -> Place:
-        """The place that patches every edge: of a run its last residual stream, else what every sender sends to the
-        output (with every edge patched, nothing else reaches it)."""
+        """The place that patches everything: of another tower what its projection gives, of a run of this one its last
+        residual stream, else what every sender sends to the output (with every edge patched, nothing else reaches
+        it)."""
+        if hasattr(self.fetch, "tower"):
+            return Site("projection")
         if getattr(self.fetch, "is_run", False):
             return Site("resid", self.encoder.n_layers)
         return tuple(self.encoder.edges(receivers=[Site("out")]))
@@ -135,7 +143,7 @@ class Setting:
         """
         for index in self.batch.chunks(pairs_at_once(addresses, self.encoder, self.batch, self.rows)):
             chunk = prepare(self.encoder, self.batch, addresses, self.fetch, index, also, own)
-            readout = Readout(chunk.batch.direction, chunk.embedding, read_other(chunk, self.fetch))
+            readout = Readout.of(chunk.batch, chunk.embedding, read_other(chunk, self.fetch))
             self.check_metric(self.metric(chunk.embedding, readout), index)
             yield index, chunk, readout
 
@@ -188,7 +196,9 @@ class Setting:
 
 
 def logit_difference(sigma: Int[Tensor, "pair"], readout: Readout) -> Float[Tensor, "pair"]:
-    """`d = S(caption) - S(foil)` of some pairs, in logits (method, section 1)."""
+    """`d = S(caption) - S(foil)` of some pairs, in logits (method, section 1); NaN without an image."""
+    if isinstance(readout, TextsOnly):
+        return torch.full_like(readout.run[:, 0], torch.nan)
     return sigma * (logit(readout.other, readout) - logit(readout.run, readout))
 
 
@@ -213,6 +223,10 @@ def gathered(n: int, parts: Iterable[tuple[Int[Tensor, "pair"], Mapping[str, Ten
     return whole
 
 
+UNKNOWN = "unknown"
+"""The segment of a pair without an image, whose d is not known."""
+
+
 def pairs_frame(batch: Batch, d: Float[Tensor, "pair"]) -> pd.DataFrame:
     """One row per pair: key, caption, foil, image, side, sigma, d, segment, unaligned, and the pairs' own columns."""
     pairs = batch.pairs
@@ -224,7 +238,7 @@ def pairs_frame(batch: Batch, d: Float[Tensor, "pair"]) -> pd.DataFrame:
         "side": list(pairs.side),
         "sigma": batch.sigma.tolist(),
         "d": d.tolist(),
-        "segment": segments(d),
+        "segment": segments(d) if batch.has_direction else [UNKNOWN] * len(batch),
         "unaligned": batch.unaligned.tolist(),
     }
     frame = pd.DataFrame(columns)

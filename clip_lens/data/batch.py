@@ -17,14 +17,16 @@ from torch import Tensor
 from clip_lens.data.groups import SplitBy, first_part
 from clip_lens.data.images import ImageStore
 from clip_lens.data.pairs import SIDES, Pairs
+from clip_lens.data.repairs import offered
 from clip_lens.data.slots import ENDS, Matched, Names, Naming, Slots, Written, name_slots, rules_of
 from clip_lens.originals.original import digest
+from clip_lens.words import close
 
 _TENSORS = ("tokens", "other", "origin", "slot", "other_slot", "length", "other_length", "direction", "sigma")
 
 NO_SIDE = "no side: neither text is the negated one"
 Run = Literal["affirmative", "negated", "caption", "foil"]
-Joint = Literal["same", "other", "unknown"]
+Joint = Literal["same", "other", "unknown", "none"]
 
 
 @runtime_checkable
@@ -61,11 +63,11 @@ class Batch:
     `tokens` is what is run and patched, `other` supplies activations. `origin[n, p]` is the position in `other` that
     matches position p of the run, -1 = no counterpart. `slot[n, p]` indexes `slots`, the names in the order of the
     text, -1 = no slot; `named_by` says of each pair by which rule. `length` counts the positions that the tower reads:
-    up to the text's end in a causal one, all in a bidirectional one. `direction` is
-    `scale * v_image`: `<u, direction>` is CLIP's logit. `sigma` is +1 where the run is the foil, -1 where it is the
-    caption. `dropped` lists the pairs that did not make it, with the reason. `held_out` says of a part that `split`
-    made by what the two were kept apart: "by image" or "by text". `joint` says whether the images were embedded by the
-    encoder's own model, another one, or nobody knows by which.
+    up to the text's end in a causal one, all in a bidirectional one. `direction` is `scale * v_image`:
+    `<u, direction>` is CLIP's logit; of texts alone it is NaN until `along` gives one. `sigma` is +1 where the run is
+    the foil, -1 where it is the caption. `dropped` lists the pairs that did not make it, with the reason. `held_out`
+    says of a part that `split` made by what the two were kept apart: "by image" or "by text". `joint` says whether the
+    images were embedded by the encoder's own model, another one, nobody knows by which, or that there are none.
     """
 
     tokens: Int[Tensor, "pair pos"]
@@ -143,10 +145,12 @@ class Batch:
 
         `by="image"` keeps the pairs of one image together. `by="text"` keeps those together that share a text, as the
         encoder reads it, or an image, directly or over other pairs: no text of one part stands in the other. The
-        parts come as close to `fraction` as such groups allow. `held_out` says which of the two it was.
+        pairs of one question stay together either way. The parts come as close to `fraction` as such groups allow.
+        `held_out` says which of the two it was.
 
         Raises:
-            ValueError: `fraction` isn't between 0 and 1, an unknown `by`, or all pairs are of one group.
+            ValueError: `fraction` isn't between 0 and 1, an unknown `by`, by image where there are none, or all pairs
+                are of one group.
 
         Example:
             >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
@@ -156,7 +160,8 @@ class Batch:
             (set(), 'by text')
         """
         texts = zip(_texts(self.tokens, self.length), _texts(self.other, self.other_length), strict=True)
-        first = torch.from_numpy(first_part(self.pairs.image, texts, fraction, seed, by)).to(self.tokens.device)
+        part = first_part(self.pairs.image, texts, fraction, seed, by, self.pairs.question)
+        first = torch.from_numpy(part).to(self.tokens.device)
         marked = replace(self, held_out=f"by {by}")
         return marked[first], marked[~first]
 
@@ -250,6 +255,11 @@ class Batch:
         return digest({name: getattr(self, name) for name in _TENSORS} | {f"slots {self.slots}": torch.empty(0)})
 
     @property
+    def has_direction(self) -> bool:
+        """Whether there is a direction to judge along: texts alone have none, and no d."""
+        return not bool(self.direction.isnan().any())
+
+    @property
     def unaligned(self) -> Int[Tensor, "pair"]:
         """For each pair, how many positions of the run have no counterpart."""
         return ((self.origin < 0) & self.inside).sum(1)
@@ -300,12 +310,13 @@ def _texts(tokens: Int[Tensor, "pair pos"], length: Int[Tensor, "pair"]) -> list
 
 def align(
     pairs: Pairs,
-    images: ImageStore,
+    images: ImageStore | None,
     encoder: Encoder,
     *,
     run: Run | None = None,
     slots: Slots = None,
     any_store: bool = False,
+    against: str | None = None,
 ) -> Batch:
     """The batch in which each pair's two texts are matched token by token (method, section 3).
 
@@ -321,9 +332,14 @@ def align(
     them fits are named by `changed_slots`, and `batch.slot_rules` counts which got what. A function fits a pair if it
     gives spans for both texts, or for one, and the other is that text with words left out.
 
+    `images=None`: texts alone, without a direction, for what needs none (`metric=cosine`, attention, probes) or until
+    `batch.along(w)` gives one. `against` is a column of the pairs with a second image each: texts are then judged along
+    `scale * (v_image - v_against)`, how much better they fit the one than the other (method, section 1).
+
     Raises:
         ValueError: no pair is left (with the reasons), the store belongs to another model or has embeddings of another
-            width, an unknown `run`, a name that no slot can have, words of a slot that can't be found.
+            width, pairs without images and a store, no column `against`, an unknown `run`, a name that no slot can
+            have, words of a slot that can't be found.
         TypeError: `slots` is no slot function.
 
     Example:
@@ -338,8 +354,10 @@ def align(
         raise ValueError(f"run={run!r}; give one of {', '.join(get_args(Run))}")
     if len(pairs) == 0:
         raise ValueError(f"{pairs.name} has no pairs to align")
-    images.require_of(encoder, any_store=any_store)
-    reasons = _unusable(pairs, images, encoder, run)
+    names = _images_of(pairs, images, against)
+    if images is not None:
+        images.require_of(encoder, any_store=any_store)
+    reasons = _unusable(pairs, names, images, encoder, run)
     kept = [index for index, reason in enumerate(reasons) if reason is None]
     captions, foils = encoder.tokenize(pairs[kept].caption), encoder.tokenize(pairs[kept].foil)
     same = (captions == foils).all(1)
@@ -356,19 +374,53 @@ def align(
             )
         counts = "; ".join(f"{count} x {reason}" for reason, count in dropped.reason.value_counts().items())
         hint = "; run='foil' or run='caption' needs no side" if run in ("affirmative", "negated") else ""
-        raise ValueError(f"none of the {len(pairs)} pairs of {pairs.name} can be used ({counts}){hint}")
-    usable = pairs[[index for index, reason in enumerate(reasons) if reason is None]]
+        near = "".join(f"; {name!r} may be {known!r}" for name, known in [*_meant(names, images).items()][:1])
+        raise ValueError(f"none of the {len(pairs)} pairs of {pairs.name} can be used ({counts}){near}{hint}")
+    chosen = [index for index, reason in enumerate(reasons) if reason is None]
+    usable = pairs[chosen]
     return _batch(
         usable,
         {"caption": captions[~same], "foil": foils[~same]},
-        (encoder.scale * images[usable.image].to(torch.float64)).to(encoder.device, encoder.precision),
+        _directions([[column[index] for index in chosen] for column in names], images, encoder, len(chosen)),
         encoder,
         run,
         slots,
         pd.concat([pairs.dropped, dropped], ignore_index=True),
-        repr(images),
-        _joint(images, encoder),
+        "" if images is None else f"{images!r}{'' if against is None else f', each image against its {against}'}",
+        "none" if images is None else _joint(images, encoder),
     )
+
+
+def _images_of(pairs: Pairs, images: ImageStore | None, against: str | None) -> list[Sequence[str]]:
+    """The images that each pair needs: none, its own, or its own and the one it is judged against."""
+    if images is None:
+        if against is not None:
+            raise ValueError(f"against={against!r} needs the embeddings of two images, and images=None gives none")
+        return []
+    if not pairs.has_images:
+        raise ValueError(
+            f"{pairs.name} has no column image, and a store of images was given; name the image of each pair in a "
+            "column image, or give images=None for texts alone"
+        )
+    if against is None:
+        return [pairs.image]
+    if against not in pairs.info:
+        raise ValueError(f"{pairs.name} has no column {against!r}{close(against, pairs.info.columns)}")
+    return [pairs.image, tuple(map(str, pairs.info[against]))]
+
+
+def _meant(names: Sequence[Sequence[str]], images: ImageStore | None) -> dict[str, str]:
+    return {} if images is None else offered([name for column in names for name in column], images.ids)
+
+
+def _directions(
+    names: Sequence[Sequence[str]], images: ImageStore | None, encoder: Encoder, n: int
+) -> Float[Tensor, "pair d_embed"]:
+    """`scale * v`, or the difference of two images' where there are two; NaN without images."""
+    if images is None:
+        return torch.full((n, encoder.d_embed), torch.nan, device=encoder.device, dtype=encoder.precision)
+    own, *others = (images[column].to(torch.float64) for column in names)
+    return (encoder.scale * (own - others[0] if others else own)).to(encoder.device, encoder.precision)
 
 
 def _joint(images: ImageStore, encoder: Encoder) -> Joint:
@@ -382,16 +434,21 @@ def _joint(images: ImageStore, encoder: Encoder) -> Joint:
     return "same"
 
 
-def _unusable(pairs: Pairs, images: ImageStore, encoder: Encoder, run: Run) -> list[str | None]:
+def _unusable(
+    pairs: Pairs, names: Sequence[Sequence[str]], images: ImageStore | None, encoder: Encoder, run: Run
+) -> list[str | None]:
     """For each pair the first reason not to use it, or None."""
     fits = [a and b for a, b in zip(encoder.fits(pairs.caption), encoder.fits(pairs.foil), strict=True)]
-    by_side = run in ("affirmative", "negated")
+    by_side, meant = run in ("affirmative", "negated"), _meant(names, images)
+    needed = zip(*names, strict=True) if names else [()] * len(pairs)
     reasons: list[str | None] = []
-    for side, image, short in zip(pairs.side, pairs.image, fits, strict=True):
+    for side, each, short in zip(pairs.side, needed, fits, strict=True):
+        missing = [name for name in each if images is not None and name not in images]
         if by_side and side == "none":
             reasons.append(NO_SIDE)
-        elif image not in images:
-            reasons.append("image not in the store")
+        elif missing:
+            repair = "; one named alike is, and pairs.repaired(store) takes it" if missing[0] in meant else ""
+            reasons.append(f"image not in the store{repair}")
         else:
             reasons.append(None if short else "a text is longer than the context")
     return reasons

@@ -245,7 +245,10 @@ def backward(
         y = chunk.encoder.tower.run_with_hooks(leaf, fwd_hooks=list(hooks), start_at_layer=0)
         result = metric(chunk.encoder.read(y, chunk.pooled), readout)
         if not result.requires_grad:
-            raise ValueError("the metric has no gradient with respect to the embedding: compute it from `u` in torch")
+            raise ValueError(
+                f"the metric {metric.name} has no gradient with respect to the embedding: where it is a step function, "
+                "as a rank is, patch the places (patch_effects, path_effects); else compute it from `u` in torch"
+            )
         gradient = torch.autograd.grad(result.sum(), [value[name] for name in names])
     held = {name: tensor.detach() for name, tensor in value.items()}
     return Found(held, dict(zip(names, gradient, strict=True)))

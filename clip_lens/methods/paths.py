@@ -51,8 +51,9 @@ def path_effects(
     is no path, and the combination is left out; `effects.index` says what there is.
 
     Raises:
-        ValueError: no path at all, a place that the encoder or the batch does not have, or, through MLPs, the output
-            joined with other receivers: what arrives at the output would overwrite what they do to it.
+        ValueError: no path at all, a place that the encoder or the batch does not have, or, through MLPs, a source of
+            another tower, or the output joined with other receivers: what arrives at the output would overwrite what
+            they do to it.
 
     Example:
         >>> from clip_lens import Site
@@ -68,6 +69,12 @@ def path_effects(
     if through == "mlp" and any(len(_ends(r)) > 1 and Site("out") in _ends(r) for r in receivers):
         raise ValueError("out is a receiver of its own through MLPs: it can't be joined with others")
     setting = Setting.of(encoder, batch, source=source, metric=metric, rows=rows, progress=progress)
+    if through == "mlp" and hasattr(setting.fetch, "tower"):
+        raise ValueError(
+            f"through MLPs a sender is patched as an activation, and what it writes in another tower, "
+            f"{setting.source}, is none of this one's; give through='direct', or patch_effects with "
+            "via(Site('result', layer, head), source=other_tower(...), freeze=('head',))"
+        )
     if through == "direct":
         return sweep(setting, [place for _, _, place in paths], chunk_effects, setting.record(METHODS[through]))
     return _through_mlps(setting, paths)

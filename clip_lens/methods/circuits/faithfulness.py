@@ -19,7 +19,7 @@ from clip_lens.core.record import Record
 from clip_lens.core.setting import Setting
 from clip_lens.core.source import Function, Source, counterpart
 from clip_lens.core.sweep import Part, swept, unpatched
-from clip_lens.core.table import FEWEST, Draws, divide, sides_of
+from clip_lens.core.table import FEWEST, Draws, divide, sides_of, units_of
 from clip_lens.data.batch import Batch
 from clip_lens.methods.circuits.circuit import Circuit, Graph
 from clip_lens.methods.circuits.removal import Removal, at_once
@@ -258,8 +258,9 @@ def _f(
     """f of some circuits over one side's pairs, and in each resample of them; NaN where nothing is lost without them
     all."""
     columns = (effects.pairs["side"] == side).to_numpy() | (side == "pooled")
-    codes, keys = pd.factorize(effects.pairs["key"][columns])
-    weight = draws.counts(side, len(keys))[torch.from_numpy(codes)]
+    pairs = effects.pairs[columns]
+    units, n_units = units_of(pairs)
+    weight = draws.counts(side, units, n_units)
     chosen = torch.from_numpy(columns)
     total = (effects.total * effects.orientation).double()[chosen]
     values = effects.signed().double()[rows][:, chosen]
@@ -267,7 +268,9 @@ def _f(
     values, total, weight = values[:, known], total[known], weight[known]
     whole = torch.ones(len(total), 1, dtype=torch.float64)
     f, drawn = (1 - divide(values @ w, total @ w) for w in (whole, weight))
-    return f, drawn, len(set(codes[known.numpy()]))
+    if len(set(units[known.numpy()])) < FEWEST:
+        drawn = torch.full_like(drawn, torch.nan)
+    return f, drawn, pairs["key"][known.numpy()].nunique()
 
 
 @dataclass(frozen=True)

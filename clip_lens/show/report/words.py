@@ -23,6 +23,9 @@ KIND_NAMES = {
     "v": "the values",
     "pattern": "the attention pattern",
     "neuron": "a neuron's activation",
+    "result": "what a head writes",
+    "norm": "what the final LayerNorm gives",
+    "projection": "the embedding",
 }
 D = (
     "The logit difference d",
@@ -32,9 +35,10 @@ D = (
 )
 SHARE = (
     "Recovered fractions",
-    "Where the source is the other text of the pair, the recovered fraction is the sum of the effects over the sum of "
-    "the differences between the two texts: 0 is nothing, 1 is all of it. It is a ratio of means, and where pairs have "
-    "sides one for each side, because these have opposite signs; it can be below 0 or above 1.",
+    "Where the source is the other text of the pair, or the same text in another tower, the recovered fraction is the "
+    "sum of the effects over the sum of the differences between the two: 0 is nothing, 1 is all of it. It is a ratio "
+    "of means, and where pairs have sides one for each side, because these have opposite signs; it can be below 0 or "
+    "above 1.",
 )
 INTERVAL = (
     "Intervals",
