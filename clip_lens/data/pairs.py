@@ -463,10 +463,11 @@ def _collection(wanted: Any) -> list[Any]:
 def _summary(pairs: Pairs) -> str:
     sides = pairs.side
     counts = ", ".join(f"{sides.count(side)} {side}" for side in SIDES)
+    told = f", negation in {counts}" if set(sides) - {"none"} else ""
     lost = f"; {len(pairs.dropped)} dropped" if len(pairs.dropped) else ""
     asked = f" of {counted(len(set(pairs.question)), 'question')}" if pairs.question else ""
     bare = "" if pairs.has_images else ", without images"
-    return f"{counted(len(pairs), 'pair')}{asked}{bare}, negation in {counts}{lost}"
+    return f"{counted(len(pairs), 'pair')}{asked}{bare}{told}{lost}"
 
 
 def _dropped(rows: Dropped) -> pd.DataFrame:
