@@ -131,9 +131,9 @@ def tabulate_differences(
     frames = []
     for side in sides_of(first.pairs, pooled):
         both = [_by_chunks(sample, side, of, 0.0, draws.resamples) for sample in (first, second)]
-        n_keys = both[0][0]
-        counts = draws.counts(side, n_keys)
-        made = [_differences(two, n_keys, counts, draws) for two in zip(both[0][1], both[1][1], strict=True)]
+        units, n = units_of(both[0][0])
+        counts = draws.counts(side, units, n)
+        made = [_differences(two, counts, draws, units) for two in zip(both[0][1], both[1][1], strict=True)]
         columns = {name: torch.cat([part[name] for part in made]).numpy() for name in made[0]}
         named = {
             f"{value}_{name}": columns.pop(f"{value} {at}") for at, name in enumerate(names) for value in POINTS[:2]
@@ -142,15 +142,17 @@ def tabulate_differences(
     return pd.concat(frames, ignore_index=True).astype({"n": np.int64, "dropped": np.int64})
 
 
-def _differences(two: tuple[_Sums, _Sums], n_keys: int, counts: Tensor, draws: Draws) -> dict[str, Tensor]:
+def _differences(
+    two: tuple[_Sums, _Sums], counts: Tensor, draws: Draws, units: Int[np.ndarray, "key"]
+) -> dict[str, Tensor]:
     """The columns of some places: differences with bounds, each sample's own points, and the pairs in both."""
-    points = [_points(sums, n_keys) for sums in two]
+    points = [_points(sums, len(units)) for sums in two]
     drawn = [b - a for a, b in zip(*(_estimates(sums, counts) for sums in two), strict=True)]
-    few = torch.stack([(sums.entered > 0).sum(1) for sums in two]).amin(0) < FEWEST
+    few = torch.stack([_few(sums, units) for sums in two]).any(0)
     n = torch.stack([own["n"] for own in points]).amin(0)
     difference = {name: points[1][name] - points[0][name] for name in POINTS[:2]}
     own = {f"{name} {at}": points[at][name] for name in POINTS[:2] for at in (0, 1)}
-    return {**difference, **_quantiles(drawn, few, draws), **own, "n": n, "dropped": n_keys - n}
+    return {**difference, **_quantiles(drawn, few, draws), **own, "n": n, "dropped": len(units) - n}
 
 
 def drawn_fractions(
@@ -214,9 +216,13 @@ def _bounds(sums: _Sums, counts: Tensor | None, draws: Draws, units: Int[np.ndar
     """The intervals' bounds; NaN where fewer than `FEWEST` units entered, of which a resample says next to nothing."""
     if counts is None or not len(sums.effect):
         return dict.fromkeys(BOUNDS, torch.full((len(sums.effect),), torch.nan, dtype=torch.float64))
+    return _quantiles(_estimates(sums, counts), _few(sums, units), draws)
+
+
+def _few(sums: _Sums, units: Int[np.ndarray, "key"]) -> Tensor:
+    """Of which places fewer than `FEWEST` units entered."""
     entered = torch.zeros_like(sums.entered).index_add_(1, torch.from_numpy(units), sums.entered)
-    few = (entered > 0).sum(1) < FEWEST
-    return _quantiles(_estimates(sums, counts), few, draws)
+    return (entered > 0).sum(1) < FEWEST
 
 
 def _quantiles(drawn: Iterable[Tensor], few: Tensor, draws: Draws) -> dict[str, Tensor]:
