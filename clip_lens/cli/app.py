@@ -340,14 +340,16 @@ def info(
 def _trace(job: Job, kind: str) -> None:
     """Causal tracing by whole slots and by single positions: two results, a table, a report."""
     from clip_lens.core.source import counterpart
+    from clip_lens.show.questions.where import SAME, WHAT_MAPS_SHOW, apart, right
 
     slots, positions = (_layers(job.encoder, kind, _slots(job.batch, by)) for by in ("slot", "position"))
     by_slot = job.patched(f"{kind}-slots", slots, counterpart)
     by_position = job.patched(f"{kind}-positions", positions, counterpart)
-    single = job.chosen(by_position).by_slot(job.batch)
-    job.write(
-        name_of("trace", kind), {f"{kind}: whole slots": job.chosen(by_slot), f"{kind}: single positions": single}
-    )
+    whole, single = job.chosen(by_slot), job.chosen(by_position).by_slot(job.batch)
+    further = apart(whole, single)
+    results = {"By slot": whole, **({"By single token": single} if further > SAME else {})}
+    points = [right(by_slot.pairs, whole.pairs, further)]
+    job.write(name_of("trace", kind), results, summary=WHAT_MAPS_SHOW, points=points)
 
 
 def _sites(job: Job, name: str, kind: str, by: str, source: Source | Function, title: str) -> None:

@@ -130,8 +130,10 @@ class Job:
         what = "processes negation" if set(self.batch.pairs.side) - {"none"} else "tells captions from foils"
         return f"{self.encoder.full_name} {what}{given}"
 
-    def write(self, name: str, results: Mapping[str, Effects]) -> None:
-        """The table of the first result on the screen and as csv, and the report of all."""
+    def write(
+        self, name: str, results: Mapping[str, Effects], *, summary: str | None = None, points: Sequence[str] = ()
+    ) -> None:
+        """The table of the first result on the screen and as csv, and the report of all, with what is said first."""
         from clip_lens.core.spreadsheet import write_csv
         from clip_lens.show.questions.cautions import cautions
         from clip_lens.show.report.report import page_in, report
@@ -143,6 +145,8 @@ class Job:
             results,
             page_in(self.out, name),
             title=f"Where {self.about}",
+            summary=summary,
+            points=points,
             pictures=self.pictures,
             warnings=cautions(self.encoder, self.batch),
             name=name,

@@ -50,7 +50,7 @@ class Method:
     how: How = "patches"
     noun: str = "mean signed effect"
     verb: str = "moves"
-    caption: str = "Each {mark} replaces {place} by what the {source} gives there."
+    caption: str = "Each {mark} replaces {place} with what the {source} gives there."
     definition: tuple[str, str] = ("", "")
     unit: str | None = None
     share: str = "recovered fraction"

@@ -31,6 +31,9 @@ READ_ONLY_AT_POOL: tuple[Kind, ...] = ("mid", "attn", "mlp", "head", "q", "patte
 SENT_AT_ONCE = 2**26
 """Numbers that the senders of a chunk of pairs may write: 256 MB in float32."""
 
+PAIRS = 64
+"""Pairs that are prepared together, at most: as many as fill a forward pass, and the work can still be shared out."""
+
 WORTH_A_FORWARD = 64
 """As many positions as fill a forward pass well, so that its fixed cost doesn't count."""
 
@@ -78,9 +81,10 @@ class Chunk:
 
 
 def pairs_at_once(addresses: Addresses, encoder: HookedTextEncoder, batch: Batch, rows: int) -> int:
-    """How many pairs are prepared together: `rows`, or fewer where all that senders write would be too much to hold."""
+    """How many pairs are prepared together: `rows` and `PAIRS` at most, or fewer where all that senders write would be
+    too much to hold."""
     written = len(addresses.senders) * batch.tokens.shape[1] * encoder.tower.cfg.d_model
-    return max(1, min(rows, SENT_AT_ONCE // max(1, written)))
+    return max(1, min(rows, PAIRS, SENT_AT_ONCE // max(1, written)))
 
 
 def prepare(

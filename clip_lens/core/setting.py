@@ -20,6 +20,7 @@ from clip_lens.core.metric import NO_DIRECTION, Metric, Readout, TextsOnly, as_m
 from clip_lens.core.record import Method, MetricRecord, Record, SourceRecord, versions
 from clip_lens.core.record import Setting as Value
 from clip_lens.core.rows import Chunk, pairs_at_once, prepare, read_other
+from clip_lens.core.shard import ROW, Shard
 from clip_lens.core.source import Fetch, Source, as_source, counterpart
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import HookedTextEncoder
@@ -39,6 +40,7 @@ class Setting:
     metric: Metric
     rows: int = 256
     progress: bool = True
+    shard: Shard | None = None
 
     @classmethod
     def of(
@@ -50,8 +52,9 @@ class Setting:
         metric: object = logit,
         rows: int = 256,
         progress: bool = True,
+        executor: object = None,
     ) -> Setting:
-        """The setting of a verb that patches.
+        """The setting of a verb that patches; with a `Shard` as executor, of that part of its work.
 
         Raises:
             ValueError: no pairs, a batch of another width than the encoder's embedding, or `rows` below 1.
@@ -59,7 +62,8 @@ class Setting:
         """
         if rows < 1:
             raise ValueError(f"rows={rows}: at least one sequence must fit into a forward")
-        setting = cls(encoder, batch, as_source(source), as_metric(metric), rows, progress)
+        shard = executor if isinstance(executor, Shard) else None
+        setting = cls(encoder, batch, as_source(source), as_metric(metric), rows, progress, shard)
         setting.check()
         return setting
 
@@ -141,7 +145,10 @@ class Setting:
 
         `also` names hooks whose source is needed beside those of the places, `own` those whose unpatched values are.
         """
-        for index in self.batch.chunks(pairs_at_once(addresses, self.encoder, self.batch, self.rows)):
+        at_once = pairs_at_once(addresses, self.encoder, self.batch, self.rows)
+        for number, index in enumerate(self.batch.chunks(at_once)):
+            if self.shard is not None and not self.shard.takes(number):
+                continue
             chunk = prepare(self.encoder, self.batch, addresses, self.fetch, index, also, own)
             readout = Readout.of(chunk.batch, chunk.embedding, read_other(chunk, self.fetch))
             self.check_metric(self.metric(chunk.embedding, readout), index)
@@ -193,6 +200,12 @@ class Setting:
     def pairs(self, d: Float[Tensor, "pair"]) -> pd.DataFrame:
         """The table of the pairs of a result: `pairs_frame`."""
         return pairs_frame(self.batch, d)
+
+    def some_pairs(self, d: Float[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> pd.DataFrame:
+        """The table of the pairs that were done, `rows` of the batch: of a shard it says which rows they are."""
+        if self.shard is None:
+            return self.pairs(d)
+        return pairs_frame(self.batch[rows], d[rows]).assign(**{ROW: rows.tolist()})
 
 
 def logit_difference(sigma: Int[Tensor, "pair"], readout: Readout) -> Float[Tensor, "pair"]:

@@ -131,9 +131,10 @@ def tabulate_differences(
     frames = []
     for side in sides_of(first.pairs, pooled):
         both = [_by_chunks(sample, side, of, 0.0, draws.resamples) for sample in (first, second)]
-        units, n = units_of(both[0][0])
+        keys = both[0][0]
+        units, n = units_of(keys)
         counts = draws.counts(side, units, n)
-        made = [_differences(two, counts, draws, units) for two in zip(both[0][1], both[1][1], strict=True)]
+        made = [_differences(two, len(keys), counts, draws, units) for two in zip(both[0][1], both[1][1], strict=True)]
         columns = {name: torch.cat([part[name] for part in made]).numpy() for name in made[0]}
         named = {
             f"{value}_{name}": columns.pop(f"{value} {at}") for at, name in enumerate(names) for value in POINTS[:2]
@@ -143,16 +144,16 @@ def tabulate_differences(
 
 
 def _differences(
-    two: tuple[_Sums, _Sums], counts: Tensor, draws: Draws, units: Int[np.ndarray, "key"]
+    two: tuple[_Sums, _Sums], n_keys: int, counts: Tensor, draws: Draws, units: Int[np.ndarray, "key"]
 ) -> dict[str, Tensor]:
     """The columns of some places: differences with bounds, each sample's own points, and the pairs in both."""
-    points = [_points(sums, len(units)) for sums in two]
+    points = [_points(sums, n_keys) for sums in two]
     drawn = [b - a for a, b in zip(*(_estimates(sums, counts) for sums in two), strict=True)]
-    few = torch.stack([_few(sums, units) for sums in two]).any(0)
+    few = _few(two[0], units) | _few(two[1], units)
     n = torch.stack([own["n"] for own in points]).amin(0)
     difference = {name: points[1][name] - points[0][name] for name in POINTS[:2]}
     own = {f"{name} {at}": points[at][name] for name in POINTS[:2] for at in (0, 1)}
-    return {**difference, **_quantiles(drawn, few, draws), **own, "n": n, "dropped": len(units) - n}
+    return {**difference, **_quantiles(drawn, few, draws), **own, "n": n, "dropped": n_keys - n}
 
 
 def drawn_fractions(
@@ -220,7 +221,7 @@ def _bounds(sums: _Sums, counts: Tensor | None, draws: Draws, units: Int[np.ndar
 
 
 def _few(sums: _Sums, units: Int[np.ndarray, "key"]) -> Tensor:
-    """Of which places fewer than `FEWEST` units entered."""
+    """Whether too few units entered at each place for an interval."""
     entered = torch.zeros_like(sums.entered).index_add_(1, torch.from_numpy(units), sums.entered)
     return (entered > 0).sum(1) < FEWEST
 
