@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from clip_lens.data.images import Failures, ImageStore, PathLike, label, unit, versions, where
+from clip_lens.data.images import Failures, ImageStore, PathLike, differing, label, unit, versions, where
 from clip_lens.files import in_folder
 from clip_lens.originals.original import Original, Preparation, digest
 from clip_lens.progress import progress_bar
@@ -340,10 +340,20 @@ def _same_maker(store: ImageStore, tower: _ImageTower, place: Path) -> None:
         f"{label(made.get('model'), made.get('pretrained'))}, image tower {made.get('digest', 'unknown')}"
         for made in (store.provenance, tower.provenance)
     )
-    differ = " with another preprocessing" if theirs == ours else ""
+    if theirs == ours:
+        mine, other = _prepared(store.provenance, tower.provenance)
+        theirs, ours = f"{theirs} of images prepared with {mine}", f"of images prepared with {other}"
     raise ValueError(
-        f"{place} was made by {theirs}{differ}; this run is {ours}: give another `out`, or overwrite=True to replace it"
+        f"{place} was made by {theirs}; this run is {ours}: give another `out`, or overwrite=True to replace it"
     )
+
+
+def _prepared(mine: Mapping[str, str], other: Mapping[str, str]) -> Sequence[str]:
+    """How the images of two stores were prepared: the settings in which they differ, where both have them."""
+    settings = [made.get("preprocess_cfg") for made in (mine, other)]
+    if settings[0] and settings[1] and settings[0] != settings[1]:
+        return differing(settings[0], settings[1])
+    return [made.get("preprocessing", "an unknown preprocessing") for made in (mine, other)]
 
 
 def _why(error: Exception) -> str:

@@ -337,6 +337,18 @@ def test_a_store_of_another_model_is_refused_with_both_names(folder, model, othe
     assert second.model == other_model and not torch.allclose(first[first.ids], second[second.ids])
 
 
+def test_a_store_of_images_prepared_otherwise_is_not_extended(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("clip_lens.originals.open_clip.open_original", open_original)  # one folder, opened twice
+    embed(folder, tmp_path / "s", saved_model(tmp_path / "m", seed=0))
+    prepared = (
+        r"made by local-dir.* of images prepared with (\{.*\}); this run is of images prepared with (\{.*\}): give"
+    )
+    with pytest.raises(ValueError, match=prepared) as caught:
+        embed(folder, tmp_path / "s", saved_model(tmp_path / "m", seed=0, mean=[0.4] * 3))
+    settings = re.search(prepared, str(caught.value)).groups()
+    assert settings == ('{"mean": [0.5, 0.5, 0.5]}', '{"mean": [0.4, 0.4, 0.4]}')
+
+
 def test_an_unfinished_run_of_another_model_is_not_mixed_in(folder, model, other_model, tmp_path, interrupted):
     interrupted(1)
     with pytest.raises(KeyboardInterrupt):
