@@ -36,6 +36,18 @@ def close(name: str, names: Iterable[Any], most: int = 20) -> str:
     return f"; did you mean {alike[0]!r}?" if alike else f"; there are {some(every, most) or 'none'}"
 
 
+def unknown(what: str, name: str, names: Iterable[Any]) -> str:
+    """What is wrong with a name that there isn't: the nearest one, and all there are.
+
+    Example:
+        >>> unknown("kind of site", "heads", ["head", "mlp"])
+        "no kind of site 'heads'; did you mean 'head'? There are head, mlp"
+    """
+    every = [str(each) for each in names]
+    near = close(name, every)
+    return f"no {what} {name!r}{near}" + (f" There are {some(every, 20)}" if near.endswith("?") else "")
+
+
 def counted(count: int, noun: str, nouns: str = "") -> str:
     """A number of things.
 

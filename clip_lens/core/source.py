@@ -24,6 +24,7 @@ from clip_lens.core.precision import precise
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import Cache, Hook, HookedTextEncoder
 from clip_lens.model.site import Kind, Site, hook_name, layout_at
+from clip_lens.words import unknown
 
 Fetch: TypeAlias = Callable[[Int[Tensor, "pair"], Iterable[str]], Cache]
 Function: TypeAlias = Callable[[HookedTextEncoder, Batch], Fetch]
@@ -85,9 +86,10 @@ def source(function: Function, *, name: str = "", holds: Any = None, swaps: bool
 
 
 def as_source(given: object) -> Source:
-    """The source itself, or one made of a plain function.
+    """The source itself, one made of a plain function, or the one of a name: "counterpart", "zeros", "mean".
 
     Raises:
+        ValueError: a name of no source, or of one that has to be told something.
         TypeError: no function, or one that makes sources and was not called.
 
     Example:
@@ -96,6 +98,8 @@ def as_source(given: object) -> Source:
     """
     if isinstance(given, Source):
         return given
+    if isinstance(given, str):
+        return as_source(_named(given))
     if given is resample or given is noise or given is steered:
         raise TypeError(f"{given.__name__} makes a source: call it, as in resample(0) and noise(1.0)")
     if not callable(given):
@@ -103,6 +107,24 @@ def as_source(given: object) -> Source:
             f"source={given!r} is no function; give counterpart, zeros, mean, resample(seed), noise(std) ..."
         )
     return source(given)
+
+
+TOLD = {
+    "resample": "its seed: source=clip_lens.resample(0)",
+    "noise": "how much: source=clip_lens.noise(1.0, seed=0), in standard deviations",
+    "via": "a place: source=clip_lens.via(place)",
+    "steered": "directions: clip_lens.steer(encoder, batch, {place: direction})",
+}
+"""What has to be said of the sources that a name alone does not make."""
+
+
+def _named(name: str) -> Source | Function:
+    if name in TOLD:
+        raise ValueError(f"source={name!r} has to be told {TOLD[name]}")
+    named: dict[str, Source | Function] = {"counterpart": counterpart, "zeros": zeros, "mean": mean}
+    if name not in named:
+        raise ValueError(unknown("source", name, [*named, *TOLD]))
+    return named[name]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from clip_lens.model.encoder import Cache, Hook, HookedTextEncoder
 from clip_lens.model.site import Kind, Place, hook_name, label
 
 
-def via(place: Place, *, source: Source | Function = counterpart, freeze: Sequence[Kind] = ()) -> Source:
+def via(place: Place, *, source: Source | Function | str = counterpart, freeze: Sequence[Kind] = ()) -> Source:
     """A source: the run's own activations after another intervention, `place` patched from `source`.
 
     Sites of the kinds in `freeze` hold what the unpatched run has, wherever `place` is not: `freeze=("head",)` lets the

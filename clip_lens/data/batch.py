@@ -19,6 +19,7 @@ from clip_lens.data.groups import SplitBy, first_part
 from clip_lens.data.images import ImageStore
 from clip_lens.data.pairs import Pairs
 from clip_lens.originals.original import digest
+from clip_lens.words import unknown
 
 SLOTS = ("sot", "prefix", "there", "be", "negator", "subject", "subject_rest", "suffix", "stop", "eot")
 DETERMINERS = "no|some|an?|any"
@@ -190,7 +191,7 @@ class Batch:
         if not isinstance(slot, str):
             return self.inside & (torch.arange(self.tokens.shape[1], device=self.tokens.device) == slot)
         if slot not in self.slots:
-            raise ValueError(f"no slot {slot!r}; the batch has {', '.join(self.slots)}")
+            raise ValueError(unknown("slot", slot, self.slots))
         return self.inside & (self.slot == self.slots.index(slot))
 
     @property
@@ -502,7 +503,7 @@ def _slot_index(
 
 def _slot_number(name: str | None) -> int:
     if name is not None and name not in SLOTS:
-        raise ValueError(f"no slot {name!r}; the slots are {', '.join(SLOTS)}")
+        raise ValueError(unknown("slot", name, SLOTS))
     return -1 if name is None else SLOTS.index(name)
 
 

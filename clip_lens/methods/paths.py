@@ -37,8 +37,8 @@ def path_effects(
     receivers: Sequence[Ends],
     *,
     through: Through = "direct",
-    source: Source | Function = counterpart,
-    metric: Metric = logit,
+    source: Source | Function | str = counterpart,
+    metric: Metric | str = logit,
     rows: int = 256,
     progress: bool = True,
 ) -> Effects:

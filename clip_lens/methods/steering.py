@@ -31,7 +31,7 @@ def steer(
     *,
     how: How = "add",
     origin: Mapping[Steerable, Direction | Sequence[Direction]] | None = None,
-    metric: Metric = logit,
+    metric: Metric | str = logit,
     rows: int = 256,
 ) -> Effects:
     """What adding or removing a direction at each place moves in each pair, in units of the metric: an `Effects`.

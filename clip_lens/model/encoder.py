@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+from transformer_lens import ActivationCache
 
 from clip_lens.model.convert import Pool
 from clip_lens.model.site import LAYOUTS, Edge, Kind, Site, order, precedes, readers, writers
 from clip_lens.model.tower import HookedTextTower
 from clip_lens.originals.original import Preparation, digest
+from clip_lens.words import close, unknown
 
 Hook: TypeAlias = tuple[str, Callable[..., Tensor | None]]
 Cache: TypeAlias = Mapping[str, Shaped[Tensor, "pair ..."]]
@@ -278,9 +280,73 @@ class HookedTextEncoder:
         return cast(Cache, cache)
 
     def _known(self, names: Iterable[str | Callable[[str], bool]]) -> None:
-        unknown = {name for name in names if isinstance(name, str)} - set(self.tower.hook_dict)
-        if unknown:
-            raise ValueError(f"no hook {sorted(unknown)}; encoder.tower.hook_dict lists all of them")
+        strange = {name for name in names if isinstance(name, str)} - set(self.tower.hook_dict)
+        if strange:
+            first = min(strange)
+            near = close(first, self.tower.hook_dict)
+            near = near if near.endswith("?") else ";"
+            raise ValueError(f"no hook {sorted(strange)}{near} encoder.tower.hook_dict lists all of them")
+
+    @property
+    def cfg(self) -> Any:
+        """The tower's configuration, as HookedTransformer's."""
+        return self.tower.cfg
+
+    def to_tokens(self, texts: str | Sequence[str]) -> Int[Tensor, "pair pos"]:
+        """The token ids of texts, padded to the context, as HookedTransformer's; `tokens` cuts them."""
+        return self.tokenize([texts] if isinstance(texts, str) else texts)
+
+    def run_with_cache(
+        self,
+        texts: str | Sequence[str] | Int[Tensor, "pair pos"],
+        names_filter: str | Iterable[str] | Callable[[str], bool] | None = None,
+    ) -> tuple[Float[Tensor, "pair d_embed"], ActivationCache]:
+        """The unit text embeddings, as `encoder(texts)`, and the activations of the run as TransformerLens caches them.
+
+        `encoder.tower.run_with_cache` takes all of TransformerLens' options and gives an embedding at every position.
+
+        Raises:
+            ValueError: a name that is no hook.
+
+        Example:
+            >>> u, cache = clip_lens.load().run_with_cache("There are no circles.")
+            >>> u.shape, cache["pattern", 2].shape
+            (torch.Size([1, 128]), torch.Size([1, 4, 7, 7]))
+        """
+        names: Any = names_filter
+        if names is not None and not callable(names):
+            names = {names} if isinstance(names, str) else set(names)
+            self._known(names)
+        tokens = self.tokens(texts)
+        y, cache = self.tower.run_with_cache(tokens, names_filter=names)
+        return self.read(cast(Tensor, y), self.pool(tokens)), cast(ActivationCache, cache)
+
+    def encode_text(
+        self, texts: str | Sequence[str] | Int[Tensor, "pair pos"], normalize: bool = False
+    ) -> Float[Tensor, "pair d_embed"]:
+        """The text embeddings as open_clip's `encode_text` gives them: as long as they are, or with `normalize` of
+        length 1, as `encoder(texts)`.
+
+        Example:
+            >>> encoder = clip_lens.load()
+            >>> torch.equal(encoder.encode_text("a circle", normalize=True), encoder("a circle"))
+            True
+        """
+        if normalize:
+            return self(texts)
+        tokens = self.tokens(texts)
+        y = cast(Tensor, self.tower(tokens))
+        return y[torch.arange(len(y), device=y.device), self.pool(tokens)].to(self.precision)
+
+    def __getattr__(self, name: str) -> Any:
+        """What there is not: an error that says where it is, since the tower is the TransformerLens model."""
+        tower = self.__dict__.get("tower")
+        if tower is not None and not name.startswith("__") and hasattr(tower, name):
+            raise AttributeError(
+                f"the encoder has no {name!r}; its tower, the TransformerLens model, has: encoder.tower.{name}"
+            )
+        names = [each for each in dir(type(self)) if not each.startswith("_")]
+        raise AttributeError(f"the encoder has no {name!r}{close(name, names)}")
 
     def sites(
         self, kind: Kind, *, layers: Iterable[int] | None = None, slots: Iterable[str | int | None] = (None,)
@@ -299,7 +365,7 @@ class HookedTextEncoder:
             (24, 14)
         """
         if kind not in LAYOUTS:
-            raise ValueError(f"no kind of site {kind!r}; the kinds are {', '.join(LAYOUTS)}")
+            raise ValueError(unknown("kind of site", kind, LAYOUTS))
         if isinstance(slots, str):
             raise TypeError(f"slots are a list, got the text {slots!r}; write slots=[{slots!r}]")
         depth = 1 if kind == "embed" else self.n_layers + (kind == "resid")

@@ -25,6 +25,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
+from clip_lens.words import unknown
+
 Kind = Literal[
     "embed", "resid", "mid", "attn", "mlp", "head", "q", "k", "v", "pattern", "neuron", "out",
     "token", "position", "attn_bias", "mlp_bias", "constant",
@@ -103,9 +105,7 @@ class Site:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS and self.kind not in LAYOUTS:
-            raise ValueError(
-                f"no kind of site {self.kind!r}; the kinds are {', '.join(dict.fromkeys([*KINDS, *LAYOUTS]))}"
-            )
+            raise ValueError(unknown("kind of site", str(self.kind), dict.fromkeys([*KINDS, *LAYOUTS])))
         if self.unit is not None and (self.kind not in LAYOUTS or LAYOUTS[self.kind].unit_axis is None):
             raise ValueError(f"a site of kind {self.kind!r} has no units, got unit={self.unit}; leave it None")
         if self.kind in NO_LAYER and self.layer != 0:
@@ -118,6 +118,37 @@ class Site:
         unit = "" if self.unit is None else f".{self.unit}"
         slot = "" if self.slot is None else f" @{self.slot}"
         return f"{self.kind}{slot}" if self.kind in NO_LAYER else f"{self.kind} {self.layer}{unit}{slot}"
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """The site that `str` writes so: a kind, a layer, behind a dot a unit, behind an @ a slot.
+
+        A slot of digits is a position, any other a name.
+
+        Raises:
+            ValueError: no such kind, a layer where there is none or none where there is one, or other words.
+
+        Example:
+            >>> Site.parse("head 2.1 @eot")
+            Site(kind='head', layer=2, unit=1, slot='eot')
+            >>> Site.parse("mlp 3 @7").slot, Site.parse("embed")
+            (7, Site(kind='embed', layer=0, unit=None, slot=None))
+        """
+        match = re.fullmatch(r"\s*([A-Za-z_]+)\s*(?:(\d+)(?:\.(\d+))?)?\s*(?:@(.+))?", text, re.DOTALL)
+        if match is None:
+            raise ValueError(f"{text!r} is no site; write one as 'head 2.1 @eot': a kind, a layer, a unit, a slot")
+        kind, layer, unit, slot = match.groups()
+        site = cls(
+            kind,  # type: ignore[arg-type]
+            int(layer or 0),
+            None if unit is None else int(unit),
+            int(slot) if slot is not None and re.fullmatch(r"[0-9]+", slot) else slot,
+        )
+        if layer is None and kind not in NO_LAYER:
+            raise ValueError(f"{text!r} names no layer; write '{kind} 0', with the layer behind the kind")
+        if layer is not None and kind in NO_LAYER:
+            raise ValueError(f"{text!r}: {kind} has no layer; write '{cls(site.kind, slot=site.slot)}'")
+        return site
 
 
 @dataclass(frozen=True)
@@ -157,6 +188,22 @@ class Edge:
 
     def __str__(self) -> str:
         return f"{self.sender} -> {self.receiver}"
+
+    @classmethod
+    def parse(cls, text: str) -> Edge:
+        """The edge that `str` writes so: its sender, an arrow, its receiver, as `Site.parse` reads them.
+
+        Raises:
+            ValueError: not two sites with `->` between them, or no edge runs there.
+
+        Example:
+            >>> str(Edge.parse("head 1.2 -> v 3.0 @eot"))
+            'head 1.2 -> v 3.0 @eot'
+        """
+        ends = text.split("->")
+        if len(ends) != 2:
+            raise ValueError(f"{text!r} is no edge; write one as 'head 1.2 -> v 3.0 @eot'")
+        return cls(Site.parse(ends[0].rstrip()), Site.parse(ends[1]))
 
 
 def precedes(sender: Site, receiver: Site) -> bool:
@@ -208,6 +255,23 @@ class Outside:
 
 
 Place: TypeAlias = Site | Edge | Outside | tuple[Site | Edge, ...]
+
+
+def place_of(given: Place | str) -> Place:
+    """The place itself, or the one that a text names: a site, an edge, or several that are patched together, with plus
+    signs between them.
+
+    Raises:
+        ValueError: a text that names no site or edge.
+
+    Example:
+        >>> place_of("mlp 4 + head 2.3 @eot")
+        (Site(kind='mlp', layer=4, unit=None, slot=None), Site(kind='head', layer=2, unit=3, slot='eot'))
+    """
+    if not isinstance(given, str):
+        return given
+    found = tuple(Edge.parse(each) if "->" in each else Site.parse(each) for each in given.split(" + "))
+    return found if len(found) > 1 else found[0]
 
 
 def members(place: Place) -> tuple[Site | Edge, ...]:

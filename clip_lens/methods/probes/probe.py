@@ -128,7 +128,7 @@ def probe_effects(
     layers: Sequence[int] | None = None,
     seed: int = 0,
     test_share: float = 0.5,
-    metric: Metric = logit,
+    metric: Metric | str = logit,
 ) -> Effects:
     """The causal test behind `probe` as an `Effects`: a place per layer, a column per held-out pair of two classes.
 
