@@ -41,11 +41,21 @@ def unknown(what: str, name: str, names: Iterable[Any]) -> str:
 
     Example:
         >>> unknown("kind of site", "heads", ["head", "mlp"])
-        "no kind of site 'heads'; did you mean 'head'? There are head, mlp"
+        "no kind of site 'heads' (did you mean 'head'?); there are head, mlp"
     """
     every = [str(each) for each in names]
-    near = close(name, every)
-    return f"no {what} {name!r}{near}" + (f" There are {some(every, 20)}" if near.endswith("?") else "")
+    return f"no {what} {name!r}{nearest(name, every)}; there are {some(every, 20) or 'none'}"
+
+
+def nearest(name: str, names: Iterable[Any]) -> str:
+    """The name that is spelt alike, in brackets, if there is one.
+
+    Example:
+        >>> nearest("heads", ["head", "mlp"]), nearest("x", ["head"])
+        (" (did you mean 'head'?)", '')
+    """
+    alike = difflib.get_close_matches(name, [str(each) for each in names], n=1)
+    return f" (did you mean {alike[0]!r}?)" if alike else ""
 
 
 def counted(count: int, noun: str, nouns: str = "") -> str:

@@ -61,9 +61,9 @@ def _grids(effects: Effects, side: str) -> Iterator[Table]:
     heads = {slot: str(slot).replace("_", " ") for slot in grid}
     cells = {slot: list(_cells(grid[slot])) for slot in grid}
     widths = {slot: 1 + max(map(len, [*heads[slot].split(), *cells[slot]])) for slot in grid}
-    for slots in _fitting(widths, _console().width - len("layer") - 2):
+    for slots in _fitting(widths, _console().width - len("layer")):
         table = _titled(effects, side)
-        table.box, table.padding, table.pad_edge = SIMPLE, (0, 1, 0, 0), False
+        table.box, table.padding, table.show_edge = SIMPLE, (0, 0), False
         table.add_column("layer", justify="right")
         for slot in slots:
             table.add_column(heads[slot], justify="right", vertical="bottom")

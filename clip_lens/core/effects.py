@@ -39,7 +39,7 @@ from clip_lens.core.table import (
 )
 from clip_lens.data.batch import SLOTS
 from clip_lens.model.site import Edge, Place, Site, at_slot, index_rows, label, members, order
-from clip_lens.words import close, unknown
+from clip_lens.words import nearest, unknown
 
 PAIRS = ("key", "caption", "foil", "image", "side", "sigma", "d", "segment")
 SEGMENTS = ("incorrect", "ambiguous", "correct")
@@ -665,8 +665,8 @@ def _found(column: pd.Series, wanted: Any) -> np.ndarray:
     if len(column) and not matches.any() and not callable(wanted):
         known = list(dict.fromkeys(map(repr, plain(column))))
         there = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
-        near = close(wanted, plain(column)) if isinstance(wanted, str) else ""
-        raise ValueError(f"no {column.name} is {wanted!r}{near if near.endswith('?') else ''}; there are {there}")
+        near = nearest(wanted, plain(column)) if isinstance(wanted, str) else ""
+        raise ValueError(f"no {column.name} is {wanted!r}{near}; there are {there}")
     return matches
 
 

@@ -12,7 +12,7 @@ from pandas import DataFrame
 from clip_lens.core.store import INDEX, plain
 from clip_lens.data.batch import SLOTS
 from clip_lens.model.site import KINDS
-from clip_lens.words import unknown
+from clip_lens.words import nearest, unknown
 
 
 def one_side(table: DataFrame, side: str | None) -> DataFrame:
@@ -30,7 +30,8 @@ def one_side(table: DataFrame, side: str | None) -> DataFrame:
         choices = " or ".join(f"side={name!r}" for name in sides)
         raise ValueError(f"the result has several sides; choose {choices}, or pool them with pooled=True")
     if side is not None and side not in sides:
-        raise ValueError(unknown("side", side, sides))
+        has = ", ".join(map(repr, sides))
+        raise ValueError(f"no side {side!r}{nearest(side, sides)} in the result; it has {has}")
     return table if side is None else table[table["side"] == side]
 
 

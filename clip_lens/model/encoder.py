@@ -19,7 +19,7 @@ from clip_lens.model.convert import Pool
 from clip_lens.model.site import LAYOUTS, Edge, Kind, Site, order, precedes, readers, writers
 from clip_lens.model.tower import HookedTextTower
 from clip_lens.originals.original import Preparation, digest
-from clip_lens.words import close, unknown
+from clip_lens.words import close, nearest, unknown
 
 Hook: TypeAlias = tuple[str, Callable[..., Tensor | None]]
 Cache: TypeAlias = Mapping[str, Shaped[Tensor, "pair ..."]]
@@ -283,9 +283,8 @@ class HookedTextEncoder:
         strange = {name for name in names if isinstance(name, str)} - set(self.tower.hook_dict)
         if strange:
             first = min(strange)
-            near = close(first, self.tower.hook_dict)
-            near = near if near.endswith("?") else ";"
-            raise ValueError(f"no hook {sorted(strange)}{near} encoder.tower.hook_dict lists all of them")
+            near = nearest(first, self.tower.hook_dict)
+            raise ValueError(f"no hook {sorted(strange)}{near}; encoder.tower.hook_dict lists all of them")
 
     @property
     def cfg(self) -> Any:

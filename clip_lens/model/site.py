@@ -126,7 +126,7 @@ class Site:
         A slot of digits is a position, any other a name.
 
         Raises:
-            ValueError: no such kind, a layer where there is none or none where there is one, or other words.
+            ValueError: no such kind, a layer where it has none or none where it has one, or other words.
 
         Example:
             >>> Site.parse("head 2.1 @eot")
@@ -138,17 +138,14 @@ class Site:
         if match is None:
             raise ValueError(f"{text!r} is no site; write one as 'head 2.1 @eot': a kind, a layer, a unit, a slot")
         kind, layer, unit, slot = match.groups()
-        site = cls(
+        if layer is None and kind in LAYOUTS and kind not in NO_LAYER:
+            raise ValueError(f"{text!r} names no layer; write '{kind} 0', with the layer behind the kind")
+        return cls(
             kind,  # type: ignore[arg-type]
             int(layer or 0),
             None if unit is None else int(unit),
             int(slot) if slot is not None and re.fullmatch(r"[0-9]+", slot) else slot,
         )
-        if layer is None and kind not in NO_LAYER:
-            raise ValueError(f"{text!r} names no layer; write '{kind} 0', with the layer behind the kind")
-        if layer is not None and kind in NO_LAYER:
-            raise ValueError(f"{text!r}: {kind} has no layer; write '{cls(site.kind, slot=site.slot)}'")
-        return site
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ def test_sites_that_do_not_exist(encoder: HookedTextEncoder) -> None:
         encoder.sites("mlp", layers=[0, 2])
     with pytest.raises(ValueError, match=r"got \[-1\]"):
         encoder.sites("resid", layers=[-1])
-    with pytest.raises(ValueError, match="the kinds are"):
+    with pytest.raises(ValueError, match="there are embed, resid"):
         encoder.sites("heads")  # type: ignore[arg-type]
 
 
