@@ -406,3 +406,94 @@ def test_positions_that_do_not_fit_come_in_further_tables(capsys, monkeypatch):
     for layer in range(3):
         line = [line.split()[1:] for line in out.splitlines() if line.split()[:1] == [str(layer)]]
         assert sum(map(len, line)) == 2 * 30
+
+
+# More that people try
+
+
+def test_numbers_for_numpy_and_tables_for_pandas(heads):
+    assert np.array_equal(np.asarray(heads), heads.values.numpy())
+    for name in ("head", "columns", "shape", "query", "to_csv", "sort_values", "mean"):
+        with pytest.raises(AttributeError, match=rf"effects\.table\(\)\.{name}$"):
+            getattr(heads, name)
+    with pytest.raises(AttributeError, match="did you mean 'places'"):
+        heads.place  # noqa: B018
+    assert heads.top(2, side="foil").equals(heads.where(side="foil").top(2))
+    with pytest.raises(IndexError, match=r"pairs.to_frame\(\) for columns"):
+        clip_lens.read_pairs()["caption"]
+
+
+def test_an_effects_is_copied_and_pickled_like_any_value(heads):
+    import copy
+    import pickle
+
+    for again in (copy.deepcopy(heads), pickle.loads(pickle.dumps(heads))):
+        assert torch.equal(again.values, heads.values)
+        assert again.places == heads.places
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("mlp_out", "that is the hook of kind 'mlp'"),
+        ("attn_out", "that is the hook of kind 'attn'"),
+        ("resid_pre", "that is the hook of kind 'resid'"),
+        ("hook_z", "that is the hook of kind 'head'"),
+        ("blocks.2.attn.hook_pattern", "that is the hook of kind 'pattern'"),
+    ],
+)
+def test_transformer_lens_names_of_hooks_say_which_kind_they_are(tiny, kind, said):
+    for call in (lambda: Site(kind, 2), lambda: tiny.sites(kind)):
+        with pytest.raises(ValueError, match=said):
+            call()
+
+
+def test_a_site_takes_numbers_for_layer_and_unit():
+    assert Site("head", np.int64(2), np.int64(1)) == Site("head", 2, 1)
+    with pytest.raises(ValueError, match=r"unit is a number, got 'eot'; write Site\(kind, layer, unit=..., slot=...\)"):
+        Site("head", 2, "eot")
+    with pytest.raises(ValueError, match="layer is a number, got '2'"):
+        Site("head", "2")
+
+
+def test_short_names_of_activations_say_where_they_work(tiny):
+    cache = tiny.cache(TEXTS[0])
+    with pytest.raises(KeyError, match=r"short ones.*run_with_cache"):
+        cache["pattern", 2]
+    with pytest.raises(KeyError, match=r"did you mean 'blocks.1.hook_mlp_out'"):
+        cache["block.1.hook_mlp_out"]
+
+
+def test_a_text_where_a_batch_belongs_says_so(tiny):
+    for verb in (clip_lens.logit_lens, clip_lens.scores, lambda *given: clip_lens.patch_effects(*given, ["mlp 1"])):
+        with pytest.raises(TypeError, match="takes an encoder and then a Batch"):
+            verb(tiny, "a star")
+    with pytest.raises(TypeError, match="patterns are of a Batch, or of one text"):
+        clip_lens.patterns(tiny, ["a star"])
+    assert clip_lens.patterns(tiny, "a star").data[0].z.shape == (4, 4)
+
+
+def test_one_layer_is_as_good_as_a_list(tiny):
+    assert tiny.sites("head", layers=2) == tiny.sites("head", layers=[2])
+
+
+def test_places_as_words_everywhere(tiny, batch):
+    v = torch.randn(128, generator=torch.Generator().manual_seed(0))
+    words, sites = (clip_lens.steer(tiny, batch, {at: v}) for at in ("resid 3 @eot", Site("resid", 3, slot="eot")))
+    assert torch.equal(words.values, sites.values)
+    assert torch.equal(clip_lens.steer(tiny, batch, {"resid 3 @eot": v.numpy()}).values, sites.values)
+    words, sites = (
+        clip_lens.path_effects(tiny, batch, [head], [out])
+        for head, out in (("head 0.1", "out"), (Site("head", 0, 1), Site("out")))
+    )
+    assert torch.equal(words.values, sites.values)
+    assert clip_lens.via("head 0.1").name == clip_lens.via(Site("head", 0, 1)).name
+
+
+def test_load_takes_the_tag_second_as_open_clip_does():
+    assert load("tiny", None).name == "tiny"
+
+
+def test_a_report_of_one_result(tmp_path, heads):
+    page = clip_lens.report(heads, tmp_path / "report.html")
+    assert "Activation patching" in page.read_text(encoding="utf-8")

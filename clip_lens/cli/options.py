@@ -20,11 +20,10 @@ SplitBy = Literal["text", "image"]
 
 def _known_kind(kind: str) -> str:
     """Refused before anything is loaded: what names no kind of site."""
-    from clip_lens.model.site import LAYOUTS
-    from clip_lens.words import unknown
+    from clip_lens.model.site import LAYOUTS, unknown_kind
 
     if kind not in LAYOUTS:
-        raise ValueError(unknown("kind of site", kind, LAYOUTS))
+        raise ValueError(unknown_kind(kind, LAYOUTS))
     return kind
 
 

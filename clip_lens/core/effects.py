@@ -153,6 +153,20 @@ class Effects:
         found.__dict__["index"] = self.index.iloc[rows].reset_index(drop=True)
         return found
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The values, for numpy: one row per place, one column per pair."""
+        return np.array(self.values.numpy(), dtype=dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        """What there is not: an error that says where a table's own attributes are."""
+        if not name.startswith("_") and hasattr(DataFrame, name):
+            raise AttributeError(
+                f"Effects has no {name!r}; the DataFrames are effects.table() (places with intervals), "
+                f"effects.to_frame() (places by pairs), effects.pairs and effects.index: effects.table().{name}"
+            )
+        names = [each for each in (*dir(type(self)), *(each.name for each in fields(self))) if each[0] != "_"]
+        raise AttributeError(f"Effects has no {name!r}{nearest(name, names)}")
+
     def to_frame(self) -> DataFrame:
         """A DataFrame with a row per place and pair: the place's columns of `index`, the pair's key, side, sigma, d and
         segment, value, total, baseline; a value that there isn't is NaN. `table()` has the means with intervals.
@@ -397,7 +411,7 @@ class Effects:
         spread = spread.astype({"layer": "Int64", "unit": "Int64"})
         return spread.sort_values(["side", "layer"], kind="stable", ignore_index=True)
 
-    def top(self, n: int = 10, by: str = "effect", **how: Any) -> DataFrame:
+    def top(self, n: int = 10, by: str = "effect", side: str | None = None, **how: Any) -> DataFrame:
         """The n rows per side of `table` with the largest absolute mean signed effect, the largest first. What is found
         comes first, then the columns of `index` that tell the places apart.
 
@@ -421,6 +435,7 @@ class Effects:
             chosen = replace(chosen, values=chosen.values[largest], places=tuple(self.places[row] for row in largest))
             found.append(chosen.table(**how))
         table = pd.concat(found, ignore_index=True)
+        table = table if side is None else one_side(table, side).reset_index(drop=True)
         first = ["place", "side", *(name for name in SHOWN if name in table)]
         return table[first + [name for name in table if name not in first]]
 

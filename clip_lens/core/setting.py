@@ -75,7 +75,12 @@ class Setting:
         return setting
 
     def check(self) -> None:
-        """Refuses a batch without pairs, or of another width than the encoder's embedding."""
+        """Refuses a batch without pairs, or of another width than the encoder's embedding, or what is no batch."""
+        if not isinstance(self.batch, Batch):
+            raise TypeError(
+                f"this takes an encoder and then a Batch, as align(pairs, images, encoder) makes one. Got "
+                f"{self.batch!r}; one text's attention is patterns(encoder, text), its embedding encoder(text)"
+            )
         width = self.batch.direction.shape[1]
         if width != self.encoder.d_embed:
             raise ValueError(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -18,7 +19,7 @@ from clip_lens.data.batch import Batch
 from clip_lens.methods.patching import patch_effects
 from clip_lens.methods.registry import STEERING
 from clip_lens.model.encoder import HookedTextEncoder
-from clip_lens.model.site import Site
+from clip_lens.model.site import Site, place_of
 
 Direction: TypeAlias = Float[Tensor, "d_model"] | Float[Tensor, "pair d_model"]
 Steerable: TypeAlias = Site | tuple[Site, ...]
@@ -56,14 +57,15 @@ def steer(
         >>> effects.values.shape, effects.record.method.title
         (torch.Size([3, 8]), 'steering: remove a direction')
     """
-    places, origin = tuple(directions), origin or {}
+    directions, origin = _by_place(directions), _by_place(origin or {})
+    places = tuple(directions)
     single = {place: directions[place] for place in places if isinstance(place, Site)}
     jobs: list[tuple[tuple[Steerable, ...], Source]] = [
         ((place,), _together(place, directions[place], how, origin)) for place in places if not isinstance(place, Site)
     ]
     if single or not jobs:
         starts = {site: start for site, start in origin.items() if isinstance(site, Site)}
-        jobs.insert(0, (tuple(single), steered(single, how, origin=starts)))  # type: ignore[arg-type]
+        jobs.insert(0, (tuple(single), steered(single, how, origin=starts)))
     found = [patch_effects(encoder, batch, some, source=given, metric=metric, rows=rows) for some, given in jobs]
     done = [place for some, _ in jobs for place in some]
     order = torch.tensor([done.index(place) for place in places])
@@ -72,6 +74,12 @@ def steer(
     record = replace(found[0].record, method=STEERING[how], source=told).saying(total="metric(other) - metric(run)")
     values = torch.cat([effects.values for effects in found])[order]
     return replace(found[0], values=values, total=total, places=places, record=record)
+
+
+def _by_place(given: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Places given as texts parsed, arrays as tensors."""
+    tensors = lambda value: torch.as_tensor(value) if isinstance(value, np.ndarray) else value
+    return {place_of(place): tensors(value) for place, value in given.items()}
 
 
 def _together(place: tuple[Site, ...], given: Any, how: How, origin: Mapping[Any, Any]) -> Source:

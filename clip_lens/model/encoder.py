@@ -16,13 +16,24 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from clip_lens.model.convert import Pool
-from clip_lens.model.site import LAYOUTS, Edge, Kind, Site, order, precedes, readers, writers
+from clip_lens.model.site import LAYOUTS, Edge, Kind, Site, order, precedes, readers, unknown_kind, writers
 from clip_lens.model.tower import HookedTextTower
 from clip_lens.originals.original import Preparation, digest
-from clip_lens.words import close, nearest, unknown
+from clip_lens.words import close, nearest
 
 Hook: TypeAlias = tuple[str, Callable[..., Tensor | None]]
 Cache: TypeAlias = Mapping[str, Shaped[Tensor, "pair ..."]]
+
+
+class Activations(dict[str, Tensor]):
+    """Activations by hook name; another key is an error that says where TransformerLens' short ones are taken."""
+
+    def __missing__(self, key: object) -> Tensor:
+        near = nearest(key, self) if isinstance(key, str) else ""
+        raise KeyError(
+            f"no activation {key!r}{near}: the keys are hook names, such as 'blocks.0.hook_mlp_out'; short ones, "
+            "('pattern', 2), work with encoder.run_with_cache(texts)[1]"
+        )
 
 
 class HookedTextEncoder:
@@ -277,7 +288,7 @@ class HookedTextEncoder:
             _, cache = self.tower.run_with_cache(
                 tokens, names_filter=chosen, return_cache_object=False, return_type="logits"
             )
-        return cast(Cache, cache)
+        return Activations(cast(Cache, cache))
 
     def _known(self, names: Iterable[str | Callable[[str], bool]]) -> None:
         strange = {name for name in names if isinstance(name, str)} - set(self.tower.hook_dict)
@@ -348,7 +359,7 @@ class HookedTextEncoder:
         raise AttributeError(f"the encoder has no {name!r}{close(name, names)}")
 
     def sites(
-        self, kind: Kind, *, layers: Iterable[int] | None = None, slots: Iterable[str | int | None] = (None,)
+        self, kind: Kind, *, layers: Iterable[int] | int | None = None, slots: Iterable[str | int | None] = (None,)
     ) -> list[Site]:
         """One place per layer, unit and slot of a kind: every head, every neuron, every residual stream ...
 
@@ -364,11 +375,11 @@ class HookedTextEncoder:
             (24, 14)
         """
         if kind not in LAYOUTS:
-            raise ValueError(unknown("kind of site", kind, LAYOUTS))
+            raise ValueError(unknown_kind(kind, LAYOUTS))
         if isinstance(slots, str):
             raise TypeError(f"slots are a list, got the text {slots!r}; write slots=[{slots!r}]")
         depth = 1 if kind == "embed" else self.n_layers + (kind == "resid")
-        chosen = range(depth) if layers is None else list(layers)
+        chosen = range(depth) if layers is None else [layers] if isinstance(layers, int) else list(layers)
         if wrong := [layer for layer in chosen if not 0 <= layer < depth]:
             raise ValueError(f"{self.name} has {kind} sites at layers 0..{depth - 1}, got {wrong}")
         return [Site(kind, layer, unit, slot) for layer in chosen for unit in self.units(kind) for slot in tuple(slots)]

@@ -80,6 +80,21 @@ def layout_at(name: str) -> Layout:
     return next((layout for layout in LAYOUTS.values() if layout.hook == template), Layout(template))
 
 
+def unknown_kind(kind: str, kinds: Iterable[str]) -> str:
+    """What is wrong with a kind that there isn't; a hook of TransformerLens' is said to be that of a kind.
+
+    Example:
+        >>> unknown_kind("mlp_out", ["head", "mlp"])
+        "no kind of site 'mlp_out' (that is the hook of kind 'mlp'); there are head, mlp"
+    """
+    kinds = list(kinds)
+    hooks = {layout.hook.rpartition("hook_")[2]: name for name, layout in LAYOUTS.items()}
+    known = hooks.get(str(kind).rpartition(".")[2].removeprefix("hook_"))
+    if known in kinds:
+        return f"no kind of site {kind!r} (that is the hook of kind {known!r}); there are {', '.join(kinds)}"
+    return unknown("kind of site", str(kind), kinds)
+
+
 @dataclass(frozen=True)
 class Site:
     """A slice of one activation.
@@ -105,11 +120,14 @@ class Site:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS and self.kind not in LAYOUTS:
-            raise ValueError(unknown("kind of site", str(self.kind), dict.fromkeys([*KINDS, *LAYOUTS])))
+            raise ValueError(unknown_kind(self.kind, dict.fromkeys([*KINDS, *LAYOUTS])))
         if self.unit is not None and (self.kind not in LAYOUTS or LAYOUTS[self.kind].unit_axis is None):
             raise ValueError(f"a site of kind {self.kind!r} has no units, got unit={self.unit}; leave it None")
         if self.kind in NO_LAYER and self.layer != 0:
             raise ValueError(f"{self.kind} has no layer, got layer={self.layer}; Site('resid', {self.layer})?")
+        for name, number in (("layer", self.layer), ("unit", 0 if self.unit is None else self.unit)):
+            if not hasattr(number, "__index__"):
+                raise ValueError(f"{name} is a number, got {number!r}; write Site(kind, layer, unit=..., slot=...)")
         for name, value in (("layer", self.layer), ("unit", self.unit), ("slot", self.slot)):
             if isinstance(value, int) and value < 0:
                 raise ValueError(f"{name} counts from 0, got {value} in a site of kind {self.kind!r}")

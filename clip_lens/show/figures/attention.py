@@ -57,6 +57,8 @@ def patterns(encoder: HookedTextEncoder, batch: Batch | str, layer: int = 0, hea
     ):  # fmt: skip
         if not 0 <= number < most:
             raise ValueError(f"{name} counts from 0 to {most - 1} here. Got {number}")
+    if not isinstance(batch, str | Batch):
+        raise TypeError(f"patterns are of a Batch, or of one text. Got {batch!r}")
     hook, heading = f"blocks.{layer}.attn.hook_pattern", f"head {layer}.{head}"
     if isinstance(batch, str):
         tokens = encoder.tokens(batch)
@@ -118,7 +120,7 @@ def _figure(drawn: list[_Pattern], heading: str) -> Figure:
     figure = subplots(
         rows=len(shape), cols=len(shape[0]), specs=shape, horizontal_spacing=0.2 if beside else 0,
         subplot_titles=[text.title for text in drawn],
-        vertical_spacing=GAP / (inner * len(shape) + GAP * (len(shape) - 1)),
+        vertical_spacing=GAP / (inner * len(shape) + GAP * (len(shape) - 1)) if len(shape) > 1 else None,
     )  # fmt: skip
     figure.update_annotations(font_size=13)
     places = [(1, 1), (1, 2), (2, 1)] if beside else [(1, 1), (2, 1), (3, 1)]

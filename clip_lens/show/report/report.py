@@ -32,7 +32,7 @@ from clip_lens.show.report.examples import examples
 from clip_lens.show.report.packed import File, as_json, pack
 from clip_lens.show.report.section import PROBABILITY, Data, Picture, Section, Table
 from clip_lens.show.report.words import methods_of
-from clip_lens.words import formatted, minus, probability
+from clip_lens.words import capital, formatted, minus, probability
 
 WHAT = (
     "method",
@@ -60,7 +60,7 @@ HEIGHT = 450  # pixels of a figure that has none: plotly's own
 
 
 def report(
-    results: Mapping[str, Effects | Section],
+    results: Mapping[str, Effects | Section] | Effects,
     out: str | os.PathLike[str],
     *,
     title: str = "What patching moves",
@@ -93,6 +93,8 @@ def report(
         >>> "negator" in page.read_text(encoding="utf-8")
         True
     """
+    if isinstance(results, Effects):
+        results = {capital(results.record.method.title) or "Effects": results}
     if not results:
         raise ValueError("no results to report on; give a mapping from a name to an Effects or a Section")
     sections = {name: item if isinstance(item, Section) else section_of(name, item) for name, item in results.items()}
