@@ -378,7 +378,7 @@ def test_the_terminal_table_of_a_deep_tower_fits_80_columns(capsys, monkeypatch)
     """12 layers and every slot: a line per layer, every number whole, a side in one table."""
     from dataclasses import replace
 
-    from clip_lens.data.batch import SLOTS
+    from clip_lens.data.slots import SLOTS
 
     monkeypatch.setenv("COLUMNS", "80")
     places = tuple(Site("resid", layer, slot=slot) for layer in range(13) for slot in SLOTS)

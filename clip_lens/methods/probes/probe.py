@@ -43,6 +43,7 @@ def probe(
     seed: int = 0,
     test_share: float = 0.5,
     interval: float = 0.95,
+    metric: Metric | str = logit,
 ) -> DataFrame:
     """One row per layer: can a text's label be read from the stream at the pooled position, and is it used?
 
@@ -83,8 +84,9 @@ def probe(
     One direction for all pairs of two classes knows neither subject nor image: shares of opposite sign on the two sides
     mean that it raises or lowers the score of every image alike, not that it negates. Where the texts of each pair are
     of equal length, layer 0 holds nothing; where not, it says what length alone tells. Where no pair has texts of two
-    classes there is no causal test, and its columns are left out. `note` says what did not work, `attrs` how it came
-    about.
+    classes there is no causal test, and its columns are left out. `metric=cosine`
+    takes shares of the way to the other text instead of d, and needs no image. `note` says what did not work, `attrs`
+    how it came about.
 
     Raises:
         ValueError: no column of that name, two labels of one text, too few texts that differ or too few of a class, a
@@ -107,12 +109,12 @@ def probe(
     split = split_texts(encoder, batch, layers, seed, test_share, labels)
     table = DataFrame({"layer": list(split.layers)})
     table = table.join(_readable(encoder, split, seed, interval))
-    record = Setting.reading(encoder, split.batch).record(PROBE).as_text()
+    record = Setting.of(encoder, split.batch, metric=metric).record(PROBE).as_text()
     if len(split.contrasted):
-        table = table.assign(**patched_shares(encoder, split))
+        table = table.assign(**patched_shares(encoder, split, metric))
         for how in get_args(How):
-            effects = steer(encoder, run_of(split, how), **steering_of(split, how, split.directions))
-            table = table.assign(**used_shares(encoder, split, effects, how, seed, interval))
+            effects = steer(encoder, run_of(split, how), metric=metric, **steering_of(split, how, split.directions))
+            table = table.assign(**used_shares(encoder, split, effects, how, seed, interval, metric))
         record = effects.meta
     table["note"] = table.pop("note")
     table.attrs = {**record, **_meta(split, seed, test_share), **_probe_meta(split.negation, interval)}

@@ -134,9 +134,9 @@ def _panels(
     if not effects.places:
         raise ValueError(f"nothing to draw: the result has no places, {effects!r}")
     rows, columns = axes_of(effects.index, rows, columns)
-    table, ends = effects.table(**how), effects.ends()
+    table, axes = effects.table(**how), effects.axes()
     parts = {name: one_side(table, name) for name in (dict.fromkeys(table["side"]) if side is None else [side])}
-    return [laid_out(name, part, rows, columns, value, effects, ends) for name, part in parts.items()]
+    return [laid_out(name, part, rows, columns, value, effects, axes) for name, part in parts.items()]
 
 
 def laid_out(
