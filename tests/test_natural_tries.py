@@ -418,7 +418,9 @@ def test_numbers_for_numpy_and_tables_for_pandas(heads):
             getattr(heads, name)
     with pytest.raises(AttributeError, match="did you mean 'places'"):
         heads.place  # noqa: B018
-    assert heads.top(2, side="foil").equals(heads.where(side="foil").top(2))
+    for side in ("caption", "foil"):
+        assert heads.top(2, side=side).equals(heads.where(side=side).top(2))
+    assert set(heads.top(2)["side"]) == {"caption", "foil"}
     with pytest.raises(IndexError, match=r"pairs.to_frame\(\) for columns"):
         clip_lens.read_pairs()["caption"]
 

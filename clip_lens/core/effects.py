@@ -437,14 +437,14 @@ class Effects:
         points = self._table_for(by, how)
         whole = self._tables.get(_asked(**how))
         found = []
-        for side in sides_of(self.pairs, how.get("pooled", False)):
-            rows = points.index[points["side"] == side]
+        for each in sides_of(self.pairs, how.get("pooled", False)):
+            rows = points.index[points["side"] == each]
             largest = points.loc[rows, by].abs().sort_values(ascending=False, kind="stable").index[:n]
             if whole is not None:
                 found.append(whole.loc[largest])
                 continue
             largest -= rows[0]
-            chosen = self if side == "pooled" else self.where(side=side)
+            chosen = self if each == "pooled" else self.where(side=each)
             chosen = replace(chosen, values=chosen.values[largest], places=tuple(self.places[row] for row in largest))
             found.append(chosen.table(**how))
         table = pd.concat(found, ignore_index=True)
