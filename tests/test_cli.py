@@ -278,8 +278,8 @@ def test_info_tells_results_tables_and_circuits_apart(few: Path, tmp_path: Path,
         assert run("info", tmp_path / name) == 1
         assert name in (err := capsys.readouterr().err) and "compute it again" in err
     pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "foreign.parquet")
-    assert run("info", tmp_path / "foreign.parquet") == 1
-    assert "foreign.parquet is a Parquet file, but not one" in capsys.readouterr().err
+    assert run("info", tmp_path / "foreign.parquet") == 0
+    assert "a Parquet file of another program's, with 1 rows: a" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

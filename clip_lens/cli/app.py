@@ -323,7 +323,7 @@ def info(
         str,
         typer.Argument(
             help="'tiny', a model of open_clip's, a folder of one, or a file: pairs, an image store, a result, a "
-            "table, a circuit."
+            "table, a circuit, arrays."
         ),
     ] = "tiny",
     pretrained: options.Pretrained = None,

@@ -21,19 +21,20 @@ MetricName = Literal["logit", "cosine"]
 
 def _known_kind(kind: str) -> str:
     """Refused before anything is loaded: what names no kind of site."""
-    from clip_lens.model.site import LAYOUTS
+    from clip_lens.model.site import LAYOUTS, unknown_kind
 
     if kind not in LAYOUTS:
-        raise ValueError(f"no kind of site {kind!r}; the kinds are {', '.join(LAYOUTS)}")
+        raise ValueError(unknown_kind(kind, LAYOUTS))
     return kind
 
 
 def _known_finder(method: str) -> str:
     """Refused before anything is loaded: what names no way to find a circuit."""
     from clip_lens.methods.circuits.finders import FINDERS
+    from clip_lens.words import unknown
 
     if method not in FINDERS:
-        raise ValueError(f"--method {method!r} is no way to find a circuit; give one of {', '.join(FINDERS)}")
+        raise ValueError(unknown("--method", method, FINDERS))
     return method
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+    from rich.console import Console
     from rich.table import Table
 
     from clip_lens.core.effects import Effects
@@ -24,7 +25,8 @@ def print_effects(effects: Effects) -> None:
     index = effects.index
     laid_out = index["slot"].notna().all() and not index.duplicated(["slot", "layer"]).any()
     for side in (side for side in SIDES if side in set(effects.pairs["side"])):
-        _show(_grid(effects, side) if laid_out else _largest(effects, side))
+        for table in _grids(effects, side) if laid_out else [_largest(effects, side)]:
+            _show(table)
 
 
 def print_sides(frame: DataFrame, title: str) -> None:
@@ -49,10 +51,14 @@ def print_overlap(overlap: DataFrame) -> None:
     _show(table)
 
 
-def _show(table: Table) -> None:
+def _console() -> Console:
     from rich.console import Console
 
-    Console().print(table)
+    return Console()
+
+
+def _show(table: Table) -> None:
+    _console().print(table)
 
 
 def _titled(effects: Effects, side: str) -> Table:
@@ -70,15 +76,34 @@ def _titled(effects: Effects, side: str) -> Table:
     return Table(title=f"{what}; {where}, {count} pairs" if where else f"{what}, {count} pairs")
 
 
-def _grid(effects: Effects, side: str) -> Table:
-    grid = effects.grid(side=side, value="fraction" if effects.record.shares else "effect")
-    table = _titled(effects, side)
-    table.add_column("slot \\ layer")
-    for layer in grid.columns:
-        table.add_column(str(layer), justify="right")
-    for slot, line in grid.iterrows():
-        table.add_row(str(slot), *_cells(line))
-    return table
+def _grids(effects: Effects, side: str) -> Iterator[Table]:
+    """A line per layer, so that a deep tower fits; slots that don't fit beside each other come in further tables."""
+    from rich.box import SIMPLE
+
+    grid = effects.grid("layer", "slot", side=side, value="fraction" if effects.record.shares else "effect")
+    heads = {slot: str(slot).replace("_", " ") for slot in grid}
+    cells = {slot: list(_cells(grid[slot])) for slot in grid}
+    widths = {slot: 1 + max(map(len, [*heads[slot].split(), *cells[slot]])) for slot in grid}
+    for slots in _fitting(widths, _console().width - len("layer")):
+        table = _titled(effects, side)
+        table.box, table.padding, table.show_edge = SIMPLE, (0, 0), False
+        table.add_column("layer", justify="right")
+        for slot in slots:
+            table.add_column(heads[slot], justify="right", vertical="bottom")
+        for number, layer in enumerate(grid.index):
+            table.add_row(str(layer), *(cells[slot][number] for slot in slots))
+        yield table
+
+
+def _fitting(widths: Mapping[Any, int], room: int) -> Iterator[list[Any]]:
+    """Columns in groups that are no wider than the room, at least one in each."""
+    group: list[Any] = []
+    for name, width in widths.items():
+        if group and sum(widths[each] for each in group) + width > room:
+            yield group
+            group = []
+        group.append(name)
+    yield group
 
 
 def _largest(effects: Effects, side: str) -> Table:

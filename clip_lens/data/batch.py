@@ -20,7 +20,7 @@ from clip_lens.data.pairs import SIDES, Pairs
 from clip_lens.data.repairs import offered
 from clip_lens.data.slots import ENDS, Matched, Names, Naming, Slots, Written, name_slots, rules_of
 from clip_lens.originals.original import digest
-from clip_lens.words import close
+from clip_lens.words import close, unknown
 
 _TENSORS = ("tokens", "other", "origin", "slot", "other_slot", "length", "other_length", "direction", "sigma")
 
@@ -198,7 +198,7 @@ class Batch:
         if not isinstance(slot, str):
             return self.inside & (torch.arange(self.tokens.shape[1], device=self.tokens.device) == slot)
         if slot not in self.slots:
-            raise ValueError(f"no slot {slot!r}; the batch has {', '.join(self.slots)}")
+            raise ValueError(unknown("slot", slot, self.slots))
         return self.inside & (self.slot == self.slots.index(slot))
 
     @property

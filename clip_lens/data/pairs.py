@@ -440,7 +440,10 @@ def _rows(index: Any, length: int) -> list[int]:
             raise IndexError(f"the mask has {len(rows)} entries for {length} pairs; give one per pair")
         return list(np.flatnonzero(rows))
     if rows.size and not np.issubdtype(rows.dtype, np.integer):
-        raise IndexError(f"pairs are indexed by numbers, slices and masks, got {index!r}; use where(key=...) for keys")
+        raise IndexError(
+            f"pairs are indexed by numbers, slices and masks, got {index!r}; use where(key=...) for keys, and "
+            "pairs.to_frame() for columns"
+        )
     outside = [int(row) for row in rows if not -length <= row < length]
     if outside:
         raise IndexError(f"there are {length} pairs, got index {some(outside, quote=True)}")

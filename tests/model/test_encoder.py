@@ -149,7 +149,7 @@ def test_unknown_hooks(encoder: HookedTextEncoder) -> None:
         lambda: encoder(TEXTS, hooks=[("blocks.9.hook_resid_pre", lambda value, hook: value)]),
         lambda: encoder.cache(TEXTS, hooks=[("blocks.9.hook_resid_pre", lambda value, hook: value)]),
     ):
-        with pytest.raises(ValueError, match=r"no hook \['blocks.9.hook_resid_pre'\]; .*hook_dict"):
+        with pytest.raises(ValueError, match=r"no hook \['blocks.9.hook_resid_pre'\].*; .*hook_dict"):
             call()
 
 
@@ -184,7 +184,7 @@ def test_sites_that_do_not_exist(encoder: HookedTextEncoder) -> None:
         encoder.sites("mlp", layers=[0, 2])
     with pytest.raises(ValueError, match=r"got \[-1\]"):
         encoder.sites("resid", layers=[-1])
-    with pytest.raises(ValueError, match="the kinds are"):
+    with pytest.raises(ValueError, match="there are embed, resid"):
         encoder.sites("heads")  # type: ignore[arg-type]
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 from pandas import DataFrame
 
 from clip_lens.core.effects import Effects
-from clip_lens.core.grid import one_side, pivot
+from clip_lens.core.grid import axes_of, one_side, pivot
 from clip_lens.show.figures.figure import Figure, carrying, subplots
 from clip_lens.show.figures.style import LARGE, LIGHT, scale, template
 from clip_lens.show.figures.words import hovers, record_of, shown, side_name, slot_name, value_name
@@ -43,8 +43,8 @@ class Panel(NamedTuple):
 
 def heatmap(
     effects: Effects | DataFrame,
-    rows: str = "slot",
-    columns: str = "layer",
+    rows: str | None = None,
+    columns: str | None = None,
     value: str = "fraction",
     side: str | None = None,
     title: str | None = None,
@@ -53,6 +53,9 @@ def heatmap(
     **how: Any,
 ) -> Figure:
     """A plotly figure of one value of the table, laid out by two columns of the index; a panel for each side.
+
+    Unless told otherwise slot x layer, of single heads or neurons without slots unit x layer, of edges sender x
+    receiver.
 
     Colours run from -limit to limit, white at 0; without `limit` it is the largest absolute value of all panels. Cells
     are printed when they are few; hovering tells value, interval, mean signed effect and pairs. Grey cells have
@@ -119,12 +122,18 @@ def largest(grid: DataFrame) -> float:
 
 
 def _panels(
-    effects: Effects | DataFrame, rows: str, columns: str, value: str, side: str | None, how: dict[str, Any]
+    effects: Effects | DataFrame,
+    rows: str | None,
+    columns: str | None,
+    value: str,
+    side: str | None,
+    how: dict[str, Any],
 ) -> list[Panel]:
     if isinstance(effects, DataFrame):
         return [Panel("", effects, _long(effects, value))]
     if not effects.places:
         raise ValueError(f"nothing to draw: the result has no places, {effects!r}")
+    rows, columns = axes_of(effects.index, rows, columns)
     table, axes = effects.table(**how), effects.axes()
     parts = {name: one_side(table, name) for name in (dict.fromkeys(table["side"]) if side is None else [side])}
     names = {name: side_name(str(name), map(str, parts)) for name in parts}

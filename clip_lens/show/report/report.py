@@ -34,7 +34,7 @@ from clip_lens.show.report.head import Point, illustration, in_rows, lead, main_
 from clip_lens.show.report.packed import File, as_json, pack
 from clip_lens.show.report.section import PROBABILITY, Data, Picture, Section, Table
 from clip_lens.show.report.words import methods_of
-from clip_lens.words import formatted, minus, probability, unbroken
+from clip_lens.words import capital, formatted, minus, probability, unbroken
 
 WHAT = (
     "method",
@@ -63,7 +63,7 @@ CELL = 96  # pixels of a picture in a table, shown at half of that
 
 
 def report(
-    results: Mapping[str, Effects | Section],
+    results: Mapping[str, Effects | Section] | Effects,
     out: str | os.PathLike[str],
     *,
     title: str = "What patching moves",
@@ -99,6 +99,8 @@ def report(
         >>> "negator" in page.read_text(encoding="utf-8")
         True
     """
+    if isinstance(results, Effects):
+        results = {capital(results.record.method.title) or "Effects": results}
     if not results:
         raise ValueError("no results to report on; give a mapping from a name to an Effects or a Section")
     sections = {name: item if isinstance(item, Section) else section_of(name, item) for name, item in results.items()}
