@@ -7,11 +7,13 @@ from .core.metric import cosine as cosine
 from .core.metric import kl as kl
 from .core.metric import logit as logit
 from .core.metric import metric as metric
+from .core.metric import rank as rank
 from .core.record import Method as Method
 from .core.record import Record as Record
 from .core.source import counterpart as counterpart
 from .core.source import mean as mean
 from .core.source import noise as noise
+from .core.source import other_tower as other_tower
 from .core.source import resample as resample
 from .core.source import source as source
 from .core.source import zeros as zeros
@@ -19,11 +21,13 @@ from .core.subspace import subspace as subspace
 from .core.via import via as via
 from .data.batch import Batch as Batch
 from .data.batch import align as align
-from .data.batch import template_slots as template_slots
 from .data.embed import embed_images as embed_images
 from .data.images import ImageStore as ImageStore
 from .data.pairs import Pairs as Pairs
 from .data.read import read_pairs as read_pairs
+from .data.slots import changed_slots as changed_slots
+from .data.slots import template_slots as template_slots
+from .data.slots import word_slots as word_slots
 from .methods.attention import attention_effects as attention_effects
 from .methods.circuits.acdc import acdc as acdc
 from .methods.circuits.circuit import Circuit as Circuit
@@ -34,6 +38,7 @@ from .methods.circuits.faithfulness import minimality as minimality
 from .methods.circuits.selection import sized_circuits as sized_circuits
 from .methods.circuits.selection import stability as stability
 from .methods.circuits.selection import top_edges as top_edges
+from .methods.compare import compare as compare
 from .methods.confounds import confounds as confounds
 from .methods.direct import components as components
 from .methods.direct import direct_effects as direct_effects
@@ -46,6 +51,7 @@ from .methods.patching import patch_effects as patch_effects
 from .methods.paths import path_effects as path_effects
 from .methods.probes.probe import probe as probe
 from .methods.registry import register as register
+from .methods.scores import group_scores as group_scores
 from .methods.scores import scores as scores
 from .methods.statistics import correlations as correlations
 from .methods.steering import steer as steer

@@ -16,23 +16,25 @@ Through = Literal["direct", "mlp"]
 Replacement = Literal["zeros", "mean", "resample", "noise"]
 SourceName = Literal["counterpart", "zeros", "mean", "resample", "noise"]
 SplitBy = Literal["text", "image"]
+MetricName = Literal["logit", "cosine"]
 
 
 def _known_kind(kind: str) -> str:
     """Refused before anything is loaded: what names no kind of site."""
-    from clip_lens.model.site import LAYOUTS
+    from clip_lens.model.site import LAYOUTS, unknown_kind
 
     if kind not in LAYOUTS:
-        raise ValueError(f"no kind of site {kind!r}; the kinds are {', '.join(LAYOUTS)}")
+        raise ValueError(unknown_kind(kind, LAYOUTS))
     return kind
 
 
 def _known_finder(method: str) -> str:
     """Refused before anything is loaded: what names no way to find a circuit."""
     from clip_lens.methods.circuits.finders import FINDERS
+    from clip_lens.words import unknown
 
     if method not in FINDERS:
-        raise ValueError(f"--method {method!r} is no way to find a circuit; give one of {', '.join(FINDERS)}")
+        raise ValueError(unknown("--method", method, FINDERS))
     return method
 
 
@@ -65,8 +67,30 @@ QuickGelu = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="Where to compute, as torch names it.", rich_help_panel="Model")]
-PairsFile = Annotated[str, typer.Option(help="Caption-foil pairs: .csv, .json, .jsonl, a VALSE file, or 'tiny'.")]
-Images = Annotated[str, typer.Option(help="Their images: a store (.safetensors), a folder of pictures, or 'tiny'.")]
+PairsFile = Annotated[
+    str, typer.Option(help="Caption-foil pairs: .csv, .json, .jsonl, a published data set's own file, or 'tiny'.")
+]
+Format = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="The data set whose layout the pairs' file has, where its columns don't tell."),
+]
+Images = Annotated[
+    str,
+    typer.Option(
+        help="Their images: a store (.safetensors), a folder of pictures, 'tiny', or 'none' for texts alone.",
+        show_default=False,
+    ),
+]
+Repair = Annotated[
+    bool,
+    typer.Option(
+        "--repair-images", help="Take the store's image of the same file name in another folder, case or ending."
+    ),
+]
+MetricOption = Annotated[
+    MetricName,
+    typer.Option("--metric", help="CLIP's logit of the image, or the cosine with the other text (needs no image)."),
+]
 Out = Annotated[
     Path,
     typer.Option(
@@ -78,7 +102,13 @@ Out = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Compute anew, and replace what is there under the same name.")
 ]
-RunOption = Annotated[Run, typer.Option(help="Which text is run and patched.")]
+RunOption = Annotated[
+    Optional[Run],  # noqa: UP045
+    typer.Option(
+        help="Which text is run and patched. Not given: affirmative, or the foil where no pair has a side.",
+        show_default=False,
+    ),
+]
 Segment = Annotated[str, typer.Option(help="correct, ambiguous, incorrect, or all pairs.")]
 Rephrased = Annotated[
     bool, typer.Option("--rephrased", help="VALSE existence: make both texts equally long, as the paper does.")
@@ -89,11 +119,15 @@ Kinds = Annotated[
     str,
     typer.Option(
         "--sites",
-        help="Kind of site: resid, mid, attn, mlp, head, q, k, v, pattern, neuron.",
+        help="Kind of site: resid, mid, attn, mlp, head, q, k, v, pattern, neuron, result, norm, projection.",
         callback=_known_kind,
     ),
 ]
 ByOption = Annotated[By, typer.Option(help="Whole texts, named slots (all tokens together), or single positions.")]
+ImagesOfB = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--images-b", help="The images in the second model's own embedding; without it those of --images."),
+]
 Std = Annotated[float, typer.Option(help="noise: in standard deviations of the activation.", min=0.0)]
 Finder = Annotated[
     str, typer.Option(help="How edges are found: exact, eap, eap-ig, acdc, random.", callback=_known_finder)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from clip_lens.core.identity import adopt, identity_of_function
 from clip_lens.core.target import Slot, Target
-from clip_lens.model.site import LAYOUTS, Site
+from clip_lens.data.batch import Batch
+from clip_lens.model.site import BEHIND, LAYOUTS, Site
+from clip_lens.words import unknown
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,43 @@ class Readout:
     def rows(self, pairs: Int[Tensor, "row"]) -> Readout:
         """The readout of some pairs, one line per row."""
         return Readout(self.direction[pairs], self.run[pairs], self.other[pairs])
+
+    @classmethod
+    def of(
+        cls,
+        batch: Batch,
+        run: Float[Tensor, "row d_embed"],
+        other: Float[Tensor, "row d_embed"],
+    ) -> Readout:
+        """The readout of a batch's pairs, of these embeddings."""
+        return cls(batch.direction, run, other) if batch.has_direction else TextsOnly(run, other)
+
+
+class TextsOnly(Readout):
+    """The readout of pairs without an image: whatever asks for the direction is refused.
+
+    Example:
+        >>> u = torch.tensor([[0.6, 0.8]])
+        >>> cosine(u, TextsOnly(u, u))
+        tensor([1.])
+    """
+
+    def __init__(self, run: Float[Tensor, "row d_embed"], other: Float[Tensor, "row d_embed"]):
+        object.__setattr__(self, "run", run)
+        object.__setattr__(self, "other", other)
+
+    @property
+    def direction(self) -> Float[Tensor, "row d_embed"]:
+        raise ValueError(NO_DIRECTION)
+
+    def rows(self, pairs: Int[Tensor, "row"]) -> Readout:
+        return TextsOnly(self.run[pairs], self.other[pairs])
+
+
+NO_DIRECTION = (
+    "this needs the direction of an image, and these pairs are texts alone: align them with a store of images, give a "
+    "direction (batch.along(w)), or take what needs none (metric=cosine, attention_effects, patterns, probe)"
+)
 
 
 Function: TypeAlias = Callable[[Float[Tensor, "row n"], Readout], Float[Tensor, "row"]]
@@ -126,17 +165,20 @@ def metric(
 
 
 def as_metric(given: object) -> Metric:
-    """The metric itself, or an error that asks a plain function for its orientation.
+    """The metric itself, or the one of a name, "logit" or "cosine"; a plain function is asked for its orientation.
 
     Raises:
+        ValueError: a name of no metric, or of one that has to be told something.
         TypeError: no metric.
 
     Example:
-        >>> as_metric(logit) is logit
+        >>> as_metric(logit) is as_metric("logit") is logit
         True
     """
     if isinstance(given, Metric):
         return given
+    if isinstance(given, str):
+        return _named(given)
     if not callable(given):
         raise TypeError(f"metric={given!r} is no function; give clip_lens.logit, clip_lens.cosine or one of your own")
     name = getattr(given, "__name__", repr(given))
@@ -145,6 +187,15 @@ def as_metric(given: object) -> Metric:
         "say it once: clip_lens.metric(function, oriented=True) for one like the logit, oriented=False for one "
         "that grows on both sides the more is moved, like the cosine with the other text"
     )
+
+
+def _named(name: str) -> Metric:
+    named = {"logit": logit, "cosine": cosine}
+    if name == "kl":
+        raise ValueError("metric='kl' has to be told a bank of texts: metric=clip_lens.kl(encoder(texts))")
+    if name not in named:
+        raise ValueError(unknown("metric", name, [*named, "kl"]))
+    return named[name]
 
 
 @metric(oriented=True, unit="logits")
@@ -174,6 +225,47 @@ def cosine(u: Float[Tensor, "row d_embed"], readout: Readout) -> Float[Tensor, "
     return (u * readout.other).sum(-1)
 
 
+TIE = 1e-6
+"""Cosines closer than this are the same: rounding would else decide which of two equal texts comes first."""
+
+
+def rank(bank: Float[Tensor, "entry d_embed"], *, of: Literal["texts", "images"] = "texts") -> Metric:
+    """A metric: how many of a bank the text, or its image, comes before; `len(bank)` means that it ranks first.
+
+    `of="texts"`: the bank has the unit embeddings of texts, and counted are those that fit the pair's image less than
+    this text does. `of="images"`: those of images, and counted are those that this text fits less than its own image.
+    A tie (within 1e-6 in cosine) counts for the bank, so that a bank may have the text or the image itself. Oriented:
+    more is better, as for the logit. It is a step function: most small patches move it by nothing, and what needs a
+    gradient (`gradient_effects`, `discover` by eap or eap-ig) refuses it.
+
+    Raises:
+        ValueError: the bank is empty, its embeddings are not unit vectors, or an unknown `of`.
+
+    Example:
+        >>> import torch
+        >>> u, w = torch.tensor([[0.6, 0.8]]), torch.tensor([[100.0, 0.0]])
+        >>> rank(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))(u, Readout(direction=w, run=u, other=u))
+        tensor([1.])
+    """
+    if of not in ("texts", "images"):
+        raise ValueError(f"of={of!r}; a bank is one of texts or of images")
+    bank = _bank(bank)
+
+    def places(u: Float[Tensor, "row d_embed"], readout: Readout) -> Float[Tensor, "row"]:
+        w = torch.nn.functional.normalize(readout.direction, dim=-1)
+        others = (w if of == "texts" else u) @ bank.to(u).T
+        return ((u * w).sum(-1, keepdim=True) - others > TIE).sum(-1).to(u.dtype)
+
+    name = f"rank among {len(bank)} {of}"
+    return metric(places, oriented=True, unit="places", name=name, holds=(bank, of))
+
+
+def _bank(bank: Float[Tensor, "entry d_embed"]) -> Float[Tensor, "entry d_embed"]:
+    if bank.ndim != 2 or len(bank) == 0 or not torch.allclose(bank.norm(dim=-1), bank.new_ones(len(bank)), atol=1e-3):
+        raise ValueError(f"a bank has the unit embeddings of texts as rows; got a tensor of shape {tuple(bank.shape)}")
+    return bank.detach().clone()
+
+
 def kl(bank: Float[Tensor, "text d_embed"]) -> Metric:
     """A metric: `KL(P_run || P_patched)` in nats, with P the softmax of the logits along the direction over this text
     and a bank of candidate texts (their unit embeddings), image fixed (method, section 1). 0 for the unpatched run, and
@@ -188,9 +280,7 @@ def kl(bank: Float[Tensor, "text d_embed"]) -> Metric:
         >>> kl(torch.tensor([[0.0, 1.0]]))(u, Readout(direction=w, run=u, other=u))
         tensor([0.])
     """
-    if bank.ndim != 2 or len(bank) == 0 or not torch.allclose(bank.norm(dim=-1), bank.new_ones(len(bank)), atol=1e-3):
-        raise ValueError(f"a bank has the unit embeddings of texts as rows; got a tensor of shape {tuple(bank.shape)}")
-    bank = bank.detach().clone()
+    bank = _bank(bank)
 
     def divergence(u: Float[Tensor, "row d_embed"], readout: Readout) -> Float[Tensor, "row"]:
         others = readout.direction @ bank.to(readout.direction).T
@@ -227,8 +317,9 @@ def activation(site: Site, along: Float[Tensor, "n"] | None = None, *, key: Slot
         tensor(0.)
     """
     layout = LAYOUTS.get(site.kind)
-    if layout is None:
-        raise ValueError(f"{site} has no activation; the kinds are {', '.join(LAYOUTS)}")
+    if layout is None or site.kind in BEHIND:
+        kinds = ", ".join(kind for kind in LAYOUTS if kind not in BEHIND)
+        raise ValueError(f"{site} has no activation within the tower; {kinds} have")
     one = site.unit is not None and site.kind in ("pattern", "neuron")
     if layout.unit_axis is not None and site.unit is None and site.kind != "neuron":
         raise ValueError(f"{site}: name one head, as in Site({site.kind!r}, {site.layer}, 0)")

@@ -24,9 +24,9 @@ from clip_lens.core.source import Fetch
 from clip_lens.core.target import Read, Target
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import Cache, Hook, HookedTextEncoder
-from clip_lens.model.site import Kind, Site, hook_name, layout_at
+from clip_lens.model.site import BEHIND, Kind, Site, hook_name, layout_at
 
-READ_ONLY_AT_POOL: tuple[Kind, ...] = ("mid", "attn", "mlp", "head", "q", "pattern", "neuron")
+READ_ONLY_AT_POOL: tuple[Kind, ...] = ("mid", "attn", "mlp", "head", "q", "pattern", "neuron", "result")
 """Kinds that in the last block matter at one position only, the pooled one or a target's: nothing else reads them."""
 
 NOWHERE, AT_ONE, ANYWHERE = range(3)
@@ -34,6 +34,9 @@ NOWHERE, AT_ONE, ANYWHERE = range(3)
 
 SENT_AT_ONCE = 2**26
 """Numbers that the senders of a chunk of pairs may write: 256 MB in float32."""
+
+PAIRS = 64
+"""Pairs that are prepared together, at most: as many as fill a forward pass, and the work can still be shared out."""
 
 WORTH_A_FORWARD = 64
 """As many positions as fill a forward pass well, so that its fixed cost doesn't count."""
@@ -44,6 +47,8 @@ class Chunk:
     """Some pairs of a batch, ready to be patched: the unpatched run, the source, and where each slot may be patched."""
 
     encoder: HookedTextEncoder
+    by: HookedTextEncoder
+    """By whose weights the source's senders write: the encoder itself, or the one whose activations it gives."""
     addresses: Addresses
     batch: Batch
     tokens: Int[Tensor, "pair pos"]
@@ -92,9 +97,10 @@ class Chunk:
 
 
 def pairs_at_once(addresses: Addresses, encoder: HookedTextEncoder, batch: Batch, rows: int) -> int:
-    """How many pairs are prepared together: `rows`, or fewer where all that senders write would be too much to hold."""
+    """How many pairs are prepared together: `rows` and `PAIRS` at most, or fewer where all that senders write would be
+    too much to hold."""
     written = len(addresses.senders) * batch.tokens.shape[1] * encoder.tower.cfg.d_model
-    return max(1, min(rows, SENT_AT_ONCE // max(1, written)))
+    return max(1, min(rows, PAIRS, SENT_AT_ONCE // max(1, written)))
 
 
 def prepare(
@@ -128,11 +134,14 @@ def prepare(
     first = getattr(fetch, "first", None)
     first = torch.zeros_like(part.length) if first is None else first[index]
     differs = torch.arange(width, device=first.device) >= first[:, None]
-    change, sends = differences(encoder, addresses.senders, source, run, differs)
+    by = getattr(fetch, "tower", encoder)
+    change, sends = differences(encoder, by, addresses.senders, source, run, differs)
     positions = torch.stack([part.where(slot) for slot in addresses.slots])[..., :width]
     embedding = encoder.read(y, encoder.pool(tokens))
     whole = bool(encoder.hooked)
-    return Chunk(encoder, addresses, part, tokens, run, embedding, source, change, sends, positions, first, read, whole)
+    return Chunk(
+        encoder, by, addresses, part, tokens, run, embedding, source, change, sends, positions, first, read, whole
+    )
 
 
 def read_other(chunk: Chunk, fetch: Fetch) -> Float[Tensor, "pair d_embed"]:
@@ -178,7 +187,8 @@ def _site_readers(chunk: Chunk) -> tuple[Bool[Tensor, "hook pair pos"], Reader]:
     named = list(zip(addresses.hooks, addresses.kinds, strict=True))
     has = [present(kind, chunk.source[name]) for name, kind in named]
     end = hook_name(Site("resid", n_layers), n_layers)
-    layers = [n_layers if name == end else int(name.split(".")[1]) for name, _ in named]
+    last = [kind in BEHIND or name == end for name, kind in named]
+    layers = [n_layers if behind else int(name.split(".")[1]) for (name, _), behind in zip(named, last, strict=True)]
     found = [_read_at(chunk.read, kind, layer, n_layers) for (_, kind), layer in zip(named, layers, strict=True)]
     flags = torch.tensor(found, device=chunk.positions.device)
     return torch.stack(has) if has else chunk.sends, lambda columns: flags[columns[:, 0]]
@@ -198,7 +208,7 @@ def _read_at(read: Read, kind: Kind, layer: int, n_layers: int) -> int:
     """At which of its positions what a kind has in a layer is read on the way to the metric."""
     if read.target is not None and not read.target.reads(kind, layer, n_layers):
         return NOWHERE
-    at_the_end = kind == "out" or (kind == "resid" and layer == n_layers)
+    at_the_end = kind in BEHIND or (kind == "resid" and layer == n_layers)
     return AT_ONE if at_the_end or (layer == read.last and kind in READ_ONLY_AT_POOL) else ANYWHERE
 
 
@@ -236,20 +246,27 @@ def run_rows(
     x = chunk.resid(layer)[pair[:, None], at]
 
     def where(name: str) -> Int[Tensor, "row at"]:
-        last = f"blocks.{read.last}."
-        queries = name.startswith(last) and not name.endswith(("hook_resid_pre", "hook_k", "hook_v"))
-        return read.at[:, None] if queries and layer < n_layers else at
+        return read.at[:, None] if _at_one(name, layer, read.last, n_layers) else at
 
     hooks = place_hooks(chunk, place, pair, layer, where)
-    if layer == n_layers:
-        for _, patch in hooks:
+    if layer == n_layers:  # no block runs, whose hook would patch the stream
+        end = hook_name(Site("resid", n_layers), n_layers)
+        for patch in (patch for name, patch in hooks if name == end):
             x = cast(Tensor, patch(x, hook=None))
-        hooks = []
+        hooks = [hook for hook in hooks if hook[0] != end]
         if read.target is not None:
             return read.value(x, at).to(encoder.precision)
     rest = (lambda name: chunk.run[name][pair]) if encoder.causal else None
     how = {"start_at_layer": layer, "at": at if encoder.causal else None, "rest": rest, "read": read.at}
     return _read(encoder, x, hooks, read, where, 0, **how)
+
+
+def _at_one(name: str, layer: int, last: int, n_layers: int) -> bool:
+    """Whether a hook holds one position, in rows that start at block `layer`; `last` is the last to run."""
+    if not name.startswith("blocks."):
+        return True
+    queries = name.startswith(f"blocks.{last}.")
+    return queries and layer < n_layers and not name.endswith(("hook_resid_pre", "hook_k", "hook_v"))
 
 
 def _run_whole(chunk: Chunk, place: Int[Tensor, "row"], pair: Int[Tensor, "row"]) -> Float[Tensor, "row n"]:
@@ -296,7 +313,7 @@ def place_hooks(
     if not chunk.addresses.senders:
         return hooks
     edges = EdgePatch(
-        chunk.encoder, chunk.addresses, chunk.source, chunk.change, chunk.positions, place, pair, layer, at
+        chunk.encoder, chunk.by, chunk.addresses, chunk.source, chunk.change, chunk.positions, place, pair, layer, at
     )
     return [*edges.receiving(), *hooks, *edges.capturing()]
 

@@ -3,26 +3,30 @@
 A source is called once with the encoder and the whole batch and gives a `Fetch`: pairs and hook names in, their
 activations out, in the run's positions, NaN = nothing here. A fetch may have an attribute `first`: for each pair the
 number of leading positions at which it is known to give what the run has, so that patching there changes nothing; and
-`is_run`: what it gives are the activations of a run on other tokens, with its own biases and residual streams.
+`is_run`: what it gives are the activations of a run on other tokens, with its own biases and residual streams; and
+`tower`: the encoder whose activations it gives, where that is another one.
 A plain function serves as a source; `source` makes a value of it that says what it holds.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, TypeAlias, get_args, overload
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from clip_lens.core.identity import adopt, identity_of_function
 from clip_lens.core.precision import precise
 from clip_lens.data.batch import Batch
-from clip_lens.model.encoder import Cache, HookedTextEncoder
+from clip_lens.model.encoder import Cache, Hook, HookedTextEncoder
 from clip_lens.model.site import Kind, Site, hook_name, layout_at
+from clip_lens.words import unknown
 
 Fetch: TypeAlias = Callable[[Int[Tensor, "pair"], Iterable[str]], Cache]
 Function: TypeAlias = Callable[[HookedTextEncoder, Batch], Fetch]
@@ -32,6 +36,8 @@ How = Literal["add", "remove"]
 STEERABLE: tuple[Kind, ...] = ("embed", "resid", "mid", "attn", "mlp")
 CHUNK = 256
 """Texts that are run at a time where nothing but one activation of each is kept."""
+AT_ONCE = 16
+"""Hooks whose activations are kept of so many texts; of more hooks fewer texts are run at a time."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -84,9 +90,10 @@ def source(function: Function, *, name: str = "", holds: Any = None, swaps: bool
 
 
 def as_source(given: object) -> Source:
-    """The source itself, or one made of a plain function.
+    """The source itself, one made of a plain function, or the one of a name: "counterpart", "zeros", "mean".
 
     Raises:
+        ValueError: a name of no source, or of one that has to be told something.
         TypeError: no function, or one that makes sources and was not called.
 
     Example:
@@ -95,13 +102,33 @@ def as_source(given: object) -> Source:
     """
     if isinstance(given, Source):
         return given
-    if given is resample or given is noise or given is steered:
-        raise TypeError(f"{given.__name__} makes a source: call it, as in resample(0) and noise(1.0)")
+    if isinstance(given, str):
+        return as_source(_named(given))
+    if given in (resample, noise, steered, other_tower):
+        raise TypeError(f"{given.__name__} makes a source: call it, as in resample(0), noise(1.0), other_tower(it)")
     if not callable(given):
         raise TypeError(
             f"source={given!r} is no function; give counterpart, zeros, mean, resample(seed), noise(std) ..."
         )
     return source(given)
+
+
+TOLD = {
+    "resample": "its seed: source=clip_lens.resample(0)",
+    "noise": "how much: source=clip_lens.noise(1.0, seed=0), in standard deviations",
+    "via": "a place: source=clip_lens.via(place)",
+    "steered": "directions: clip_lens.steer(encoder, batch, {place: direction})",
+}
+"""What has to be said of the sources that a name alone does not make."""
+
+
+def _named(name: str) -> Source | Function:
+    if name in TOLD:
+        raise ValueError(f"source={name!r} has to be told {TOLD[name]}")
+    named: dict[str, Source | Function] = {"counterpart": counterpart, "zeros": zeros, "mean": mean}
+    if name not in named:
+        raise ValueError(unknown("source", name, [*named, *TOLD]))
+    return named[name]
 
 
 @dataclass(frozen=True)
@@ -240,17 +267,29 @@ class Mean:
         """Means by slot; the last line is that of no slot, which the index -1 finds."""
         sums: dict[str, Tensor] = {}
         counts = precise(torch.zeros(len(self.batch.slots) + 1, device=self.encoder.device))
-        for index in torch.arange(len(self.batch), device=self.encoder.device).split(CHUNK):
-            own = _own(self.encoder, self.batch, index, names)
+        first, times = _distinct(self.batch)
+        texts = self.batch[first]
+        for index in texts.chunks(max(1, CHUNK // (1 + len(names) // AT_ONCE))):
+            own = _own(self.encoder, texts, index, names)
             width = next(iter(own.values())).shape[1]
-            inside = self.batch.inside[index][:, :width]
-            slot = self.batch.slot[index][:, :width][inside] % len(counts)
-            counts.index_add_(0, slot, torch.ones_like(slot, dtype=counts.dtype))
+            inside = texts.inside[index][:, :width]
+            slot = texts.slot[index][:, :width][inside] % len(counts)
+            weight = times[index][:, None].expand_as(inside)[inside].to(counts.dtype)
+            counts.index_add_(0, slot, weight)
             for name, value in own.items():
                 empty = counts.new_zeros(len(counts), *value.shape[2:])
-                sums[name] = sums.get(name, empty).index_add(0, slot, value[inside].to(counts.dtype))
+                weighed = value[inside].to(counts.dtype) * weight.reshape(-1, *[1] * (value.ndim - 2))
+                sums[name] = sums.get(name, empty).index_add(0, slot, weighed)
         means = {name: total / counts.reshape(-1, *[1] * (total.ndim - 1)) for name, total in sums.items()}
         return {name: value.to(self.encoder.dtype) for name, value in means.items()}
+
+
+def _distinct(batch: Batch) -> tuple[Int[Tensor, "text"], Int[Tensor, "text"]]:
+    """Which pairs have the different run texts, slots and all, one pair each, and how many pairs have that text."""
+    texts = torch.cat([batch.tokens, batch.slot, batch.length[:, None]], 1)
+    _, number, times = texts.unique(dim=0, return_inverse=True, return_counts=True)
+    pair = torch.arange(len(batch), device=number.device)
+    return torch.zeros_like(times).scatter_reduce(0, number, pair, "amin", include_self=False), times
 
 
 @dataclass(frozen=True)
@@ -263,7 +302,16 @@ class MeanOver:
     def __call__(self, pairs: Int[Tensor, "pair"], names: Iterable[str]) -> Cache:
         names = set(names)
         self.whole(torch.arange(1, device=pairs.device), names)  # computes the means that are not known yet
-        return replace(self.whole, batch=self.batch)(pairs, names)
+        known = {name: self._at_slots(self.whole.known[name]) for name in names}
+        return replace(self.whole, batch=self.batch, known=known)(pairs, names)
+
+    def _at_slots(self, means: Shaped[Tensor, "slot ..."]) -> Shaped[Tensor, "slot ..."]:
+        """Means at the slots of the other batch, which may count them otherwise: NaN where the whole has no such
+        slot."""
+        number = {name: at for at, name in enumerate(self.whole.batch.slots)}
+        missing = len(means)
+        lines = torch.tensor([number.get(name, missing) for name in self.batch.slots] + [missing - 1])
+        return torch.cat([means, torch.full_like(means[:1], torch.nan)])[lines.to(means.device)]
 
 
 def resample(seed: int = 0) -> Source:
@@ -344,11 +392,126 @@ def _noisy(name: str, value: Tensor, batch: Batch, pairs: Int[Tensor, "pair"], s
     return result
 
 
+def other_tower(other: HookedTextEncoder) -> Source:
+    """A source: the activations of the same text, the run's own, in another tower of the same shape: which parts must
+    be swapped to get the other model's score?
+
+    A site gives the other tower's activation there. An edge carries what its sender writes in the other tower, by that
+    tower's weights, a head with its equal share of the attention's bias (`z W_O + b_O / H`). What reads is the
+    encoder's own: every edge swapped is the encoder's final LayerNorm and projection on the other's last residual
+    stream, `Site("norm")` swaps that LayerNorm too, `Site("projection")` also the projection. The total is everything
+    swapped: the other tower's metric minus the encoder's, along the batch's directions. Circuits swap edges alone, so
+    theirs is that of every edge.
+
+    A patched head gives `z`, which the encoder's `W_O` then writes; `Site("result", layer, head)` is what the head
+    writes in the other tower. Towers that were trained apart share no basis: swapping one part between them is
+    possible, but says little. The identity is the other tower's weights as they are, and what it does with them.
+
+    Raises:
+        ValueError: (from the source) a tower that differs in layers, heads, widths, context, vocabulary, pooling or
+            tokens, or that has hooks on.
+
+    Example:
+        >>> from clip_lens import Site
+        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+        >>> batch, other = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder), clip_lens.load()
+        >>> other.tower.blocks[1].mlp.b_out[0].add_(1)
+        tensor(...)
+        >>> places = [Site("attn", 1), Site("mlp", 1), Site("resid", 6)]
+        >>> effects = clip_lens.patch_effects(encoder, batch, places, source=other_tower(other))
+        >>> [round(share, 4) for share in effects.fraction()["fraction"].iloc[:3].tolist()]
+        [0.0, 1.0, 1.0]
+    """
+    held = _Tower(other)
+    return source(held.beside, name=f"tower of {other.full_name}", holds=held, swaps=True)
+
+
+@dataclass(frozen=True)
+class _Tower:
+    """What `other_tower` holds."""
+
+    encoder: HookedTextEncoder
+
+    @property
+    def identity(self) -> str | None:
+        return None if self.encoder.hooked else f"{self.encoder.digest}, {self.encoder.architecture}"
+
+    def beside(self, encoder: HookedTextEncoder, batch: Batch) -> OtherTower:
+        """The fetch for a batch of an encoder, refused where the two don't fit each other."""
+        _require_alike(encoder, self.encoder, batch)
+        if hooks := self.encoder.hooked:
+            raise ValueError(
+                f"the other tower, {self.encoder.full_name}, has hooks of yours on, at {', '.join(hooks)}; take them "
+                "off"
+            )
+        _warn_of_images(encoder, self.encoder)
+        return OtherTower(encoder, batch, self.encoder)
+
+
+@dataclass(frozen=True)
+class OtherTower:
+    """The fetch of `other_tower`."""
+
+    encoder: HookedTextEncoder
+    batch: Batch
+    tower: HookedTextEncoder
+
+    def __call__(self, pairs: Int[Tensor, "pair"], names: Iterable[str]) -> Cache:
+        # The run's own cut: under hooks of the user's that is every position.
+        tokens = self.encoder.cut(self.batch.tokens[pairs]).to(self.tower.device)
+        _, cache = self.tower.tower.run_with_cache(tokens, names_filter=set(names), return_cache_object=False)
+        return {name: value.to(self.encoder.device, self.encoder.dtype) for name, value in cache.items()}
+
+
+def _require_alike(encoder: HookedTextEncoder, other: HookedTextEncoder, batch: Batch) -> None:
+    """Refuses two towers between which an activation has no meaning; says everything in which they differ."""
+    here, there = _shape(encoder), _shape(other)
+    differ = [f"{name} {here[name]} and {there[name]}" for name in here if here[name] != there[name]]
+    if differ:
+        raise ValueError(
+            f"{encoder.full_name} and {other.full_name} are no towers of one shape: they have {'; '.join(differ)}. "
+            "other_tower is for two trainings of one architecture, such as a model and its fine-tune"
+        )
+    for texts in (batch.pairs.caption, batch.pairs.foil):
+        if strange := [text for text, same in zip(texts, _same_tokens(encoder, other, texts), strict=True) if not same]:
+            raise ValueError(
+                f"the tokenizers of {encoder.full_name} and {other.full_name} read {len(strange)} of {len(texts)} "
+                f"texts differently, such as {strange[0][:80]!r}: the same activation would belong to other words"
+            )
+
+
+def _warn_of_images(encoder: HookedTextEncoder, other: HookedTextEncoder) -> None:
+    digests = encoder.image_digest, other.image_digest
+    if None not in digests and len(set(digests)) == 2:
+        warnings.warn(
+            f"{other.full_name} has another image tower than {encoder.full_name}: both are judged along the directions "
+            "of the batch; batch.along(of_other.direction) judges both along those of a batch aligned for the other",
+            stacklevel=2,
+        )
+
+
+def _shape(encoder: HookedTextEncoder) -> dict[str, Any]:
+    """What two towers must share for an activation of one to fit into the other."""
+    cfg, tower, pool = encoder.tower.cfg, encoder.tower, encoder.pool
+    return {
+        "layers": cfg.n_layers, "heads": cfg.n_heads, "d_model": cfg.d_model, "d_mlp": cfg.d_mlp,
+        "d_embed": encoder.d_embed, "context": cfg.n_ctx, "vocabulary": len(tower.W_E),
+        "attention": cfg.attention_dir, "pooling": pool.type if pool.eos_id is None else f"{pool.type} {pool.eos_id}",
+    }  # fmt: skip
+
+
+def _same_tokens(encoder: HookedTextEncoder, other: HookedTextEncoder, texts: Sequence[str]) -> list[bool]:
+    """For each text whether both tokenizers read it alike; where one tower has none there is nothing to compare."""
+    if encoder.tower.tokenizer is None or other.tower.tokenizer is None:
+        return [True] * len(texts)
+    return (encoder.raw_tokens(texts) == other.raw_tokens(texts)).all(1).tolist()
+
+
 def steered(
     directions: Mapping[Site, Float[Tensor, "d_model"] | Float[Tensor, "pair d_model"]],
     how: How = "add",
     *,
-    origin: Mapping[Site, Float[Tensor, "d_model"]] | None = None,
+    origin: Mapping[Site, Float[Tensor, "d_model"] | Float[Tensor, "pair d_model"]] | None = None,
 ) -> Source:
     """A source: the run's own activations with a direction added or removed at some sites, as they are elsewhere.
 
@@ -401,12 +564,80 @@ class Steered:
     def _changed(self, name: str, value: Tensor, pairs: Int[Tensor, "pair"]) -> Tensor:
         if name not in self.directions:
             return value
-        v = self.directions[name][pairs].unsqueeze(1)
-        if self.how == "add":
-            return value + v
-        unit = torch.nn.functional.normalize(v, dim=-1)
-        origin = self.origin[name][pairs].unsqueeze(1) if name in self.origin else torch.zeros_like(v)
-        return value - ((value - origin) * unit).sum(-1, keepdim=True) * unit
+        origin = self.origin[name][pairs] if name in self.origin else None
+        return _turned(value, self.directions[name][pairs], self.how, origin)
+
+
+def steered_together(
+    sites: Sequence[Site],
+    directions: Sequence[Float[Tensor, "d_model"] | Float[Tensor, "pair d_model"]],
+    how: How = "add",
+    *,
+    origin: Sequence[Float[Tensor, "d_model"] | Float[Tensor, "pair d_model"]] | None = None,
+) -> Source:
+    """A source: the activations of a run that is steered at every one of the sites, at its slot's positions.
+
+    As `steered`, but the tower runs once with all of it: what is added early has changed what the later sites have
+    before theirs is added. Patching the sites together from it is steering them together.
+
+    Raises:
+        ValueError: (from the source) as `steered`.
+
+    Example:
+        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+        >>> batch = clip_lens.align(clip_lens.read_pairs()[:4], store, encoder)
+        >>> sites = Site("resid", 3, slot="eot"), Site("resid", 4, slot="eot")
+        >>> steered_together(sites, [torch.zeros(128)] * 2)
+        Source(steered(add resid 3 @eot + resid 4 @eot))
+    """
+
+    def changed(encoder: HookedTextEncoder, batch: Batch) -> Fetch:
+        vectors, origins = (
+            [_per_pair(site, vector, encoder, batch) for site, vector in zip(sites, given, strict=True)]
+            for given in (directions, origin or [torch.zeros(encoder.tower.cfg.d_model)] * len(sites))
+        )
+
+        def fetch(pairs: Int[Tensor, "pair"], names: Iterable[str]) -> Cache:
+            hooks: list[Hook] = [
+                (
+                    hook_name(site, encoder.n_layers),
+                    partial(_at, where=batch.where(site.slot)[pairs], v=v[pairs], how=how, origin=start[pairs]),
+                )
+                for site, v, start in zip(sites, vectors, origins, strict=True)
+            ]
+            return encoder.cache(batch.tokens[pairs], hooks, names=names)
+
+        fetch.is_run = True  # type: ignore[attr-defined]
+        return fetch
+
+    name = f"steered({how} {' + '.join(map(str, sites))})"
+    return source(changed, name=name, holds=(how, tuple(sites), tuple(directions), tuple(origin or ())))
+
+
+def _at(
+    value: Float[Tensor, "pair pos d_model"],
+    hook: object,
+    *,
+    where: Bool[Tensor, "pair pos"],
+    v: Float[Tensor, "pair d_model"],
+    how: How,
+    origin: Float[Tensor, "pair d_model"],
+) -> Float[Tensor, "pair pos d_model"]:
+    return torch.where(where[:, : value.shape[1], None], _turned(value, v, how, origin), value)
+
+
+def _turned(
+    value: Float[Tensor, "pair pos d_model"],
+    v: Float[Tensor, "pair d_model"],
+    how: How,
+    origin: Float[Tensor, "pair d_model"] | None,
+) -> Float[Tensor, "pair pos d_model"]:
+    """`steered`'s equation."""
+    if how == "add":
+        return value + v.unsqueeze(1)
+    unit = torch.nn.functional.normalize(v, dim=-1).unsqueeze(1)
+    start = 0.0 if origin is None else origin.unsqueeze(1)
+    return value - ((value - start) * unit).sum(-1, keepdim=True) * unit
 
 
 def _by_hook(
@@ -414,19 +645,27 @@ def _by_hook(
 ) -> dict[str, Float[Tensor, "pair d_model"]]:
     """Vectors by the hook that they are for, one line per pair."""
     found: dict[str, Tensor] = {}
-    shape = (len(batch), encoder.tower.cfg.d_model)
     for site, vector in vectors.items():
-        if site.kind not in STEERABLE:
-            raise ValueError(f"{site} can't be steered by a direction of the stream; {', '.join(STEERABLE)} can")
-        if vector.shape not in (shape, shape[1:]):
-            raise ValueError(f"the direction at {site} has shape {tuple(vector.shape)}; give {shape[1:]} or {shape}")
-        if not vector.isfinite().all():
-            raise ValueError(f"the direction at {site} has components that are not finite")
-        name = hook_name(site, encoder.n_layers)
+        expanded, name = _per_pair(site, vector, encoder, batch), hook_name(site, encoder.n_layers)
         if name in found:
-            raise ValueError(f"two directions for the activation of {site}: steer its slots one after the other")
-        found[name] = vector.to(encoder.device, encoder.dtype).expand(shape)
+            raise ValueError(
+                f"two directions for the activation of {site}: steer its slots one after the other, or together in a "
+                "tuple of sites (clip_lens.steer)"
+            )
+        found[name] = expanded
     return found
+
+
+def _per_pair(site: Site, vector: Tensor, encoder: HookedTextEncoder, batch: Batch) -> Float[Tensor, "pair d_model"]:
+    """A direction at a site, one line per pair, after what can be refused."""
+    shape = (len(batch), encoder.tower.cfg.d_model)
+    if site.kind not in STEERABLE:
+        raise ValueError(f"{site} can't be steered by a direction of the stream; {', '.join(STEERABLE)} can")
+    if vector.shape not in (shape, shape[1:]):
+        raise ValueError(f"the direction at {site} has shape {tuple(vector.shape)}; give {shape[1:]} or {shape}")
+    if not vector.isfinite().all():
+        raise ValueError(f"the direction at {site} has components that are not finite")
+    return vector.to(encoder.device, encoder.dtype).expand(shape)
 
 
 def _own(encoder: HookedTextEncoder, batch: Batch, pairs: Int[Tensor, "pair"], names: Iterable[str]) -> Cache:

@@ -33,7 +33,7 @@ Part: TypeAlias = tuple[Int[Tensor, "pair"], dict[str, Tensor]]
 
 def sweep(
     setting: Setting,
-    places: Sequence[Place],
+    places: Sequence[Place | str],
     score: Score,
     record: Record,
     *,
@@ -42,15 +42,15 @@ def sweep(
 ) -> Effects:
     """What `score` says of each place, some pairs at a time, as an `Effects`; `also` names hooks whose source it needs
     beside those of the places, `gradients` says that what is cached will enter an autograd graph."""
-    places = setting.patchable(places)
-    addresses = address((*places, setting.everything), setting.encoder, setting.batch)
+    known = setting.patchable(places)
+    addresses = address((*known, setting.everything), setting.encoder, setting.batch)
 
     def parts(advance: Callable[[int], object]) -> Iterator[Part]:
         for index, chunk, readout in setting.chunks(addresses, also):
             values = score(chunk, setting.metric, readout, setting.rows, advance)
             yield index, {"values": values[:-1], "total": values[-1], **unpatched(setting, chunk, readout)}
 
-    return swept(setting, places, parts, record, (len(places) + 1) * len(setting.batch), gradients=gradients)
+    return swept(setting, known, parts, record, (len(known) + 1) * len(setting.batch), gradients=gradients)
 
 
 def unpatched(setting: Setting, chunk: Chunk, readout: Readout) -> dict[str, Tensor]:
@@ -71,10 +71,24 @@ def swept(
 ) -> Effects:
     """The `Effects` of parts with values, total, baseline and d, which are told how to advance a bar of `rows`."""
     began = time.perf_counter()
-    bar = progress_bar(rows, "row", what, show=setting.progress)
+    bar = progress_bar(rows // (setting.shard.of if setting.shard else 1), "row", what, show=setting.progress)
+    done: list[Tensor] = []
+
+    def noted() -> Iterator[Part]:
+        for index, part in parts(bar.update):
+            done.append(index.cpu())
+            yield index, part
+
     with torch.no_grad() if gradients else torch.inference_mode(), bar:
-        found = gathered(len(setting.batch), parts(bar.update))
-    total = found["total"]
-    record = replace(record, unsourced=int(total.isnan().sum()))
+        found = gathered(len(setting.batch), noted()) or _nothing(places)
     log.info("%d places x %d pairs in %.1f s", len(places), len(setting.batch), time.perf_counter() - began)
-    return Effects(found["values"], total, found["baseline"], places, setting.pairs(found["d"]), record)
+    which = torch.cat([torch.zeros(0, dtype=torch.long), *done]).sort().values
+    values, total, baseline = (found[name][..., which] for name in ("values", "total", "baseline"))
+    record = replace(record, unsourced=int(total.isnan().sum()))
+    record = record if setting.shard is None else record.saying(shard=str(setting.shard))
+    return Effects(values, total, baseline, places, setting.some_pairs(found["d"], which), record)
+
+
+def _nothing(places: Sequence[Place]) -> dict[str, Tensor]:
+    """What a shard without pairs has found."""
+    return {"values": torch.zeros(len(places), 0), **{name: torch.zeros(0) for name in ("total", "baseline", "d")}}

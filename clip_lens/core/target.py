@@ -17,14 +17,14 @@ from torch import Tensor
 
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import HookedTextEncoder
-from clip_lens.model.site import LAYOUTS, Kind, Site, hook_name, precedes, writers
+from clip_lens.model.site import BEHIND, LAYOUTS, Kind, Site, hook_name, precedes, writers
 
 Slot: TypeAlias = str | int | None
 WITHIN: tuple[tuple[Kind, ...], ...] = (
     ("embed", "resid"),
     ("q", "k", "v"),
     ("pattern",),
-    ("head",),
+    ("head", "result"),
     ("attn",),
     ("mid",),
     ("neuron",),
@@ -113,8 +113,8 @@ class Target:
 
 def _step(kind: Kind, layer: int, n_layers: int) -> tuple[int, int]:
     """When a kind's activation is computed; `out` is what the last residual stream is read as."""
-    if kind == "out":
-        return n_layers, 0
+    if kind in BEHIND:
+        return n_layers, 0 if kind == "out" else 1
     return layer, next((step for step, kinds in enumerate(WITHIN) if kind in kinds), -1)
 
 

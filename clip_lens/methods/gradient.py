@@ -29,7 +29,9 @@ from clip_lens.core.metric import Metric, Readout, logit
 from clip_lens.core.record import Method
 from clip_lens.core.rows import Chunk, chunk_effects
 from clip_lens.core.setting import Setting
+from clip_lens.core.shard import Shard
 from clip_lens.core.source import Function, Source, counterpart
+from clip_lens.core.spread import Engine, Spread, shared_out
 from clip_lens.core.sweep import sweep
 from clip_lens.data.batch import Batch
 from clip_lens.methods.registry import ATTRIBUTION, BOTH, EAP, EAP_IG
@@ -42,17 +44,20 @@ T = TypeVar("T", bound=Hashable)
 EMBEDDING = hook_name(Site("embed"), 0)
 
 
+@shared_out
 def gradient_effects(
     encoder: HookedTextEncoder,
     batch: Batch,
     places: Sequence[Place],
     *,
-    source: Source | Function = counterpart,
-    metric: Metric = logit,
+    source: Source | Function | str = counterpart,
+    metric: Metric | str = logit,
     steps: int = 1,
     rule: RuleName = "plain",
     rows: int = 64,
     progress: bool = True,
+    jobs: int = 1,
+    executor: Engine | Spread | Shard | None = None,
 ) -> Effects:
     """What each place would move in each pair if the metric were linear, in units of the metric: an `Effects`.
 
@@ -74,7 +79,8 @@ def gradient_effects(
     layers of |attribution|, the gradient through one layer's attention and MLP dropped each time, over L - 1 of the L
     layers since a place's own gives 0. Its values have no sign: they are not additive and not oriented.
 
-    `rows` bounds the pairs in one pass and with them the memory; it changes nothing else.
+    `rows` bounds the pairs in one pass and with them the memory; it changes nothing else. `jobs`
+    and `executor` are those of `patch_effects`.
 
     Raises:
         ValueError: what `patch_effects` raises, `steps` below 1, an unknown rule, GradDrop of a single layer, a metric
@@ -98,7 +104,7 @@ def gradient_effects(
     chosen = RULES[rule]
     if chosen.drops and encoder.n_layers < 2:
         raise ValueError(f"rule={rule!r} drops one layer at a time, and {encoder.name} has only one; give rule='qk'")
-    setting = Setting.of(encoder, batch, source=source, metric=metric, rows=rows, progress=progress)
+    setting = Setting.of(encoder, batch, source=source, metric=metric, rows=rows, progress=progress, executor=executor)
     setting.without_hooks("gradients are taken through parts of runs")
     score, also = partial(chunk_attributions, steps=steps, rule=chosen), [EMBEDDING] if steps > 1 else []
     record = setting.record(chosen.method or method_of(places, steps), rule=chosen.says, **conventions(steps))
@@ -287,7 +293,10 @@ def backward(
         seen = chunk.encoder.read(y, chunk.pooled) if read.target is None else chunk.target_in(value)
         result = metric(seen, readout)
         if not result.requires_grad:
-            raise ValueError("the metric has no gradient with respect to the embedding: compute it from `u` in torch")
+            raise ValueError(
+                f"the metric {metric.name} has no gradient with respect to the embedding: where it is a step function, "
+                "as a rank is, patch the places (patch_effects, path_effects); else compute it from `u` in torch"
+            )
         # What stands behind a target has no part in it.
         gradient = torch.autograd.grad(
             result.sum(), [value[name] for name in names], allow_unused=True, materialize_grads=True

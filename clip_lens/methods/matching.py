@@ -78,7 +78,7 @@ def attention_attribution(
         run, other = (side.of(text) for text in both_texts(part)) if contrast else (side.of(both_texts(part)[0]), None)
         values = run.terms if other is None else other.terms - run.terms
         total = run.score if other is None else other.score - run.score
-        readout = Readout(part.direction, run.u, encoder(part.other) if other is None else other.u)
+        readout = Readout.of(part, run.u, encoder(part.other) if other is None else other.u)
         return {"values": values, "baseline": run.score, "total": total, "d": logit_difference(part.sigma, readout)}
 
     with torch.inference_mode():

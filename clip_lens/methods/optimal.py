@@ -133,7 +133,8 @@ class _Place:
             values.append(_units(chunk.run[hook], site)[parts[-1][3]].flatten())
         scale, spread = float(torch.cat(values).std()), float(torch.cat(d).mean())
         middle = _units(whole.known[hook], site).clone()
-        return cls(site, hook, parts, setting.metric, middle, scale or 1.0, spread or 1.0)
+        spread = spread if spread > 0 else 1.0  # of texts alone there is no d
+        return cls(site, hook, parts, setting.metric, middle, scale or 1.0, spread)
 
     def learn(self, steps: int, rate: float, bar: Any) -> tuple[Tensor, list[float]]:
         """The best constants, and the loss of every step."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -16,13 +16,15 @@ from clip_lens.core.effects import Effects
 from clip_lens.core.metric import Metric, Readout, logit
 from clip_lens.core.rows import Chunk, chunk_effects, needed
 from clip_lens.core.setting import Setting
+from clip_lens.core.shard import Shard
 from clip_lens.core.source import Function, Source, counterpart
+from clip_lens.core.spread import Engine, Spread, shared_out
 from clip_lens.core.sweep import Part, sweep, swept, unpatched
 from clip_lens.core.via import intervened
 from clip_lens.data.batch import Batch
 from clip_lens.methods.registry import PATHS, PATHS_THROUGH_MLPS
 from clip_lens.model.encoder import HookedTextEncoder
-from clip_lens.model.site import Edge, Place, Site, hook_name, precedes
+from clip_lens.model.site import Edge, Place, Site, hook_name, place_of, precedes
 
 Through = Literal["direct", "mlp"]
 METHODS = {"direct": PATHS, "mlp": PATHS_THROUGH_MLPS}
@@ -30,17 +32,20 @@ Ends: TypeAlias = Site | tuple[Site, ...]
 Path: TypeAlias = tuple[Ends, Ends, Place]
 
 
+@shared_out
 def path_effects(
     encoder: HookedTextEncoder,
     batch: Batch,
-    senders: Sequence[Ends],
-    receivers: Sequence[Ends],
+    senders: Sequence[Ends | str],
+    receivers: Sequence[Ends | str],
     *,
     through: Through = "direct",
-    source: Source | Function = counterpart,
-    metric: Metric = logit,
+    source: Source | Function | str = counterpart,
+    metric: Metric | str = logit,
     rows: int = 256,
     progress: bool = True,
+    jobs: int = 1,
+    executor: Engine | Spread | Shard | None = None,
 ) -> Effects:
     """What each sender moves through each receiver, per pair, in units of the metric: a place per path that exists.
 
@@ -48,11 +53,13 @@ def path_effects(
     sender, holds every other head at its unpatched output, lets the MLPs recompute, and patches the receiver with what
     arrives (Wang et al. 2023). A tuple of senders or of receivers is one joint set; a
     site without unit, such as `Site("k", 2)`, is all heads of its layer. Where no receiver comes after a sender there
-    is no path, and the combination is left out; `effects.index` says what there is.
+    is no path, and the combination is left out; `effects.index` says what there is. `jobs` and `executor` are
+    those of `patch_effects`.
 
     Raises:
-        ValueError: no path at all, a place that the encoder or the batch does not have, or, through MLPs, the output
-            joined with other receivers: what arrives at the output would overwrite what they do to it.
+        ValueError: no path at all, a place that the encoder or the batch does not have, or, through MLPs, a source of
+            another tower, or the output joined with other receivers: what arrives at the output would overwrite what
+            they do to it.
 
     Example:
         >>> from clip_lens import Site
@@ -64,10 +71,17 @@ def path_effects(
     """
     if through not in get_args(Through):
         raise ValueError(f"through={through!r}; give one of {', '.join(get_args(Through))}")
-    paths = existing_paths(senders, receivers)
-    if through == "mlp" and any(len(_ends(r)) > 1 and Site("out") in _ends(r) for r in receivers):
+    from_, to = ([cast(Ends, place_of(end)) for end in ends] for ends in (senders, receivers))
+    paths = existing_paths(from_, to)
+    if through == "mlp" and any(len(_ends(r)) > 1 and Site("out") in _ends(r) for r in to):
         raise ValueError("out is a receiver of its own through MLPs: it can't be joined with others")
-    setting = Setting.of(encoder, batch, source=source, metric=metric, rows=rows, progress=progress)
+    setting = Setting.of(encoder, batch, source=source, metric=metric, rows=rows, progress=progress, executor=executor)
+    if through == "mlp" and hasattr(setting.fetch, "tower"):
+        raise ValueError(
+            f"through MLPs a sender is patched as an activation, and what it writes in another tower, "
+            f"{setting.source}, is none of this one's; give through='direct', or patch_effects with "
+            "via(Site('result', layer, head), source=other_tower(...), freeze=('head',))"
+        )
     if through == "direct":
         return sweep(setting, [place for _, _, place in paths], chunk_effects, setting.record(METHODS[through]))
     return _through_mlps(setting, paths)

@@ -133,8 +133,8 @@ def _probe(without: Float[Tensor, "pair n"], with_negation: Float[Tensor, "pair 
 
     x = torch.cat([without, with_negation]).cpu().numpy()
     label = np.repeat([0, 1], len(without))
-    fit = fitted(x, label, x, label)
-    return torch.from_numpy(fit.weight / fit.unit)
+    fit = fitted(x, label, x, label, np.tile(np.arange(len(without)), 2))
+    return torch.from_numpy(fit.weights[1] / fit.unit)
 
 
 def _das(

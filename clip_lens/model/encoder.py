@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from html import escape
 from typing import Any, TypeAlias, cast
@@ -13,14 +14,27 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+from transformer_lens import ActivationCache
 
 from clip_lens.model.convert import Pool
-from clip_lens.model.site import LAYOUTS, Edge, Kind, Site, order, precedes, readers, writers
+from clip_lens.model.site import LAYOUTS, NO_LAYER, Edge, Kind, Site, order, precedes, readers, unknown_kind, writers
 from clip_lens.model.tower import HookedTextTower
 from clip_lens.originals.original import Preparation, digest
+from clip_lens.words import close, nearest, some
 
 Hook: TypeAlias = tuple[str, Callable[..., Tensor | None]]
 Cache: TypeAlias = Mapping[str, Shaped[Tensor, "pair ..."]]
+
+
+class Activations(dict[str, Tensor]):
+    """Activations by hook name; another key is an error that says where TransformerLens' short ones are taken."""
+
+    def __missing__(self, key: object) -> Tensor:
+        near = nearest(key, self) if isinstance(key, str) else ""
+        raise KeyError(
+            f"no activation {key!r}{near}: the keys are hook names, such as 'blocks.0.hook_mlp_out'; short ones, "
+            "('pattern', 2), work with encoder.run_with_cache(texts)[1]"
+        )
 
 
 class HookedTextEncoder:
@@ -56,8 +70,9 @@ class HookedTextEncoder:
         self.name, self.pretrained, self.image_digest = name, pretrained, image_digest
         self.vocabulary, self.notes, self._preparation = vocabulary, notes, preparation
         self._pad, self._end = 0, None
+        self._digest: str | None = None
         if tower.tokenizer is not None:
-            empty = self._raw_tokens([""])
+            empty = self.raw_tokens([""])
             self._pad, self._end = int(empty[0, -1]), int(empty[0, pool(empty)])
 
     device = property(lambda self: self.tower.W_U.device)
@@ -83,7 +98,25 @@ class HookedTextEncoder:
             >>> encoder.tower.blocks[2].attn.W_O[1].zero_(), encoder.digest == before
             (tensor(...), False)
         """
-        return digest(dict(self.tower.named_parameters()))
+        return self._digest or digest(dict(self.tower.named_parameters()))
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """For verbs that are called one after the other on the same weights: inside, nobody edits them, so that
+        `digest` is computed once, and other threads wait for the tower.
+
+        Example:
+            >>> encoder = clip_lens.load()
+            >>> with encoder.unchanged():
+            ...     encoder.digest == encoder.digest
+            True
+        """
+        with self.tower.turn:
+            outer, self._digest = self._digest, self.digest
+            try:
+                yield
+            finally:
+                self._digest = outer
 
     @property
     def image_preprocessing(self) -> str | None:
@@ -113,7 +146,12 @@ class HookedTextEncoder:
             f"pooled at {self.pool.type}{end}"
         )
 
-    def _raw_tokens(self, texts: Sequence[str], longer: int = 0) -> Int[Tensor, "pair pos"]:
+    def raw_tokens(self, texts: Sequence[str], longer: int = 0) -> Int[Tensor, "pair pos"]:
+        """What the tokenizer makes of texts, on the CPU and whatever their length, for a context `longer` than is.
+
+        Raises:
+            ValueError: there is no tokenizer.
+        """
         if self.tower.tokenizer is None:
             raise ValueError(f"{self.name} was loaded without a tokenizer; give tokens, or load(module, tokenizer=...)")
         number = {text: index for index, text in enumerate(dict.fromkeys(texts))}
@@ -138,7 +176,7 @@ class HookedTextEncoder:
                 f"{len(long)} of {len(texts)} texts have {more} {self.n_ctx} tokens, the first is {long[0][:80]!r}; "
                 "shorten them"
             )
-        tokens = self._raw_tokens(texts)
+        tokens = self.raw_tokens(texts)
         self._warn_unseen(texts, tokens)
         self._warn_read_elsewhere(texts, tokens)
         return tokens.to(self.device)
@@ -165,10 +203,10 @@ class HookedTextEncoder:
         return "context_length" in inspect.signature(self.tower.tokenizer).parameters  # type: ignore[arg-type]
 
     def _fit(self, texts: Sequence[str]) -> list[bool]:
-        tokens = self._raw_tokens(texts)
+        tokens = self.raw_tokens(texts)
         if not self._says_length:
             return (self.length(tokens) < self.n_ctx).tolist()
-        wider = self._raw_tokens(texts, longer=8)
+        wider = self.raw_tokens(texts, longer=8)
         fit = self.length(wider) <= self.n_ctx
         if self.pool.type not in ("argmax", "eos"):
             # An end that looks like padding is not counted, but a text cut to make room for it has other tokens.
@@ -193,10 +231,10 @@ class HookedTextEncoder:
         words = sorted({word for row in rows for word in texts[row].split()})
         if not words:
             return
-        new = unseen_words(self, self._raw_tokens(words)).tolist()
+        new = unseen_words(self, self.raw_tokens(words)).tolist()
         unseen = [word for word, is_new in zip(words, new, strict=True) if is_new]
         warnings.warn(
-            f"{self.name} never saw {', '.join(map(repr, unseen))} in training: what it says of texts with "
+            f"{self.name} never saw {some(unseen, 10, quote=True)} in training: what it says of texts with "
             f"{'this word' if len(unseen) == 1 else 'these words'} means nothing",
             stacklevel=3,
         )
@@ -275,15 +313,78 @@ class HookedTextEncoder:
             _, cache = self.tower.run_with_cache(
                 tokens, names_filter=chosen, return_cache_object=False, return_type="logits"
             )
-        return cast(Cache, cache)
+        return Activations(cast(Cache, cache))
 
     def _known(self, names: Iterable[str | Callable[[str], bool]]) -> None:
-        unknown = {name for name in names if isinstance(name, str)} - set(self.tower.hook_dict)
-        if unknown:
-            raise ValueError(f"no hook {sorted(unknown)}; encoder.tower.hook_dict lists all of them")
+        strange = {name for name in names if isinstance(name, str)} - set(self.tower.hook_dict)
+        if strange:
+            first = min(strange)
+            near = nearest(first, self.tower.hook_dict)
+            raise ValueError(f"no hook {sorted(strange)}{near}; encoder.tower.hook_dict lists all of them")
+
+    @property
+    def cfg(self) -> Any:
+        """The tower's configuration, as HookedTransformer's."""
+        return self.tower.cfg
+
+    def to_tokens(self, texts: str | Sequence[str]) -> Int[Tensor, "pair pos"]:
+        """The token ids of texts, padded to the context, as HookedTransformer's; `tokens` cuts them."""
+        return self.tokenize([texts] if isinstance(texts, str) else texts)
+
+    def run_with_cache(
+        self,
+        texts: str | Sequence[str] | Int[Tensor, "pair pos"],
+        names_filter: str | Iterable[str] | Callable[[str], bool] | None = None,
+    ) -> tuple[Float[Tensor, "pair d_embed"], ActivationCache]:
+        """The unit text embeddings, as `encoder(texts)`, and the activations of the run as TransformerLens caches them.
+
+        `encoder.tower.run_with_cache` takes all of TransformerLens' options and gives an embedding at every position.
+
+        Raises:
+            ValueError: a name that is no hook.
+
+        Example:
+            >>> u, cache = clip_lens.load().run_with_cache("There are no circles.")
+            >>> u.shape, cache["pattern", 2].shape
+            (torch.Size([1, 128]), torch.Size([1, 4, 7, 7]))
+        """
+        names: Any = names_filter
+        if names is not None and not callable(names):
+            names = {names} if isinstance(names, str) else set(names)
+            self._known(names)
+        tokens = self.tokens(texts)
+        y, cache = self.tower.run_with_cache(tokens, names_filter=names)
+        return self.read(cast(Tensor, y), self.pool(tokens)), cast(ActivationCache, cache)
+
+    def encode_text(
+        self, texts: str | Sequence[str] | Int[Tensor, "pair pos"], normalize: bool = False
+    ) -> Float[Tensor, "pair d_embed"]:
+        """The text embeddings as open_clip's `encode_text` gives them: as long as they are, or with `normalize` of
+        length 1, as `encoder(texts)`.
+
+        Example:
+            >>> encoder = clip_lens.load()
+            >>> torch.equal(encoder.encode_text("a circle", normalize=True), encoder("a circle"))
+            True
+        """
+        if normalize:
+            return self(texts)
+        tokens = self.tokens(texts)
+        y = cast(Tensor, self.tower(tokens))
+        return y[torch.arange(len(y), device=y.device), self.pool(tokens)].to(self.precision)
+
+    def __getattr__(self, name: str) -> Any:
+        """What there is not: an error that says where it is, since the tower is the TransformerLens model."""
+        tower = self.__dict__.get("tower")
+        if tower is not None and not name.startswith("__") and hasattr(tower, name):
+            raise AttributeError(
+                f"the encoder has no {name!r}; its tower, the TransformerLens model, has: encoder.tower.{name}"
+            )
+        names = [each for each in dir(type(self)) if not each.startswith("_")]
+        raise AttributeError(f"the encoder has no {name!r}{close(name, names)}")
 
     def sites(
-        self, kind: Kind, *, layers: Iterable[int] | None = None, slots: Iterable[str | int | None] = (None,)
+        self, kind: Kind, *, layers: Iterable[int] | int | None = None, slots: Iterable[str | int | None] = (None,)
     ) -> list[Site]:
         """One place per layer, unit and slot of a kind: every head, every neuron, every residual stream ...
 
@@ -299,11 +400,11 @@ class HookedTextEncoder:
             (24, 14)
         """
         if kind not in LAYOUTS:
-            raise ValueError(f"no kind of site {kind!r}; the kinds are {', '.join(LAYOUTS)}")
+            raise ValueError(unknown_kind(kind, LAYOUTS))
         if isinstance(slots, str):
             raise TypeError(f"slots are a list, got the text {slots!r}; write slots=[{slots!r}]")
-        depth = 1 if kind == "embed" else self.n_layers + (kind == "resid")
-        chosen = range(depth) if layers is None else list(layers)
+        depth = 1 if kind in NO_LAYER else self.n_layers + (kind == "resid")
+        chosen = range(depth) if layers is None else [layers] if isinstance(layers, int) else list(layers)
         if wrong := [layer for layer in chosen if not 0 <= layer < depth]:
             raise ValueError(f"{self.name} has {kind} sites at layers 0..{depth - 1}, got {wrong}")
         return [Site(kind, layer, unit, slot) for layer in chosen for unit in self.units(kind) for slot in tuple(slots)]

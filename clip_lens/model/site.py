@@ -11,6 +11,9 @@
 | q, k, v | blocks.{l}.attn.hook_q, hook_k, hook_v | pair pos head d_head |
 | pattern | blocks.{l}.attn.hook_pattern | pair head query key |
 | neuron | blocks.{l}.mlp.hook_post | pair pos d_mlp |
+| result | blocks.{l}.attn.hook_result; what a head writes, without the attention's bias | pair pos head d_model |
+| norm | hook_norm; what ln_final gives, read at the pooled position | pair pos d_model |
+| projection | hook_projection; the embedding, not yet of unit length, read at the pooled position | pair pos d_embed |
 | out | the pooled position of what ln_final reads; a receiver of edges only | pair d_model |
 | token, position, attn_bias, mlp_bias, constant | parts of a sum, for attribution only: no hook, can't be patched | |
 
@@ -25,14 +28,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
+from clip_lens.words import unknown
+
 Kind = Literal[
-    "embed", "resid", "mid", "attn", "mlp", "head", "q", "k", "v", "pattern", "neuron", "out",
+    "embed", "resid", "mid", "attn", "mlp", "head", "q", "k", "v", "pattern", "neuron", "result",
+    "norm", "projection", "out",
     "token", "position", "attn_bias", "mlp_bias", "constant",
 ]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)
 PARTS: tuple[Kind, ...] = KINDS[KINDS.index("token") :]
 """Parts of a sum that no hook holds alone: places of an attribution, never of a patch."""
-NO_LAYER: tuple[Kind, ...] = ("embed", "out", "token", "position", "constant")
+NO_LAYER: tuple[Kind, ...] = ("embed", "norm", "projection", "out", "token", "position", "constant")
+BEHIND: tuple[Kind, ...] = ("norm", "projection", "out")
+"""Kinds behind the last block, which matter at the pooled position alone."""
 SENDERS: tuple[Kind, ...] = ("embed", "head", "mlp")
 RECEIVERS: tuple[Kind, ...] = ("q", "k", "v", "mlp", "out")
 
@@ -62,6 +70,9 @@ LAYOUTS: dict[Kind, Layout] = {
     "v": Layout("blocks.{layer}.attn.hook_v", unit_axis=2),
     "pattern": Layout("blocks.{layer}.attn.hook_pattern", unit_axis=1, pos_axis=2),
     "neuron": Layout("blocks.{layer}.mlp.hook_post", unit_axis=2),
+    "result": Layout("blocks.{layer}.attn.hook_result", unit_axis=2),
+    "norm": Layout("hook_norm"),
+    "projection": Layout("hook_projection"),
 }
 """Every kind that can be patched as a site. A line more is a kind more: with
 `LAYOUTS["pre"] = Layout("blocks.{layer}.mlp.hook_pre", unit_axis=2)` the place `Site("pre", 3)` is like any other."""
@@ -76,6 +87,21 @@ def layout_at(name: str) -> Layout:
     """
     template = re.sub(r"^blocks\.\d+\.", "blocks.{layer}.", name)
     return next((layout for layout in LAYOUTS.values() if layout.hook == template), Layout(template))
+
+
+def unknown_kind(kind: str, kinds: Iterable[str]) -> str:
+    """What is wrong with a kind that there isn't; a hook of TransformerLens' is said to be that of a kind.
+
+    Example:
+        >>> unknown_kind("mlp_out", ["head", "mlp"])
+        "no kind of site 'mlp_out' (that is the hook of kind 'mlp'); there are head, mlp"
+    """
+    kinds = list(kinds)
+    hooks = {layout.hook.rpartition("hook_")[2]: name for name, layout in LAYOUTS.items()}
+    known = hooks.get(str(kind).rpartition(".")[2].removeprefix("hook_"))
+    if known in kinds:
+        return f"no kind of site {kind!r} (that is the hook of kind {known!r}); there are {', '.join(kinds)}"
+    return unknown("kind of site", str(kind), kinds)
 
 
 @dataclass(frozen=True)
@@ -103,13 +129,14 @@ class Site:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS and self.kind not in LAYOUTS:
-            raise ValueError(
-                f"no kind of site {self.kind!r}; the kinds are {', '.join(dict.fromkeys([*KINDS, *LAYOUTS]))}"
-            )
+            raise ValueError(unknown_kind(self.kind, dict.fromkeys([*KINDS, *LAYOUTS])))
         if self.unit is not None and (self.kind not in LAYOUTS or LAYOUTS[self.kind].unit_axis is None):
             raise ValueError(f"a site of kind {self.kind!r} has no units, got unit={self.unit}; leave it None")
         if self.kind in NO_LAYER and self.layer != 0:
             raise ValueError(f"{self.kind} has no layer, got layer={self.layer}; Site('resid', {self.layer})?")
+        for name, number in (("layer", self.layer), ("unit", 0 if self.unit is None else self.unit)):
+            if not hasattr(number, "__index__"):
+                raise ValueError(f"{name} is a number, got {number!r}; write Site(kind, layer, unit=..., slot=...)")
         for name, value in (("layer", self.layer), ("unit", self.unit), ("slot", self.slot)):
             if isinstance(value, int) and value < 0:
                 raise ValueError(f"{name} counts from 0, got {value} in a site of kind {self.kind!r}")
@@ -118,6 +145,34 @@ class Site:
         unit = "" if self.unit is None else f".{self.unit}"
         slot = "" if self.slot is None else f" @{self.slot}"
         return f"{self.kind}{slot}" if self.kind in NO_LAYER else f"{self.kind} {self.layer}{unit}{slot}"
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """The site that `str` writes so: a kind, a layer, behind a dot a unit, behind an @ a slot.
+
+        A slot of digits is a position, any other a name.
+
+        Raises:
+            ValueError: no such kind, a layer where it has none or none where it has one, or other words.
+
+        Example:
+            >>> Site.parse("head 2.1 @eot")
+            Site(kind='head', layer=2, unit=1, slot='eot')
+            >>> Site.parse("mlp 3 @7").slot, Site.parse("embed")
+            (7, Site(kind='embed', layer=0, unit=None, slot=None))
+        """
+        match = re.fullmatch(r"\s*([A-Za-z_]+)\s*(?:(\d+)(?:\.(\d+))?)?\s*(?:@(.+))?", text, re.DOTALL)
+        if match is None:
+            raise ValueError(f"{text!r} is no site; write one as 'head 2.1 @eot': a kind, a layer, a unit, a slot")
+        kind, layer, unit, slot = match.groups()
+        if layer is None and kind in LAYOUTS and kind not in NO_LAYER:
+            raise ValueError(f"{text!r} names no layer; write '{kind} 0', with the layer behind the kind")
+        return cls(
+            kind,  # type: ignore[arg-type]
+            int(layer or 0),
+            None if unit is None else int(unit),
+            int(slot) if slot is not None and re.fullmatch(r"[0-9]+", slot) else slot,
+        )
 
 
 @dataclass(frozen=True)
@@ -158,6 +213,22 @@ class Edge:
     def __str__(self) -> str:
         return f"{self.sender} -> {self.receiver}"
 
+    @classmethod
+    def parse(cls, text: str) -> Edge:
+        """The edge that `str` writes so: its sender, an arrow, its receiver, as `Site.parse` reads them.
+
+        Raises:
+            ValueError: not two sites with `->` between them, or no edge runs there.
+
+        Example:
+            >>> str(Edge.parse("head 1.2 -> v 3.0 @eot"))
+            'head 1.2 -> v 3.0 @eot'
+        """
+        ends = text.split("->")
+        if len(ends) != 2:
+            raise ValueError(f"{text!r} is no edge; write one as 'head 1.2 -> v 3.0 @eot'")
+        return cls(Site.parse(ends[0].rstrip()), Site.parse(ends[1]))
+
 
 def precedes(sender: Site, receiver: Site) -> bool:
     """Whether a writer's output reaches a reader: blocks in order, in each attention before the MLP.
@@ -177,7 +248,7 @@ def order(site: Site) -> tuple[int, int, int, int, str]:
         >>> [str(site) for site in sorted([Site("out"), Site("mlp", 0), Site("v", 0, 1), Site("q", 0, 1)], key=order)]
         ['q 0.1', 'v 0.1', 'mlp 0', 'out']
     """
-    layer = {"embed": -1, "token": -1, "position": -1, "out": 10**9, "constant": 10**9}.get(site.kind, site.layer)
+    layer = 10**9 if site.kind in (*BEHIND, "constant") else -1 if site.kind in NO_LAYER else site.layer
     kind = KINDS.index(site.kind) if site.kind in KINDS else len(KINDS)
     return layer, site.kind == "mlp", site.unit or 0, kind, str(site.slot)
 
@@ -229,6 +300,23 @@ class Match:
 
 
 Place: TypeAlias = Site | Edge | Outside | Match | tuple[Site | Edge, ...]
+
+
+def place_of(given: Place | str) -> Place:
+    """The place itself, or the one that a text names: a site, an edge, or several that are patched together, with plus
+    signs between them.
+
+    Raises:
+        ValueError: a text that names no site or edge.
+
+    Example:
+        >>> place_of("mlp 4 + head 2.3 @eot")
+        (Site(kind='mlp', layer=4, unit=None, slot=None), Site(kind='head', layer=2, unit=3, slot='eot'))
+    """
+    if not isinstance(given, str):
+        return given
+    found = tuple(Edge.parse(each) if "->" in each else Site.parse(each) for each in given.split(" + "))
+    return found if len(found) > 1 else found[0]
 
 
 def members(place: Place) -> tuple[Site | Edge, ...]:
@@ -315,7 +403,7 @@ def start_layer(place: Place, n_layers: int) -> int:
         (2, 6)
     """
     touched = [member.receiver if isinstance(member, Edge) else member for member in members(place)]
-    return min(n_layers if site.kind == "out" else site.layer for site in touched)
+    return min(n_layers if site.kind in BEHIND else site.layer for site in touched)
 
 
 def label(place: Place) -> str:

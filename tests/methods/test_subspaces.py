@@ -50,7 +50,7 @@ def test_a_probe_tells_the_texts_apart_and_a_shuffled_one_does_not(tiny):
 
 
 def test_das_moves_more_than_a_random_direction_of_its_length_and_than_one_learned_from_other_texts(tiny):
-    """On pairs whose texts it has not seen, the negation in the caption; in the foil one direction carries none of it."""
+    """On texts it has not seen, the negation in the caption; in the foil one direction carries none of it."""
     encoder, _, found, judged = tiny
     site, place = Site("resid", 5), Site("resid", 5, slot="eot")
     basis, control = (

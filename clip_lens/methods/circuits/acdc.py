@@ -33,8 +33,8 @@ def acdc(
     threshold: float,
     *,
     among: Circuit | Iterable[Edge] | None = None,
-    source: Source | Function = counterpart,
-    metric: Metric = logit,
+    source: Source | Function | str = counterpart,
+    metric: Metric | str = logit,
     rows: int = 256,
     progress: bool = True,
 ) -> Circuit:

@@ -19,6 +19,7 @@ from clip_lens.methods.patching import patch_effects
 from clip_lens.methods.registry import ACDC, EAP, EAP_IG, EXACT, PATCHING, RANDOM
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Edge
+from clip_lens.words import unknown
 
 PASS = 64
 """Pairs in one backward pass at most: a backward pass keeps what a forward pass can forget."""
@@ -133,7 +134,7 @@ def finder_of(method: str) -> Finder:
         ValueError: there is none.
     """
     if method not in FINDERS:
-        raise ValueError(f"method={method!r}; give one of {', '.join(FINDERS)}")
+        raise ValueError(unknown("method", method, FINDERS))
     return FINDERS[method]
 
 
