@@ -68,7 +68,7 @@ def side_name(side: str, sides: Iterable[str]) -> str:
     return "" if set(sides) <= {"none"} else SIDE_NAMES.get(side, side)
 
 
-def place_name(place: Place | None) -> str:
+def place_name(place: Place) -> str:
     """A place as a sentence names it.
 
     Example:
