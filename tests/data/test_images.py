@@ -927,3 +927,30 @@ def test_it_shows_itself(rows):
     store = ImageStore.from_tensors(["<i>.png", *IDS[1:]], rows, model="A", pretrained="x")
     assert repr(store) == "ImageStore(6 images, d_embed 4, A (x))"
     assert "&lt;i&gt;.png" in store._repr_html_() and "<i>" not in store._repr_html_()
+
+
+def test_parts_of_images_are_embedded_as_pictures_of_their_own(tmp_path):
+    """The box is cut out before the preprocessing; one outside of the picture fails, and says so."""
+    rng = np.random.default_rng(3)
+    whole = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    whole.save(tmp_path / "in" / "sub" / "a.png")
+    whole.crop((10, 5, 40, 35)).save(tmp_path / "in" / "part.png")
+    asked = ["sub/a.png#xywh=10,5,30,30", "part.png", "sub/a.png#xywh=60,0,5,5", "sub/a.png#xywh=10,5,30,30"]
+    with pytest.warns(UserWarning, match="60,0,5,5 is outside of 60 x 40 pixels"):
+        store = embed_images(tmp_path / "in", ids=asked, out=tmp_path / "s.safetensors", progress=False)
+    assert store.ids == ("sub/a.png#xywh=10,5,30,30", "part.png")
+    part, own = store[store.ids]
+    assert torch.equal(part, own)
+    again = embed_images(tmp_path / "in", ids=asked[:1], out=tmp_path / "s.safetensors", progress=False)
+    assert torch.equal(again[store.ids], store[store.ids])  # nothing is computed anew
+    whole.rotate(180).save(tmp_path / "in" / "sub" / "a.png")
+    turned = embed_images(tmp_path / "in", ids=asked[:1], out=tmp_path / "s.safetensors", progress=False)
+    assert not torch.equal(turned[asked[:1]], store[asked[:1]])  # the part goes with the file
+
+
+def test_ids_without_an_image_are_named_with_what_they_may_mean(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    message = r"2 of 3 ids have no image: 'A.jpg', 'b.png'; .*'A.jpg' may be 'a.png'"
+    with pytest.raises(ValueError, match=message):
+        embed_images(tmp_path, ids=["a.png", "A.jpg", "b.png"], out=tmp_path / "s.safetensors", progress=False)

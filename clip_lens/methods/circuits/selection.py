@@ -10,7 +10,6 @@ from itertools import combinations
 from typing import Literal, get_args
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from pandas import DataFrame
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from clip_lens.core.effects import Effects
 from clip_lens.core.record import Record
-from clip_lens.core.table import Draws
+from clip_lens.core.table import Draws, units_of
 from clip_lens.methods.circuits.circuit import Circuit, Graph, Ranking, Selection, random_circuit
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Edge, Site
@@ -268,8 +267,7 @@ def _resampled(
         raise ValueError(f"resamples must be at least 1. Got {resamples}")
     scores = EdgeScores.of(effects)
     _check_n(scores, n, select)
-    codes, keys = pd.factorize(effects.pairs["key"])
-    weight = Draws(0.95, resamples, seed).counts("pooled", len(keys))[torch.from_numpy(codes)]
+    weight = Draws(0.95, resamples, seed).counts("pooled", *units_of(effects.pairs))
     means = [scores.means(), *scores.means(weight).split(1, 1)]
     kept = [_keep(scores, _ranked(column[:, 0], signed), n, select) for column in means]
     return kept[0], torch.stack(kept[1:])

@@ -24,6 +24,9 @@ KIND_NAMES = {
     "v": "the values",
     "pattern": "the attention pattern",
     "neuron": "a neuron's activation",
+    "result": "what a head writes",
+    "norm": "what the final LayerNorm gives",
+    "projection": "the embedding",
 }
 D = (
     "The logit difference d",
@@ -33,9 +36,10 @@ D = (
 )
 SHARE = (
     "Recovered fractions",
-    "Where the source is the other text of the pair, the recovered fraction is the sum of the effects divided by the "
-    "sum of the differences between the two texts: 0 is nothing, 1 is everything, and values below 0 or above 1 occur. "
-    "It is a ratio of means, taken for each side separately, because the sides have opposite signs.",
+    "Where the source is the other text of the pair, or the same text in another tower, the recovered fraction is the "
+    "sum of the effects divided by the sum of the differences between the two: 0 is nothing, 1 is everything, and "
+    "values below 0 or above 1 occur. It is a ratio of means, taken for each side separately, because the sides have "
+    "opposite signs.",
 )
 INTERVAL = (
     "Intervals",
