@@ -54,7 +54,7 @@ def slot_name(slot: str | int | None) -> str:
     return SLOT_NAMES.get(slot, slot) if isinstance(slot, str) else f"position {slot}"
 
 
-def place_name(place: Place | None) -> str:
+def place_name(place: Place) -> str:
     """A place as a sentence names it.
 
     Example:
@@ -66,7 +66,7 @@ def place_name(place: Place | None) -> str:
         return f"{_end_name(place.sender)} \N{RIGHTWARDS ARROW} {_end_name(place.receiver)}"
     if isinstance(place, Site):
         return _site_name(place)
-    return label(place) if place is None else " + ".join(map(place_name, place))
+    return " + ".join(map(place_name, place)) if isinstance(place, tuple) else label(place)
 
 
 def _site_name(site: Site) -> str:
