@@ -1,6 +1,7 @@
 """The command line, run in this process; only what must not import anything heavy gets a process of its own."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -529,3 +530,54 @@ def test_verbose_says_what_is_computed_and_written(tmp_path: Path, few: Path) ->
     assert done.returncode == 0
     assert "6 places x 40 pairs in" in done.stderr
     assert "patch-mlp-text.parquet: Effects(6 places x 40 pairs" in done.stderr
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> Path:
+    """Pairs that differ in a colour, about pictures of the embedded scenes."""
+    names, things = ("red", "blue", "green", "yellow"), ("circle", "square", "star")
+    images = list(dict.fromkeys(read_pairs().image))[:12]
+    rows = [
+        (f"a {names[n % 4]} {things[n % 3]}.", f"a {names[(n + 1) % 4]} {things[n % 3]}.", image)
+        for n, image in enumerate(images)
+    ]
+    pd.DataFrame(rows, columns=["caption", "foil", "image"]).to_csv(tmp_path / "colours.csv", index=False)
+    return tmp_path / "colours.csv"
+
+
+def said(page: Path, printed: str) -> str:
+    """What a page and a terminal say."""
+    return re.sub(r"<style.*?</style>", "", page.read_text(encoding="utf-8"), flags=re.S) + printed
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("trace",), ("patch", "--sites", "head"), ("ablate", "--sites", "mlp"),
+        ("paths", "--from", "mlp", "--to", "out"), ("circuit", "--edges", "20", "--method", "eap"),
+    ],
+)  # fmt: skip
+def test_pairs_that_differ_in_a_colour_hear_nothing_of_negation(
+    words: tuple[str, ...], colours: Path, tmp_path: Path, loaded: None, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    assert run(*words, "--pairs", colours, "--images", "tiny", "--segment", "all", "--out", out, "--quiet") == 0
+    text = said(out / "report.html", "".join(capsys.readouterr()))
+    assert re.findall(r"negat(?!ive\b)\w*", text, re.I) == [] and "neither" not in text
+    assert "slots by changed_slots" in text
+    if words == ("trace",):
+        table = pd.read_csv(out / "trace-resid-all.csv")
+        assert list(dict.fromkeys(table.slot)) == ["sot", "before", "changed", "after", "eot"]
+        first = table[(table.layer == 0) & (table.slot == "changed")]
+        assert first.fraction.tolist() == pytest.approx([1.0], abs=1e-5)  # nothing else differs
+        assert "what changes" in text and "run='foil'" in text
+
+
+def test_a_run_by_sides_of_pairs_that_have_none_says_what_to_give(
+    colours: Path, tmp_path: Path, loaded: None, capsys: pytest.CaptureFixture
+) -> None:
+    words = ("--pairs", colours, "--images", "tiny", "--run", "affirmative", "--out", tmp_path / "out", "--quiet")
+    assert run("patch", *words) == 1
+    error = capsys.readouterr().err
+    assert "none of the 12 pairs of colours.csv has a side" in error and "run='foil'" in error
+    assert "negat" not in error

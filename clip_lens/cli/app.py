@@ -79,7 +79,7 @@ def demo(
 )
 @on_pairs(pairs=inspect.Parameter.empty)
 def trace(job: Job, kind: options.Kinds = "resid", metric: options.MetricOption = "logit") -> None:
-    """Causal tracing on your own pairs: by layer and slot, for both sides of the negation, with a report."""
+    """Causal tracing on your own pairs: by layer and slot, for each side, with a report."""
     _trace(job.measured(metric), kind)
 
 
@@ -236,7 +236,7 @@ def compare(
     pairs: options.PairsFile = "tiny",
     images: options.Images = "tiny",
     images_b: options.ImagesOfB = None,
-    run: options.RunOption = "affirmative",
+    run: options.RunOption = None,
     kind: options.Kinds = "head",
     by: options.ByOption = "text",
     any_store: options.AnyStore = False,

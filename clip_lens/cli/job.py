@@ -180,7 +180,7 @@ def open_job(
     images: options.Images = TINY,
     model: options.Model = "tiny",
     pretrained: options.Pretrained = None,
-    run: options.RunOption = "affirmative",
+    run: options.RunOption = None,
     segment: options.Segment = SEGMENT,
     rephrased: options.Rephrased = False,
     any_store: options.AnyStore = False,

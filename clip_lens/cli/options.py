@@ -101,7 +101,13 @@ Out = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Compute anew, and replace what is there under the same name.")
 ]
-RunOption = Annotated[Run, typer.Option(help="Which text is run and patched.")]
+RunOption = Annotated[
+    Optional[Run],  # noqa: UP045
+    typer.Option(
+        help="Which text is run and patched. Not given: affirmative, or the foil where no pair has a side.",
+        show_default=False,
+    ),
+]
 Segment = Annotated[str, typer.Option(help="correct, ambiguous, incorrect, or all pairs.")]
 Rephrased = Annotated[
     bool, typer.Option("--rephrased", help="VALSE existence: make both texts equally long, as the paper does.")

@@ -11,7 +11,12 @@ if TYPE_CHECKING:
 
     from clip_lens.core.effects import Effects
 
-SIDES = {"caption": "negation in the caption", "foil": "in the foil", "none": "no side", "pooled": "together"}
+SIDES = {
+    "caption": "negation in the caption",
+    "foil": "in the foil",
+    "none": "pairs without a side",
+    "pooled": "together",
+}
 
 
 def print_effects(effects: Effects) -> None:
@@ -26,7 +31,8 @@ def print_sides(frame: DataFrame, title: str) -> None:
     """A table with a column per side, numbers with two decimals; lines without any are left out."""
     from rich.table import Table
 
-    table = Table("", *(SIDES[side] for side in frame.index), title=title)
+    sided = set(frame.index) - {"none", "pooled"}
+    table = Table("", *(SIDES[side] if sided or side != "none" else "all pairs" for side in frame.index), title=title)
     for name, column in frame.dropna(axis=1, how="all").items():
         table.add_row(str(name).replace("_", " "), *_cells(column))
     _show(table)
@@ -55,10 +61,13 @@ def _titled(effects: Effects, side: str) -> Table:
     from clip_lens.show.report.words import whole
 
     record, count = effects.record, int((effects.pairs["side"] == side).sum())
+    where = (
+        "" if set(effects.pairs["side"]) == {"none"} else SIDES[side] if side == "none" else f"negation in the {side}"
+    )
     patch = f"{record.unit} that a patch {record.method.verb}"
     patch = patch if record.method.patches else f"{record.method.noun} in {record.unit}"
     what = f"share of {whole(effects)} that a patch {record.method.verb}" if record.shares else patch
-    return Table(title=f"{what}; negation in the {side}, {count} pairs" if side != "none" else f"{what}, {count} pairs")
+    return Table(title=f"{what}; {where}, {count} pairs" if where else f"{what}, {count} pairs")
 
 
 def _grid(effects: Effects, side: str) -> Table:

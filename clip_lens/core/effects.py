@@ -456,7 +456,9 @@ class Effects:
 
     def __repr__(self) -> str:
         keys = self.pairs.groupby("side")["key"].nunique()
-        sides = ", ".join(f"{keys[side]} {side}" for side in SIDES if side in keys)
+        sides = (
+            ", ".join(f"{keys[side]} {side}" for side in SIDES if side in keys) if set(keys.index) - {"none"} else ""
+        )
         kind = " ".join(filter(None, (self.record.method.title, self.record.model)))
         parts = [f"{len(self.places)} places x {self.pairs['key'].nunique()} pairs", sides, kind]
         return f"Effects({'; '.join(filter(None, parts))})"

@@ -261,6 +261,18 @@ def test_the_digest_is_that_of_the_weights_as_they_are_now() -> None:
     assert len(seen) == 3
 
 
+def test_unchanged_holds_the_digest_and_lets_go_of_it() -> None:
+    encoder = random_encoder(layers=1)
+    first = encoder.digest
+    with pytest.raises(ZeroDivisionError), encoder.unchanged():
+        with encoder.unchanged():
+            assert encoder.digest == first
+        encoder.tower.W_U.add_(1)  # what nobody should do inside: the digest is held
+        assert encoder.digest == first
+        raise ZeroDivisionError
+    assert encoder.digest != first
+
+
 def test_the_digest_sees_an_edit_that_only_float64_holds() -> None:
     encoder = random_encoder(layers=2, dtype=torch.float64)
     before = encoder.digest

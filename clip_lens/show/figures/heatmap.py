@@ -15,7 +15,7 @@ from clip_lens.core.effects import Effects
 from clip_lens.core.grid import one_side, pivot
 from clip_lens.show.figures.figure import Figure, carrying, subplots
 from clip_lens.show.figures.style import LARGE, LIGHT, scale, template
-from clip_lens.show.figures.words import SIDE_NAMES, hovers, record_of, shown, slot_name, value_name
+from clip_lens.show.figures.words import hovers, record_of, shown, side_name, slot_name, value_name
 from clip_lens.words import decimals
 
 SCALE = scale(LIGHT.diverging)
@@ -127,7 +127,8 @@ def _panels(
         raise ValueError(f"nothing to draw: the result has no places, {effects!r}")
     table, axes = effects.table(**how), effects.axes()
     parts = {name: one_side(table, name) for name in (dict.fromkeys(table["side"]) if side is None else [side])}
-    return [laid_out(name, part, rows, columns, value, effects, axes) for name, part in parts.items()]
+    names = {name: side_name(str(name), map(str, parts)) for name in parts}
+    return [laid_out(names[name], part, rows, columns, value, effects, axes) for name, part in parts.items()]
 
 
 def laid_out(
@@ -194,7 +195,7 @@ def _describe(panel: Panel, between: str) -> str:
     counts = panel.table["n"][panel.table["n"] > 0]
     low, high = (int(counts.min()), int(counts.max())) if len(counts) else (0, 0)
     pairs = f"n = {high} pairs" if low == high else f"n = {low} to {high} pairs"
-    return f"{SIDE_NAMES.get(panel.name, panel.name)}{between}{pairs}"
+    return f"{panel.name}{between}{pairs}" if panel.name else pairs
 
 
 def _draw(figure: Figure, panel: Panel, value: str, where: dict[str, int], drawn: Effects | DataFrame) -> None:
@@ -208,7 +209,7 @@ def _draw(figure: Figure, panel: Panel, value: str, where: dict[str, int], drawn
         text=[[_number(cell, value) for cell in line] for line in grid] if printed else _spots(panel.grid),
         texttemplate="%{text}" if printed else None,
         coloraxis="coloraxis",
-        name=SIDE_NAMES.get(panel.name, panel.name),
+        name=panel.name,
         hovertext=panel.told,
         hovertemplate=spot + ("<br>%{z:.3f}" if panel.told is None else "%{hovertext}") + "<extra></extra>",
         **CELLS,

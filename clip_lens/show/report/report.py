@@ -26,7 +26,7 @@ from clip_lens.show.figures.alike import alike
 from clip_lens.show.figures.figure import Figure
 from clip_lens.show.figures.style import swaps
 from clip_lens.show.figures.thumbnails import Pictures, picture_file, thumbnail
-from clip_lens.show.figures.words import SIDE_NAMES, column_name
+from clip_lens.show.figures.words import column_name, side_name
 from clip_lens.show.report.cautions import cautions_of
 from clip_lens.show.report.effects_section import NEGATION_IN, section_of
 from clip_lens.show.report.examples import Example, examples
@@ -406,7 +406,7 @@ def _count(pairs: DataFrame) -> dict[str, Any]:
         rows.append(
             {"side": NEGATION_IN[side], "counts": counts, "total": len(part), "d": _cell(float(part["d"].mean()), None)}
         )
-    return {"segments": segments, "rows": rows}
+    return {"segments": segments, "rows": rows, "sided": set(pairs["side"]) != {"none"}}
 
 
 def _examples(sections: Iterable[Section], pictures: Pictures) -> list[dict[str, Any]]:
@@ -414,12 +414,14 @@ def _examples(sections: Iterable[Section], pictures: Pictures) -> list[dict[str,
     pairs = next((section.pairs for section in sections if section.pairs is not None), None)
     if pairs is None:
         return []
-    counts = pairs.drop_duplicates("key")["segment"].value_counts()
+    counts, sides = pairs.drop_duplicates("key")["segment"].value_counts(), set(pairs["side"])
     return [
         {
             "segment": segment,
             "count": int(counts[segment]),
-            "pairs": [{**pair._asdict(), "side": SIDE_NAMES[pair.side], "d": _cell(pair.d, None)} for pair in found],
+            "pairs": [
+                {**pair._asdict(), "side": side_name(pair.side, sides), "d": _cell(pair.d, None)} for pair in found
+            ],
         }
         for segment, found in examples(pairs, pictures).items()
     ]
