@@ -68,7 +68,7 @@ def side_name(side: str, sides: Iterable[str]) -> str:
     return "" if set(sides) <= {"none"} else SIDE_NAMES.get(side, side)
 
 
-def place_name(place: Place | None) -> str:
+def place_name(place: Place) -> str:
     """A place as a sentence names it.
 
     Example:
@@ -80,7 +80,7 @@ def place_name(place: Place | None) -> str:
         return f"{_end_name(place.sender)} \N{RIGHTWARDS ARROW} {_end_name(place.receiver)}"
     if isinstance(place, Site):
         return _site_name(place)
-    return label(place) if place is None else " + ".join(map(place_name, place))
+    return " + ".join(map(place_name, place)) if isinstance(place, tuple) else label(place)
 
 
 def _site_name(site: Site) -> str:
