@@ -115,6 +115,14 @@ Rephrased = Annotated[
 ]
 AnyStore = Annotated[bool, typer.Option("--any-store", help="Accept image embeddings of another model.")]
 Rows = Annotated[int, typer.Option(help="Sequences in one forward pass; bounds the memory.", min=1)]
+Jobs = Annotated[int, typer.Option("--jobs", help="Processes that share the sweeps, one thread each.", min=1)]
+ShardOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--shard",
+        help="Compute a part alone, such as 0/3 of 0/3, 1/3, 2/3, on any machine; clip-lens gather puts them together.",
+    ),
+]
 Kinds = Annotated[
     str,
     typer.Option(

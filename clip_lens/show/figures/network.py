@@ -153,7 +153,7 @@ def _drawn(parts: Sequence[Part], layout: _Layout, limit: float | None) -> Figur
     steps = _steps(max(len(part.table) for part in parts))
     figure = _canvas(layout, [part.heading for part in parts], len(steps) > 1)
     figure.add_traces(_legend(parts))
-    seen = [set(steps)] * len(figure.data)
+    seen: list[Container[int]] = [set(steps)] * len(figure.data)
     for number, part in enumerate(parts, start=1):
         drawn = [*_lines(part, layout, largest, steps), *((_nodes(part.table[:n], layout), {n}) for n in steps)]
         seen += [at for _, at in drawn]

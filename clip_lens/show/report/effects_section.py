@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import pandas as pd
 from pandas import DataFrame
 
@@ -194,9 +193,8 @@ def _moving(views: list[_View]) -> list[_View]:
 
 def _entries(view: _View) -> dict[Any, float]:
     """The largest size of an effect, on any pair, in each row of a view; NaN where there is none."""
-    sizes = view.effects.values.abs()
-    sizes = sizes.nan_to_num(-1.0).amax(1).numpy() if sizes.shape[1] else np.zeros(len(sizes))
-    table = DataFrame({"entry": view.effects.index[view.rows].astype(object), "size": sizes})
+    sizes = view.effects.values.abs().nan_to_num(-1.0).amax(1)
+    table = DataFrame({"entry": view.effects.index[view.rows].astype(object), "size": sizes.numpy()})
     largest = table.groupby("entry", sort=False, dropna=False)["size"].max()
     return {None if pd.isna(entry) else entry: size if size >= 0 else float("nan") for entry, size in largest.items()}
 
