@@ -19,9 +19,9 @@ from .core.source import other_tower as other_tower
 from .core.source import resample as resample
 from .core.source import source as source
 from .core.source import zeros as zeros
-from .core.subspace import subspace as subspace
 from .core.spread import Spread as Spread
 from .core.spread import on_ray as on_ray
+from .core.subspace import subspace as subspace
 from .core.via import via as via
 from .data.batch import Batch as Batch
 from .data.batch import align as align
