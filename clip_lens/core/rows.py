@@ -206,7 +206,7 @@ def run_rows(
         return _run_whole(chunk, place, pair)
     layer = int(chunk.addresses.start[place[0]])
     pooled = chunk.pooled[pair]
-    at = _window(first, pooled, chunk.positions.shape[-1], encoder.causal)
+    at = window(first, pooled, chunk.positions.shape[-1], encoder.causal)
     x = chunk.resid(layer)[pair[:, None], at]
 
     def where(name: str) -> Int[Tensor, "row at"]:
@@ -256,7 +256,7 @@ def place_hooks(
     return [*edges.receiving(), *hooks, *edges.capturing()]
 
 
-def _window(first: Int[Tensor, "row"], pooled: Int[Tensor, "row"], width: int, causal: bool) -> Int[Tensor, "row at"]:
+def window(first: Int[Tensor, "row"], pooled: Int[Tensor, "row"], width: int, causal: bool) -> Int[Tensor, "row at"]:
     """The positions that rows hold: equally many each, up to the pooled one, from the first change or earlier on."""
     if not causal:
         return torch.arange(width, device=first.device).expand(len(first), -1)

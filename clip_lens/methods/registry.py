@@ -132,6 +132,7 @@ FAITHFULNESS = register(
     )
 )  # fmt: skip
 ACDC = register(Method("acdc", "ACDC", "judges", definition=CIRCUITS))
+LEARNED = register(Method("learned", "learned gates", "judges", definition=CIRCUITS))
 RANDOM = register(Method("random", "random circuits", "judges", definition=CIRCUITS))
 EXACT = register(Method("exact", "exact edge scores", caption=DIRECTLY, definition=EFFECTS))
 PROBE = register(Method("probe", "linear probes", "reads", "accuracy", "is read", unit="share"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -66,7 +66,7 @@ def acdc(
         raise ValueError(f"threshold={threshold}: a change of the metric below which an edge goes, so more than 0")
     setting = Setting.of(encoder, batch, source=source, metric=metric, rows=rows, progress=progress)
     start = _start(encoder, among)
-    removal = Removal.of(setting)
+    removal = Removal.of(setting, start.slots)
     search = Search(
         removal, start.graph, ~start.keep, threshold, setting.metric.divergence, max(1, rows // removal.n)
     )  # fmt: skip
@@ -77,7 +77,9 @@ def acdc(
     log.info("ACDC ran %d sets of edges on %d pairs", search.sets, removal.n)
     selection = Selection("removal", of=len(start), threshold=threshold)
     record = acdc_record(setting, threshold, start)
-    return Circuit(start.keep & ~search.removed, start.n_layers, start.n_heads, search.scores, "", record, selection)
+    return replace(
+        start, keep=start.keep & ~search.removed, scores=search.scores, name="", record=record, selection=selection
+    )
 
 
 def acdc_record(setting: Setting, threshold: float, start: Circuit | None = None) -> Record:
@@ -130,10 +132,10 @@ class Search:
     def _block(self, candidates: list[Cell], ahead: int) -> list[tuple[Cell, bool]]:
         """The next candidates, `ahead` of which must run, and which need not: what they enter is read by nothing any
         more, if all before them go."""
-        removed, block, node, reads = self.removed.clone(), [], -1, True
+        removed, block, receiver, reads = self.removed.clone(), [], -1, True
         for cell in candidates:
-            if self.skips and node != (node := int(self.graph.node_of[cell[0]])):
-                reads = bool(self.graph.to_out(self.graph.edges & ~removed)[node])
+            if self.skips and receiver != (receiver := cell[0]):
+                reads = bool(self.graph.read(self.graph.edges & ~removed)[receiver])
             if reads and ahead == 0:
                 break
             ahead -= reads

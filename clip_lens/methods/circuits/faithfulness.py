@@ -48,10 +48,12 @@ def faithfulness(
 
     In a circuit's run every edge outside it carries the source's value (method, section 8). Each circuit is run as it
     is given; whether it was pruned, its place says. Circuits usually run the caption: `align(..., run="caption")`.
+    Circuits by slot count weights, an edge at a slot each; one of edges stands beside them as it is, or counted like
+    them as `circuit.at_slots(slots)`.
 
     Raises:
-        ValueError: no circuit, one of a tower of another shape, hooks of yours on the tower, or what `patch_effects`
-            refuses.
+        ValueError: no circuit, one of a tower of another shape, circuits by different slots, hooks of yours on the
+            tower, a source that differs from the run at a token in none of the slots, or what `patch_effects` refuses.
 
     Example:
         >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
@@ -69,11 +71,13 @@ def faithfulness(
         raise ValueError("no circuits to judge; top_edges and acdc find some")
     for circuit in circuits:
         _fits(circuit, encoder)
-    removed = torch.stack([circuit.graph.edges & ~circuit.keep for circuit in circuits])
+    slots = next((circuit.slots for circuit in circuits if circuit.slots), ())
+    run = [circuit.at_slots(slots) for circuit in circuits]
+    removed = torch.stack([circuit.graph.edges & ~circuit.keep for circuit in run])
     distinct, which = removed.unique(dim=0, return_inverse=True)  # small circuits are often empty once pruned
 
     def parts(advance: Callable[[int], object]) -> Iterator[Part]:
-        for part in removals(setting):
+        for part in removals(setting, slots):
             moved = {"values": part.values(distinct)[which], "total": part.total}
             yield part.index, {**moved, **unpatched(setting, part.chunk, part.readout)}
             advance(len(circuits) * len(part.index))
@@ -355,7 +359,7 @@ def completeness(
     """
     _fits(circuit, encoder)
     setting = Setting.of(encoder, batch, source=source, metric=metric, rows=rows)
-    trial = _Trial.of(Removal.of(setting), circuit, by)
+    trial = _Trial.of(Removal.of(setting, circuit.slots), circuit, by)
     generator = torch.Generator().manual_seed(seed)
     nothing = torch.zeros(1, len(trial.members), dtype=torch.bool)
     drawn = torch.rand(samples, len(trial.members), generator=generator) < 0.5
@@ -427,7 +431,7 @@ def minimality(
     """
     _fits(circuit, encoder)
     setting = Setting.of(encoder, batch, source=source, metric=metric, rows=rows)
-    trial = _Trial.of(Removal.of(setting), circuit, by)
+    trial = _Trial.of(Removal.of(setting, circuit.slots), circuit, by)
     n = len(trial.members)
     generator = torch.Generator().manual_seed(seed)
     others = torch.cat([torch.zeros(1, n, dtype=torch.bool), torch.rand(samples, n, generator=generator) < 0.5])

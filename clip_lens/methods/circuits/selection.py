@@ -19,7 +19,7 @@ from torch import Tensor
 from clip_lens.core.effects import Effects
 from clip_lens.core.record import Record
 from clip_lens.core.table import Draws
-from clip_lens.methods.circuits.circuit import Circuit, Graph, Ranking, Selection, random_circuit
+from clip_lens.methods.circuits.circuit import Circuit, Graph, Ranking, Selection, Slots, random_circuit
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Edge, Site
 
@@ -35,18 +35,20 @@ class EdgeScores:
     graph: Graph
     n_layers: int
     n_heads: int
+    slots: Slots
     cells: tuple[list[int], list[int]]
     values: Float[Tensor, "edge pair"]
 
     @classmethod
     def of(cls, effects: Effects) -> EdgeScores:
         n_layers, n_heads = _shape(effects)
-        graph = Graph.of(n_layers, n_heads)
         edges = [_single(place) for place in effects.places]
+        slots = _slots(edges)
+        graph = Graph.of(n_layers, n_heads, slots)
         cells = [graph.receiver_at[edge.receiver] for edge in edges], [graph.sender_at[edge.sender] for edge in edges]
         if len(set(edges)) < len(edges):
             raise ValueError("an edge stands in the result more than once; keep one line for each")
-        return cls(graph, n_layers, n_heads, cells, effects.signed().double())
+        return cls(graph, n_layers, n_heads, slots, cells, effects.signed().double())
 
     def means(self, weight: Float[Tensor, "pair draw"] | None = None) -> Float[Tensor, "edge draw"]:
         """The mean over the pairs that have a value, pairs counted `weight` times; NaN where there is none."""
@@ -72,13 +74,14 @@ def top_edges(
     with `threshold` in place of n of those whose score is larger than that, in units of the metric.
 
     An edge's score is the mean over pairs of `sigma * effect`, over those that have one: positive = the edge supports
-    the model's own d (method, section 8); of a metric that is not oriented, the mean effect. `select="greedy"` grows
+    the model's own d (method, section 8); of a metric that is not oriented, the mean effect. Edges at slots, as
+    `encoder.edges(slots=...)` lists them, give a circuit by slot (method, section 10). `select="greedy"` grows
     the circuit of n edges from the output backwards instead: of all edges into what it has so far it takes the
     strongest (Hanna et al. 2024), so that every edge leads to the output. Ties go to the edge that comes first in the
     tower. Nothing is pruned: `Circuit.pruned`.
 
     Raises:
-        ValueError: places that are not single edges at every position, n and a threshold or neither, n that is
+        ValueError: places that are not single edges, all by slot or none, n and a threshold or neither, n that is
             negative or more than there are edges, a threshold that is not a number or for a circuit that is grown.
 
     Example:
@@ -333,14 +336,26 @@ def _circuit(
     selection = replace(selection, asked=n, of=len(keys), entered=span)
     keep = _keep(scores, keys, n, "greedy" if selection.rule == "greedy" else "top")
     matrix = scores.matrix(scores.means()[:, 0])
-    return Circuit(keep, scores.n_layers, scores.n_heads, matrix, "", effects.record, selection)
+    return Circuit(keep, scores.n_layers, scores.n_heads, matrix, "", effects.record, selection, scores.slots)
 
 
 def _single(place: object) -> Edge:
     ends = (place.sender, place.receiver) if isinstance(place, Edge) else ()
-    if not isinstance(place, Edge) or any(_whole_layer(site) for site in ends) or place.receiver.slot is not None:
-        raise ValueError(f"a circuit is made of single edges at every position, as encoder.edges() lists. Got {place}")
+    if not isinstance(place, Edge) or any(_whole_layer(site) for site in ends):
+        raise ValueError(f"a circuit is made of single edges, of the kind that encoder.edges() lists. Got {place}")
     return place
+
+
+def _slots(edges: Sequence[Edge]) -> Slots:
+    """The slots of edges that are all at one, but those into the output; none where they are at every position."""
+    named = [edge.receiver.slot for edge in edges if edge.receiver.kind != "out"]
+    slots = tuple(dict.fromkeys(slot for slot in named if slot is not None))
+    if slots and None in named:
+        raise ValueError(
+            "edges at slots and edges at every position stand in one result, which count the same tokens twice; score "
+            "either, as encoder.edges() or encoder.edges(slots=...) lists them"
+        )
+    return slots
 
 
 def _whole_layer(site: Site) -> bool:
