@@ -96,6 +96,6 @@ Kinds = Annotated[
 ByOption = Annotated[By, typer.Option(help="Whole texts, named slots (all tokens together), or single positions.")]
 Std = Annotated[float, typer.Option(help="noise: in standard deviations of the activation.", min=0.0)]
 Finder = Annotated[
-    str, typer.Option(help="How edges are found: exact, eap, eap-ig, acdc, random.", callback=_known_finder)
+    str, typer.Option(help="How edges are found: exact, eap, eap-ig, acdc, learned, random.", callback=_known_finder)
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]

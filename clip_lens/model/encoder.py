@@ -344,7 +344,9 @@ class HookedTextEncoder:
                 replace(site, slot=slot) for site in receivers for slot in ((None,) if site.kind == "out" else at)
             ]
         ends = [
-            sorted(dict.fromkeys(unit for site in sites for unit in self._single(site)), key=lambda site: order(site)[:4])
+            sorted(
+                dict.fromkeys(unit for site in sites for unit in self._single(site)), key=lambda site: order(site)[:4]
+            )
             for sites in (senders, receivers)
         ]
         edges = [Edge(sender, receiver) for receiver in ends[1] for sender in ends[0] if precedes(sender, receiver)]

@@ -138,7 +138,7 @@ def test_any_source_will_do():
 
 
 def test_tokens_in_no_slot_are_refused():
-    with pytest.raises(ValueError, match="in none of the slots negator, eot, in .* pairs such as"):
+    with pytest.raises(ValueError, match=r"in none of the slots negator, eot, in .* pairs such as"):
         at_work("causal", ("negator", "eot"))
     with pytest.raises(ValueError, match="no slot 'verb'"):
         at_work("causal", ("verb",))

@@ -15,7 +15,7 @@ from clip_lens.core.record import Record
 from clip_lens.core.setting import Setting
 from clip_lens.core.source import Function, Source, counterpart
 from clip_lens.data.batch import Batch
-from clip_lens.methods.circuits.circuit import Circuit, Graph, Selection
+from clip_lens.methods.circuits.circuit import Circuit, Graph, Selection, Slots
 from clip_lens.methods.circuits.removal import Removal
 from clip_lens.methods.registry import ACDC
 from clip_lens.model.encoder import HookedTextEncoder
@@ -33,6 +33,7 @@ def acdc(
     threshold: float,
     *,
     among: Circuit | Iterable[Edge] | None = None,
+    slots: Iterable[str | int] = (),
     source: Source | Function = counterpart,
     metric: Metric = logit,
     rows: int = 256,
@@ -44,8 +45,9 @@ def acdc(
     already, changes the mean over pairs of the metric (of an oriented one `sigma * metric`, so that both sides count
     alike) by less than the threshold in absolute value; of a divergence from the run, such as `kl(...)`, when it
     increases its mean by less (method, section 8; Conmy et al. 2023). Removed edges carry the source's value. `among`
-    starts from a circuit: what is outside of it is removed from the beginning. The circuit's scores are those changes,
-    in units of the metric; of an oriented one positive = the edge supports d.
+    starts from a circuit: what is outside of it is removed from the beginning. With `slots` an edge goes at one slot at
+    a time, and what is left is a circuit by slot (method, section 10). The circuit's scores are those changes, in units
+    of the metric; of an oriented one positive = the edge supports d.
 
     The next candidates run together, each with all before it removed too, and count up to the first that stays; edges
     into what the output can no longer read are not run where the source has every position. Both give what
@@ -65,7 +67,7 @@ def acdc(
     if not threshold > 0:
         raise ValueError(f"threshold={threshold}: a change of the metric below which an edge goes, so more than 0")
     setting = Setting.of(encoder, batch, source=source, metric=metric, rows=rows, progress=progress)
-    start = _start(encoder, among)
+    start = _start(encoder, among, tuple(slots))
     removal = Removal.of(setting, start.slots)
     search = Search(
         removal, start.graph, ~start.keep, threshold, setting.metric.divergence, max(1, rows // removal.n)
@@ -89,13 +91,13 @@ def acdc_record(setting: Setting, threshold: float, start: Circuit | None = None
     return setting.record(ACDC, threshold=float(threshold), one_sided=one_sided, started_from=edges)
 
 
-def _start(encoder: HookedTextEncoder, among: Circuit | Iterable[Edge] | None) -> Circuit:
-    full = Circuit.full(encoder)
+def _start(encoder: HookedTextEncoder, among: Circuit | Iterable[Edge] | None, slots: Slots) -> Circuit:
     if among is None:
-        return full
+        return Circuit.full(encoder, slots)
     if not isinstance(among, Circuit):
-        among = Circuit.of(among, n_layers=encoder.n_layers, n_heads=encoder.n_heads)
-    return full & among
+        among = Circuit.of(among, n_layers=encoder.n_layers, n_heads=encoder.n_heads, slots=slots)
+    among = among.at_slots(slots or among.slots)
+    return Circuit.full(encoder, among.slots) & among
 
 
 @dataclass(eq=False)

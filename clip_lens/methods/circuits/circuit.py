@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 FORMAT = "clip_lens circuit 2"
 OLD = "clip_lens circuit 1"
 
-Rule = Literal["", "all", "top", "greedy", "both ends", "nodes", "above", "certain", "removal", "learned", "drawn", "joined"]
+Rule = Literal[
+    "", "all", "top", "greedy", "both ends", "nodes", "above", "certain", "removal", "learned", "drawn", "joined"
+]
 Ranking = Literal["", "signed", "absolute"]
 
 
@@ -182,6 +184,9 @@ class Selection:
             "all": "every edge",
             "top": f"the top {number}{by}",
             "greedy": f"{number} grown from the output{by}",
+            "both ends": f"{number} grown from both ends{by}",
+            "nodes": f"every edge among the strongest nodes, at most {number},{by}",
+            "certain": f"the top {number} with a sign that is certain in {bound} of the resamples{by}",
             "above": f"{number} above {bound}{by}",
             "learned": f"{number} learned as gates",
             "removal": f"{number} left by a search with the threshold {bound}",
@@ -204,9 +209,9 @@ class Circuit:
     tables and pictures call it, by default the title of its record's method; `record` says what was run on what to find
     it, None where nothing was; `selection` by which rule its edges were chosen. Both tensors are copies of those given.
 
-    With `slots` it is a circuit by position (method, section 10): an edge is kept at some of them, a line of `keep` is a
-    receiver at a slot, and what is counted as edges everywhere are these weights. `training` is the course of a circuit
-    that was learned.
+    With `slots` it is a circuit by position (method, section 10): an edge is kept at some of them, a line of `keep` is
+    a receiver at a slot, and what is counted as edges everywhere are these weights. `training` is the course of a
+    circuit that was learned.
 
     Raises:
         ValueError: matrices of another shape than this depth and number of heads have, or a kept pair of a receiver
@@ -465,7 +470,11 @@ class Circuit:
         import networkx
 
         graph = networkx.DiGraph(**self.as_text())
-        sites, receivers, node_of = [*self.graph.senders, Site("out")], self.graph.receivers, self.graph.node_of.tolist()
+        sites, receivers, node_of = (
+            [*self.graph.senders, Site("out")],
+            self.graph.receivers,
+            self.graph.node_of.tolist(),
+        )
         for row in self.nodes().itertuples():
             site = next(site for site in sites if str(site) == row.node)
             graph.add_node(row.node, kind=site.kind, layer=site.layer, unit=site.unit)
@@ -501,8 +510,8 @@ class Circuit:
             )
         if set(self.slots) != set(other.slots):
             raise ValueError(
-                f"circuits by the same slots can be compared, not by {self.slots or 'none'} and {other.slots or 'none'}; "
-                "Circuit.at_slots says a circuit of edges by slot"
+                f"circuits by the same slots can be compared, not by {self.slots or 'none'} and "
+                f"{other.slots or 'none'}; Circuit.at_slots says a circuit of edges by slot"
             )
         return other.at_slots(self.slots)
 
@@ -519,6 +528,29 @@ class Circuit:
         """
         either = len(self | other)
         return len(self & other) / either if either else 1.0
+
+    def diff(self, other: Circuit) -> DataFrame:
+        """Where two circuits part: a row per edge of either, those of both last.
+
+        Columns: edge, sender, receiver, kept_by ("first", "second" or "both"), score (the first's), other_score.
+
+        Raises:
+            ValueError: what `jaccard` refuses.
+
+        Example:
+            >>> full = Circuit.full(clip_lens.load())
+            >>> full.diff(full - full)["kept_by"].value_counts().to_dict()
+            {'first': 1108}
+        """
+        other = self._same(other)
+        parts = {"first": self - other, "second": other - self, "both": self & other}
+        scores = [circuit.scored() for circuit in (self, other)]
+        lines = [
+            (str(edge), str(edge.sender), str(edge.receiver), kept_by, *(own.get(edge, float("nan")) for own in scores))
+            for kept_by, circuit in parts.items()
+            for edge in circuit.edges()
+        ]
+        return DataFrame(lines, columns=["edge", "sender", "receiver", "kept_by", "score", "other_score"])
 
     @staticmethod
     def overlaps(circuits: Mapping[str, Circuit]) -> DataFrame:
@@ -733,7 +765,9 @@ def _cells(edge: Edge, graph: Graph, n_heads: int) -> list[tuple[int, int]]:
         receivers = [replace(site, slot=slot) for site in receivers for slot in graph.slots]
     if any(r not in graph.receiver_at for r in receivers) or any(s not in graph.sender_at for s in senders):
         depth = sum(site.kind == "mlp" for site in graph.senders)
-        raise ValueError(f"{edge}: a tower of {depth} layers x {n_heads} heads{_at_slots(graph.slots)} has no such edge")
+        raise ValueError(
+            f"{edge}: a tower of {depth} layers x {n_heads} heads{_at_slots(graph.slots)} has no such edge"
+        )
     return [(graph.receiver_at[r], graph.sender_at[s]) for r in receivers for s in senders]
 
 

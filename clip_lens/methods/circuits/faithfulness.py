@@ -182,13 +182,14 @@ class Faithfulness:
         `CPR` = integral of f over the share of edges asked for (larger is better), of circuits ranked by signed score;
         `CMD` = integral of |1 - f| (smaller is better), of circuits ranked by size: trapezoids on a linear axis from
         the smallest share to 1, where f = 1 by definition (method, section 8; Mueller et al. 2025). NaN where that
-        ranking is missing. Columns: circuit, side, CPR, CPR_lower, CPR_upper, CMD, CMD_lower, CMD_upper, points, n.
+        ranking is missing; circuits without a ranking, such as learned ones, count for both. Columns: circuit, side,
+        CPR, CPR_lower, CPR_upper, CMD, CMD_lower, CMD_upper, points, n.
         Pairs are resampled jointly at all sizes, with the draws of `Effects.table`; below five pairs there is no
         interval: NaN.
 
         Raises:
-            ValueError: circuits without a share and a ranking, as `sized_circuits` gives them, or a share that comes
-                twice.
+            ValueError: circuits without a share, as `sized_circuits` and `learn_circuit` give them, or a share that
+                comes twice.
 
         Example:
             >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
@@ -224,14 +225,15 @@ def _curves(places: Sequence[Outside]) -> dict[tuple[str, str], dict[float, int]
     """The rows of each name's circuits by share, for either ranking."""
     curves: dict[tuple[str, str], dict[float, int]] = {}
     for row, place in enumerate(places):
-        if place.share is None or place.ranking not in MEASURES:
+        if place.share is None or place.ranking not in ("", *MEASURES):
             raise ValueError(f"CPR and CMD need circuits of several sizes, as sized_circuits gives them. Got {place}")
-        curve = curves.setdefault((place.circuit, place.ranking), {})
-        if place.share in curve:
-            raise ValueError(
-                f"the share {place.share:g} of {place.circuit} ({place.ranking}) comes twice; name them apart"
-            )
-        curve[place.share] = row
+        for ranking in [place.ranking] if place.ranking else MEASURES:
+            curve = curves.setdefault((place.circuit, ranking), {})
+            if place.share in curve:
+                raise ValueError(
+                    f"the share {place.share:g} of {place.circuit} ({ranking}) comes twice; name them apart"
+                )
+            curve[place.share] = row
     return curves
 
 

@@ -14,7 +14,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Shaped
 from pandas import DataFrame
@@ -42,6 +41,8 @@ OPEN = 3.0
 """The logit at which gates begin: open, and free to move."""
 FALLING = 2 / 3
 """The part of a size's steps in which the share falls; in the rest it stays."""
+MEAN = 3.0
+"""How much the square of a side's mean counts beside the mean of the squares: f is a ratio of means."""
 ALL = 0.999
 """The largest share that is held: logits of gates that are all surely open would be infinite."""
 COURSE = ("step", "share", "loss", "held_out", "edges")
@@ -67,10 +68,11 @@ def learn_circuit(
     """A circuit for each share of the edges, learned on all of them together: gates as scores, 1 = open.
 
     What is learned is a gate per edge, with `slots` per edge and slot (method, section 10). The loss is the mean over
-    pairs of `((m(gates) - m(run)) / mean |m(source) - m(run)|)^2`, each side counted alike, so that one is not bought
-    with the other; of a divergence from the run, such as `kl(...)`, the mean without the square. Sizes are learned from
-    the largest to the smallest in one course, each from where the last one ended, in `steps` steps of Adam on `rows`
-    pairs each. Of a size of n edges the circuit has the gates above one half, at most the n largest.
+    pairs of `((m(gates) - m(run)) / mean |m(source) - m(run)|)^2` and three times the square of the mean, which is what
+    f sees; each side is counted alike, so that one is not bought with the other. Of a divergence from the run, such as
+    `kl(...)`, it is the mean alone. Sizes are learned from the largest to the smallest in one course, each from where
+    the last one ended, in `steps` steps of Adam on `rows` pairs each. Of a size of n edges the circuit has the gates
+    above one half, at most the n largest.
 
     The part `held_out` of the pairs, kept apart by text, isn't trained on: of each size the circuit is the one that
     loses least there, and a size ends when nothing better comes. With 0 every pair is trained on, and the last gates
@@ -218,35 +220,30 @@ class Gates:
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of pairs: what is moved in units of what the source moves on average, `counts` times by side."""
+    """The loss of pairs, from what is moved in units of what the source moves on average; sides are counted alike."""
 
     metric: Metric
     scale: float
-    counts: dict[str, float]
 
     @classmethod
     def of(cls, metric: Metric, parts: Sequence[Weighted]) -> Objective:
         total = torch.cat([part.total.cpu() for part in parts]).double()
-        known = ~total.isnan()
-        scale = float(total[known].abs().mean()) if known.any() else 0.0
+        scale = float(total.abs().nanmean())
         if not scale > 0:
             raise ValueError("the source moves the metric in none of the pairs, so that no edge is better than another")
-        sides = pd.Series([side for part in parts for side in part.sides])[known.numpy()].value_counts()
-        alike = len(parts) and int(known.sum()) / len(sides)
-        return cls(metric, scale, {str(side): alike / n for side, n in sides.items()})
+        return cls(metric, scale)
 
-    def __call__(self, part: Weighted, weights: Float[Tensor, "#pair receiver sender"]) -> Float[Tensor, "pair"]:
-        """The loss of each pair, 0 where the source has nothing for it."""
-        moved = part.moved(weights) / self.scale
-        loss = moved if self.metric.divergence else moved.square()
-        counts = loss.new_tensor([self.counts.get(side, 0.0) for side in part.sides])
-        return torch.where(part.total.isnan(), 0.0, loss * counts)
-
-    def mean(self, parts: Sequence[Weighted], weights: Float[Tensor, "1 receiver sender"]) -> float:
-        """The mean loss of some pairs with one set of weights."""
-        with torch.no_grad():
-            losses = torch.cat([self(part, weights).cpu() for part in parts])
-        return float(losses.double().mean())
+    def __call__(self, parts: Sequence[Weighted], weights: Float[Tensor, "#pair receiver sender"]) -> Float[Tensor, ""]:
+        """The loss of some pairs with these weights; those for which the source has nothing do not count."""
+        moved = torch.cat([part.moved(weights) for part in parts]) / self.scale
+        known = ~torch.cat([part.total for part in parts]).isnan()
+        sides = [side for part in parts for side in part.sides]
+        each = []
+        for side in dict.fromkeys(sides):
+            own = moved[known & torch.tensor([other == side for other in sides], device=moved.device)]
+            if len(own):
+                each.append(own.mean() if self.metric.divergence else own.square().mean() + MEAN * own.mean() ** 2)
+        return torch.stack(each).mean() if each else moved.sum() * 0
 
 
 @dataclass(eq=False)
@@ -273,7 +270,7 @@ class Course:
         for step in range(1, self.plan.steps + 1):
             fallen = min(1.0, step / (FALLING * self.plan.steps))
             self.share = min(ALL, began ** (1 - fallen) * least**fallen)
-            loss, looked, edges = self._step(), math.nan, math.nan
+            loss, looked, edges = self.step(), math.nan, math.nan
             if fallen == 1 and (step % CHECK == 0 or step == self.plan.steps):
                 now = self._now(size)
                 looked, edges = self._look(now[0]), int(now[0].sum())
@@ -285,12 +282,12 @@ class Course:
                 return
             yield 1
 
-    def _step(self) -> float:
+    def step(self) -> float:
         """One step of the gates on some pairs."""
         self.gates.hold(self.share)
         part = self.parts[int(torch.randint(len(self.parts), (1,), generator=self.generator))]
         gates = self.gates.drawn(len(part), self.generator)
-        loss = self.objective(part, self.gates.weights(gates)).mean()
+        loss = self.objective([part], self.gates.weights(gates))
         self.optimiser.zero_grad()
         loss.backward()
         self.optimiser.step()
@@ -305,7 +302,8 @@ class Course:
         """What a circuit loses of the pairs held out; NaN without any."""
         if not self.held:
             return math.nan
-        return self.objective.mean(self.held, self.gates.weights(kept[None].to(self.gates.logits)))
+        with torch.no_grad():
+            return float(self.objective(self.held, self.gates.weights(kept[None].to(self.gates.logits))))
 
     def circuit(self, share: float, encoder: HookedTextEncoder, record: Record) -> Circuit:
         """The circuit of the size that was learned last."""

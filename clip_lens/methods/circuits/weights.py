@@ -1,9 +1,9 @@
 """Runs in which every edge has a weight: how much of what it carries is the source's, from 0 (the run) to 1.
 
-    input of a receiver += sum over its edges s -> receiver of weight * (what s sends in the source - what it gives here)
+    input of a receiver += sum over its edges s -> receiver of weight * (what s sends in the source - what it gives)
 
-with live senders: at weights of 0 and 1 that is patching (method, sections 8 and 10). The embedding that comes out has a
-gradient with respect to the weights. Blocks run one after the other; where what they hold is much, a backward pass
+with live senders: at weights of 0 and 1 that is patching (method, sections 8 and 10). The embedding that comes out has
+a gradient with respect to the weights. Blocks run one after the other; where what they hold is much, a backward pass
 computes each again.
 """
 
@@ -38,8 +38,8 @@ Changed: TypeAlias = Float[Tensor, "pair sender at d_model"]
 
 @dataclass(frozen=True)
 class Weighted:
-    """Some pairs, ready to run with any weights. Of size it holds what every sender gives in the source, and in a causal
-    tower the keys and values of the run.
+    """Some pairs, ready to run with any weights. Of size it holds what every sender gives in the source, and in a
+    causal tower the keys and values of the run.
 
     A causal tower runs from the first change of each text on: `at` are the positions that are held, the pooled one is
     the last of them. `at_slot` says which of them a graph's slots have, None for a graph without. `total` is what it
@@ -206,9 +206,7 @@ class Weighted:
         return self.embedded.numel() * inputs > KEPT
 
 
-def _at_slot(
-    chunk: Chunk, slots: Slots, held: Callable[[Tensor], Tensor]
-) -> Float[Tensor, "pair at slot"] | None:
+def _at_slot(chunk: Chunk, slots: Slots, held: Callable[[Tensor], Tensor]) -> Float[Tensor, "pair at slot"] | None:
     if not slots:
         return None
     return held(torch.stack([chunk.batch.where(slot) for slot in slots], -1)).to(chunk.encoder.dtype)
