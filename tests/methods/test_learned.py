@@ -16,7 +16,7 @@ from clip_lens.methods.circuits.learned import Gates, learn_circuit
 from clip_lens.methods.circuits.weights import Weighted
 from clip_lens.model.site import Edge, Site
 
-BEHIND = ("negator", "subject", "stop", "eot")
+BEHIND = ("negator", "subject", "subject_rest", "stop", "eot")
 """The slots from the word on: an even head of a causal tower carries it to each of them."""
 
 

@@ -33,7 +33,10 @@ RESAMPLES = 200
 
 @dataclass(frozen=True)
 class EdgeScores:
-    """Effects over edges, as a matrix edge x pair; of an oriented metric positive = the edge supports the model's d."""
+    """Effects over edges, as a matrix edge x pair; of an oriented metric positive = the edge supports the model's d.
+
+    An edge at a slot that a pair's text has not moves nothing there: 0, so that slots sum to the edge.
+    """
 
     graph: Graph
     n_layers: int
@@ -51,7 +54,10 @@ class EdgeScores:
         cells = [graph.receiver_at[edge.receiver] for edge in edges], [graph.sender_at[edge.sender] for edge in edges]
         if len(set(edges)) < len(edges):
             raise ValueError("an edge stands in the result more than once; keep one line for each")
-        return cls(graph, n_layers, n_heads, slots, cells, effects.signed().double())
+        values = effects.signed().double()
+        if slots:  # a pair without the slot has nothing that moves there
+            values = torch.where(values.isnan() & ~effects.total.isnan(), 0.0, values)
+        return cls(graph, n_layers, n_heads, slots, cells, values)
 
     def means(self, weight: Float[Tensor, "pair draw"] | None = None) -> Float[Tensor, "edge draw"]:
         """The mean over the pairs that have a value, pairs counted `weight` times; NaN where there is none."""
@@ -109,8 +115,8 @@ def top_edges(
         scores = _only_certain(effects, scores, certain, select, seed)
     if threshold is None:
         rule: Rule = select if certain is None else "certain"
-        selection = Selection(rule, ranking, threshold=certain)
-        return _circuit(effects, scores, scores.means()[:, 0], n or 0, selection, signed, select)
+        selection, most = Selection(rule, ranking, threshold=certain), len(scores.values) if certain else n
+        return _circuit(effects, scores, scores.means()[:, 0], min(n or 0, most or 0), selection, signed, select)
     if select != "top" or threshold != threshold:
         raise ValueError(f"edges above {threshold} by {select!r}: a threshold is a number, and for select='top' alone")
     means = scores.means()[:, 0]
@@ -131,7 +137,9 @@ def _only_certain(effects: Effects, scores: EdgeScores, certain: float, select: 
         raise ValueError(f"certain={certain} with select={select!r}: a share of resamples up to 1, for select='top'")
     means = scores.means(_resamples(effects, RESAMPLES, seed)).sign()
     agree = (means == scores.means().sign()).double().mean(1)
-    return replace(scores, values=scores.values.masked_fill((agree < certain)[:, None], torch.nan))
+    some = (agree >= certain).nonzero().flatten()
+    cells = tuple([column[number] for number in some.tolist()] for column in scores.cells)
+    return replace(scores, cells=cells, values=scores.values[some])
 
 
 def _resamples(effects: Effects, resamples: int, seed: int) -> Float[Tensor, "pair draw"]:
@@ -178,6 +186,7 @@ def sized_circuits(
         n = number_of(share, len(effects.places))
         rule: Rule = select if certain is None else "certain"
         selection = Selection(rule, _ranking(signed), float(share), threshold=certain)
+        n = n if certain is None else min(n, len(scores.values))
         found.append(_circuit(effects, scores, scores.means()[:, 0], n, selection, signed, select).pruned())
     return found
 
@@ -375,7 +384,6 @@ def _keep(
         return _greedy(scores, keys, n, both=select == "both ends")
     if select == "nodes":
         return _of_nodes(scores, means, n, signed)
-    n = min(n, int((keys > -torch.inf).sum()))
     keep = torch.zeros_like(scores.graph.edges)
     rank = scores.matrix(keys).nan_to_num(nan=-torch.inf)  # in the tower's order, which decides between equals
     known = torch.zeros_like(keep)
@@ -448,7 +456,7 @@ def _circuit(
     _check_n(scores, n, select)
     entered = (~scores.values.isnan()).sum(1)
     span = (int(entered.min()), int(entered.max())) if len(entered) else None
-    selection = replace(selection, asked=n, of=len(means), entered=span)
+    selection = replace(selection, asked=n, of=len(effects.places), entered=span)
     keep = _keep(scores, means, n, signed, select)
     matrix = scores.matrix(scores.means()[:, 0])
     return Circuit(keep, scores.n_layers, scores.n_heads, matrix, "", effects.record, selection, scores.slots)
@@ -457,7 +465,7 @@ def _circuit(
 def _single(place: object) -> Edge:
     ends = (place.sender, place.receiver) if isinstance(place, Edge) else ()
     if not isinstance(place, Edge) or any(_whole_layer(site) for site in ends):
-        raise ValueError(f"a circuit is made of single edges, of the kind that encoder.edges() lists. Got {place}")
+        raise ValueError(f"a circuit is made of single edges as encoder.edges() lists them. Got {place}")
     return place
 
 
