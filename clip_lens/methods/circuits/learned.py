@@ -150,7 +150,7 @@ class Plan:
 
 def learned_record(setting: Setting, plan: Plan) -> Record:
     """What learning says of itself, whichever size."""
-    said = {
+    said: dict[str, str | int | float] = {
         "steps": plan.steps, "rate": plan.rate, "not_trained_on": plan.held_out, "seed": plan.seed,
         "rows": setting.rows, "slots": ", ".join(map(str, plan.slots)) or "none",
         "loss": "divergence" if setting.metric.divergence else "squared difference, sides alike",

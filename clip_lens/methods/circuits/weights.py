@@ -139,7 +139,7 @@ class Weighted:
         ]
         causal = self.encoder.causal
         x = self.encoder.tower.run_with_hooks(
-            x, fwd_hooks=hooks, start_at_layer=layer, stop_at_layer=layer + 1, read=self.pooled if last else None,
+            x, fwd_hooks=list(hooks), start_at_layer=layer, stop_at_layer=layer + 1, read=self.pooled if last else None,
             at=self.at if causal else None, rest=self.run.__getitem__ if causal else None,
         )  # fmt: skip
         return x, here[-2], here[-1]
