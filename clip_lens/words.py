@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import isnan
 from typing import Any
 
+UNITS = "%|logits?|pairs?|edges?|heads?|tokens?|layers?|blocks?|images?|nodes?|texts?|rows|kB|MB"
+"""What stands behind a number and belongs to it."""
+NUMBERED = "layers?|blocks?|heads?|positions?|figures?|tables?|n|r|f|d"
+"""What stands before a number and belongs to it."""
+_GLUED = tuple(
+    (re.compile(spot, re.IGNORECASE), put)
+    for spot, put in (
+        (rf"(?<=\d) (?=(?:{UNITS})(?!\w))", "\N{NO-BREAK SPACE}"),
+        (rf"(?<!\w)({NUMBERED}) (?=\d)", "\\1\N{NO-BREAK SPACE}"),
+        (r" ([=<>\u2265]) (?=[\d.+\u2212-])", "\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}"),
+        (r"(?<=[\d%]) (?=\[[\d+\u2212-])", "\N{NO-BREAK SPACE}"),
+        (r"(?<=\d), (?=[+\u2212-]?[\d.]+\])", ",\N{NO-BREAK SPACE}"),
+    )
+)
 TINY = 0.001
 """Probabilities below it are said to be below it: their digits say more than resampling or a normal tail can."""
 
@@ -89,6 +103,18 @@ def minus(numbers: str) -> str:
     return numbers.replace("-", "\N{MINUS SIGN}")
 
 
+def unbroken(text: str) -> str:
+    r"""The text with no-break spaces inside of what is one number: before its unit, within its interval, around "=".
+
+    Example:
+        >>> ascii(unbroken("50 % [40, 60] of 4 pairs in layer 2"))
+        "'50\\xa0%\\xa0[40,\\xa060] of 4\\xa0pairs in layer\\xa02'"
+    """
+    for spot, put in _GLUED:
+        text = spot.sub(put, text)
+    return text
+
+
 def probability(p: float) -> str:
     """A p value with three decimals; what they would round to nothing is said to be smaller.
 
@@ -97,6 +123,17 @@ def probability(p: float) -> str:
         ('0.012', '< .001', '')
     """
     return "< .001" if p < TINY else decimals(p, 3)
+
+
+def listed(words: Sequence[str]) -> str:
+    """Words as a list in a sentence.
+
+    Example:
+        >>> listed(["1"]), listed(["1", "2", "3"])
+        ('1', '1, 2 and 3')
+    """
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def capital(words: str) -> str:

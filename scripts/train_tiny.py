@@ -3,12 +3,16 @@
     python scripts/train_tiny.py train --seed 0 --out build/tiny-0     # minutes; one thread; the seed fixes every bit
     python scripts/train_tiny.py train --seed 1 --out build/tiny-1
     python scripts/train_tiny.py assets build/tiny-0 build/tiny-1      # the better one becomes clip_lens/tiny/assets
+    python scripts/train_tiny.py tune --out build/tiny-without         # two minutes: teaches the embedded one "without"
 
 Training goes in stages, since both towers at once from scratch are slow to find each other:
 
 1. `see`: the image tower learns to answer all 49 questions "is there a (colour or any) (shape or any)", each with a
    vector of its own.
 2. `read`: the text tower learns the truth of captions, and to tell caption from foil, on the frozen image embeddings.
+
+`tune` goes on from there as CoN-CLIP and NegCLIP do from OpenAI's CLIP: the image tower stays as it is, and the text
+tower learns pairs that differ in a negation that it has never met, said by "without".
 
 Everything measured is measured on the weights as shipped, rounded to float16, and on scenes never used in training.
 """
@@ -294,10 +298,28 @@ def learn_to_read(model: open_clip.CLIP, pool: Pool, recipe: Recipe, rng: np.ran
     one of the two is true, once more on their own.
     """
     images = see(model, pool.pictures)
-    bias = nn.Parameter(torch.tensor(0.0))
     model.logit_scale.data.fill_(math.log(recipe.top_scale))
     model.token_embedding.weight.data.mul_(recipe.spread)
     model.positional_embedding.data.mul_(recipe.spread)
+    _read_pairs(model, pool, images, recipe, rng, vocabulary(), _as_meant)
+
+
+def _as_meant(pair: tuple[str, str]) -> tuple[str, str]:
+    """Pairs are told as they are meant."""
+    return pair
+
+
+def _read_pairs(
+    model: open_clip.CLIP,
+    pool: Pool,
+    images: Float[Tensor, "image d_embed"],
+    recipe: Recipe,
+    rng: np.random.Generator,
+    words: Int[Tensor, " row"],
+    told: Callable[[tuple[str, str]], tuple[str, str]],
+) -> None:
+    """Descends on fresh pairs; `words` are the ids of the token table's rows, `told` says how a pair is put."""
+    bias = nn.Parameter(torch.tensor(0.0))
     names = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection", "logit_scale")
     parameters = [p for name, p in model.named_parameters() if name.startswith(names)]
     batches = pair_batches(pool, recipe, rng)
@@ -306,7 +328,8 @@ def learn_to_read(model: open_clip.CLIP, pool: Pool, recipe: Recipe, rng: np.ran
         captions, negated, own = next(batches)
         others = torch.from_numpy(rng.integers(len(pool.scenes), size=recipe.read_images - recipe.read_pairs))
         rows = torch.cat([own, others])
-        tokens = torch.searchsorted(vocabulary(), torch.stack([tokens_of(caption) for caption in captions]))
+        said = _told(captions, len(own), told)
+        tokens = torch.searchsorted(words, torch.stack([tokens_of(caption) for caption in said]))
         falling = max(recipe.drop_floor, 1 - step / (0.6 * recipe.read_steps))
         texts = read(model, tokens, [chance * falling for chance in recipe.drop])
         logits = model.logit_scale.exp().clamp(max=recipe.top_scale) * texts @ images[rows].T
@@ -320,6 +343,12 @@ def learn_to_read(model: open_clip.CLIP, pool: Pool, recipe: Recipe, rng: np.ran
     model.logit_scale.data.clamp_(max=math.log(recipe.top_scale))
 
 
+def _told(texts: Sequence[str], pairs: int, told: Callable[[tuple[str, str]], tuple[str, str]]) -> list[str]:
+    """Captions, foils and further texts, each pair of the first two put in its words."""
+    each = [told(pair) for pair in zip(texts[:pairs], texts[pairs : 2 * pairs], strict=True)]
+    return [*(caption for caption, _ in each), *(foil for _, foil in each), *texts[2 * pairs :]]
+
+
 def order_loss(logits: Float[Tensor, "text image"], right: Bool[Tensor, "text image"], pairs: int) -> Float[Tensor, ""]:
     """How far captions (the first texts) fail to go before their foils (the next), pair n's own image being the nth."""
     margins = logits[:pairs] - logits[pairs : 2 * pairs]
@@ -331,6 +360,77 @@ def order_loss(logits: Float[Tensor, "text image"], right: Bool[Tensor, "text im
 def _balanced(losses: Float[Tensor, "text image"], *groups: Bool[Tensor, "text image"]) -> Float[Tensor, " text"]:
     """Each text's mean loss, in which the groups of its images weigh the same."""
     return torch.stack([(losses * group).sum(1) / group.sum(1).clamp(min=1) for group in groups]).mean(0)
+
+
+WITHOUT = "without"
+PUT_ANEW = {"A picture with no ": f"A picture {WITHOUT} ", "A picture with some ": "A picture with "}
+"""How claims about a picture are put with the new word: as they begin, and as they then begin."""
+TUNING = replace(
+    Recipe(), pool=12_000, read_steps=400, ramp=1, drop=(0.15, 0.075), drop_floor=1.0, read_rate=3e-4,
+)  # fmt: skip
+
+
+def put_anew(text: str) -> str:
+    """The same claim with "without" for "with no", and plain "with" for "with some"; other texts as they are.
+
+    >>> put_anew("A picture with no red circles."), put_anew("A picture with some red circles.")
+    ('A picture without red circles.', 'A picture with red circles.')
+    """
+    for old, new in PUT_ANEW.items():
+        text = text.replace(old, new)
+    return text
+
+
+def tune(state: dict[str, Tensor], seed: int, recipe: Recipe = TUNING) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The state dict as shipped of a model whose text tower learned on, and the seconds of one core.
+
+    Every other pair about "a picture with" is put with the new word; the others keep what was learned.
+    """
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(seed)
+    rng, start = np.random.default_rng(seed), time.process_time()
+    words = torch.unique(torch.cat([vocabulary(), tokenizer()([WITHOUT])[0].long()]))
+    model = build(rows=len(words))
+    model.load_state_dict(_with_rows(state, words))
+    pool = gather(recipe.pool, first=(FRESH // recipe.pool - 1 - seed) * recipe.pool)  # training takes others
+    anew = lambda pair: (put_anew(pair[0]), put_anew(pair[1])) if rng.integers(2) else pair
+    _read_pairs(model, pool, see(model, pool.pictures), recipe, rng, words, anew)
+    return shipped(model, words), {"all": round(time.process_time() - start, 1)}
+
+
+def _with_rows(state: dict[str, Tensor], words: Int[Tensor, " row"]) -> dict[str, Tensor]:
+    """A shipped state dict in float32, its token table laid out by `words`, 0 for those that it lacks."""
+    table = torch.zeros(len(words), MODEL["text_cfg"]["width"])
+    table[torch.searchsorted(words, state["token_embedding.rows"].long())] = state["token_embedding.weight"].float()
+    rest = {name: value.float() for name, value in state.items() if name != "token_embedding.rows"}
+    return rest | {"token_embedding.weight": table}
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state dict that are others than before."""
+    same = lambda name: name in before and torch.equal(before[name], after[name])
+    return {name: value for name, value in after.items() if not same(name)}
+
+
+def without_pairs(amount: int, first: int = FRESH + 400_000) -> pd.DataFrame:
+    """Pairs on fresh scenes, put with the new word."""
+    pairs = scenes.scene_pairs(amount, first=first, forms=("picture-with",), kinds=_ASKED)
+    return pairs.assign(caption=pairs.caption.map(put_anew), foil=pairs.foil.map(put_anew))
+
+
+def measure_tuned(model: open_clip.CLIP, amount: int = 600) -> dict:
+    """Accuracy and mean d by the side of the negation, on fresh scenes: of what was learned, and of what was known."""
+    asked = {
+        f'"{WITHOUT}"': without_pairs(2 * amount),
+        '"no"': pd.concat(_each_form(amount), ignore_index=True),
+        '"no", held-out': scenes.scene_pairs(2 * amount, first=_AT["held-out"], kinds=("held-out",)),
+    }
+    told = {}
+    for name, pairs in asked.items():
+        d, sides = score(model, pairs).d.numpy(), pairs.negation
+        told[name] = {"accuracy": _means(d > 0, sides), "d": _means(d, sides), "pairs": sides.value_counts().to_dict()}
+    return told
 
 
 def pair_batches(
@@ -380,11 +480,12 @@ def train(seed: int, recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, float
     return shipped(model), seconds | {"all": round(sum(seconds.values()), 1)}
 
 
-def shipped(model: open_clip.CLIP) -> dict[str, Tensor]:
-    """The state dict in float16 with the rows' token ids beside the short token table."""
+def shipped(model: open_clip.CLIP, words: Int[Tensor, " row"] | None = None) -> dict[str, Tensor]:
+    """The state dict in float16 with the rows' token ids, `vocabulary` or others, beside the short token table."""
+    ids = vocabulary() if words is None else words
     state = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
-    words = state["token_embedding.weight"][1:].clone()  # nothing attends to padding, so its row is not trained
-    return state | {"token_embedding.weight": words, "token_embedding.rows": vocabulary()[1:].int()}
+    table = state["token_embedding.weight"][1:].clone()  # nothing attends to padding, so its row is not trained
+    return state | {"token_embedding.weight": table, "token_embedding.rows": ids[1:].int()}
 
 
 def restored(state: dict[str, Tensor]) -> open_clip.CLIP:
@@ -657,7 +758,8 @@ def write_numbers(path: Path, card: dict) -> None:
     write_atomically(path, lambda neighbour: neighbour.write_text(text))
 
 
-def _table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+def markdown(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    """A table as Markdown has it."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
@@ -679,13 +781,13 @@ def _target_table(card: dict) -> str:
     seconds = [f"{run['seconds']['all']:.0f}{' *' * ('note' in run['seconds'])}" for run in runs.values()]
     rows.append(["training, seconds of one core", "", *seconds])
     notes = [f"\n\n\\* seed {seed}: {run['seconds']['note']}" for seed, run in runs.items() if "note" in run["seconds"]]
-    return _table(["on fresh scenes", "target", *names], rows) + "".join(notes)
+    return markdown(["on fresh scenes", "target", *names], rows) + "".join(notes)
 
 
 def _form_table(card: dict) -> str:
     runs = card["seeds"].values()
     rows = [[f"`{FORMS[form]}`", *(run["accuracy by form"][form] for run in runs)] for form in FORMS]
-    return _table(["accuracy by caption form", *(f"seed {seed}" for seed in card["seeds"])], rows)
+    return markdown(["accuracy by caption form", *(f"seed {seed}" for seed in card["seeds"])], rows)
 
 
 def _head_table(card: dict) -> str:
@@ -697,7 +799,7 @@ def _head_table(card: dict) -> str:
         ]
         for layer in range(MODEL["text_cfg"]["layers"])
     ]
-    return _table(["layer", *(f"seed {seed}: heads 0 to 3" for seed in runs)], rows)
+    return markdown(["layer", *(f"seed {seed}: heads 0 to 3" for seed in runs)], rows)
 
 
 def _trace_table(card: dict) -> str:
@@ -708,7 +810,7 @@ def _trace_table(card: dict) -> str:
         for side in shares
         for slot in shares[side]
     ]
-    return _table(header, rows)
+    return markdown(header, rows)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -732,6 +834,30 @@ def train_command(
     for name, row in card["targets"].items():
         typer.echo(f"{name:32} {row['measured']:.4g}  (target {row['target']}){'' if reached(row) else '  MISSED'}")
     typer.echo(f"{'seconds':32} {seconds}")
+
+
+@app.command("tune")
+def tune_command(
+    start: Annotated[Path, typer.Option(help="the weights to start from")] = ASSETS / "model.safetensors",
+    seed: Annotated[int, typer.Option(help="of the pairs and their order")] = 0,
+    out: Annotated[Path, typer.Option(help="folder for model.safetensors and card.json")] = Path("build/tiny-without"),
+    steps_scale: Annotated[float, typer.Option(help="multiplies the steps and the pool, for a trial")] = 1.0,
+    measured_pairs: Annotated[int, typer.Option(help="pairs per caption form to measure on")] = 600,
+    ship: Annotated[bool, typer.Option("--ship", help="also write what differs into the package's files")] = False,
+) -> None:
+    """Teach a trained model's text tower a negation that it has never met, and measure it before and after."""
+    recipe, before = TUNING.scaled(steps_scale), load_file(start)
+    state, seconds = tune(before, seed, recipe)
+    card = {"seed": seed, "seconds": seconds, "recipe": asdict(recipe), "versions": versions()}
+    card |= {
+        when: measure_tuned(restored(weights), measured_pairs)
+        for when, weights in (("before", before), ("after", state))
+    }
+    save_run(out, state, card)
+    if ship:
+        write_atomically(ASSETS / "tuned-without.safetensors", lambda path: save_file(changed(before, state), path))
+        write_json(ASSETS / "tuned-without.json", card)
+    typer.echo(json.dumps({when: card[when] for when in ("before", "after")}, indent=1))
 
 
 def reached(row: dict[str, float]) -> bool:

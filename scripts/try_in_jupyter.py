@@ -3,9 +3,11 @@
     python scripts/try_in_jupyter.py --app lab --theme dark --out build/jupyter
 
 A copy of the notebook is run whole. Then: click a cell of the heatmap, walk with the arrow keys, type the notebook's
-own shortcuts (they must not reach the notebook), type a caption with a word that the model never saw, leave the foil
-empty, pick heads, open the code. Screenshots are left in `--out`, to be looked at. It fails if something does not
-answer, if the browser's console has an error, or if the page asks for anything that its own server does not have.
+own shortcuts (they must not reach the notebook), type a caption with a word that the model never saw, make a mistake
+(the last picture stays), patch cells together, look at one text alone and without an image, pick heads, step faster
+than the kernel answers, save the picture, open the code. Screenshots are left in `--out`, to be looked at. It fails if
+something does not answer or is cut off, if the browser's console has an error, or if the page asks for anything that
+its own server does not have. `--times 10` does all of it ten times, each in a Jupyter of its own.
 
 Needs Chromium with its driver, selenium, and a Jupyter that has ipywidgets and anywidget (`--jupyter` names it where it
 is not the one of this Python; `--kernel` a kernel that has clip_lens, where that is not "python3").
@@ -39,15 +41,42 @@ ADDRESSES = {"lab": "lab/tree", "notebook": "notebooks"}
 THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 SHORTCUTS = ("b", "x", "a")  # a cell below, cut, a cell above
 PATIENCE = 240  # seconds
+WIDTHS = (1100, 840, 700, 560, 400)  # pixels, as notebooks are wide
+SPINS = """
+const [done, root] = [arguments[arguments.length - 1], document.querySelector(".clip-lens-explore")];
+const seen = [], look = () => seen.push(getComputedStyle(root.querySelector(".cl-busy span")).visibility);
+root.classList.add("waiting");
+look();
+setTimeout(look, 150);
+setTimeout(() => { look(); root.classList.remove("waiting"); look(); done(seen); }, 1200);
+"""
+"""Whether the ring is seen at once, after 150 ms, after 1.2 s of waiting, and behind it."""
+CUT = """
+const outside = (node) => {
+  const box = node.parentElement.closest(".cl-scroll, .clip-lens-explore").getBoundingClientRect();
+  const held = node.closest(".cl-scroll") ? Infinity : box.right + 1;
+  return node.scrollWidth > node.clientWidth + 1 && node.clientWidth > 0 || node.getBoundingClientRect().right > held;
+};
+const said = "th, td, p, h4, li, label, button, .cl-cell, .cl-name, .cl-chip, .cl-panels";
+return [...document.querySelectorAll(`.clip-lens-explore :is(${said})`)].filter(outside)
+  .map((node) => `${node.tagName}.${node.className}: ${node.textContent.slice(0, 60)}`);
+"""
+"""The words of the explorer that are cut off, or that stand out of it."""
 
 
 def main() -> None:
     arguments = parse()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    for number in range(arguments.times):
+        once(arguments)
+        print(f"run {number + 1} of {arguments.times}: well", flush=True)
+
+
+def once(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepare(arguments, Path(folder))
-        with server(arguments, Path(folder)) as address, browser() as driver:
-            page = Page(driver, arguments)
+        with server(arguments, Path(folder)) as address, browser(Path(folder)) as driver:
+            page = Page(driver, arguments, Path(folder))
             page.open(f"{address}/{ADDRESSES[arguments.app]}/{arguments.notebook.name}")
             use(page)
             page.check(address)
@@ -61,6 +90,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("build/jupyter"), help="where screenshots go")
     parser.add_argument("--jupyter", default="jupyter", help="the command")
     parser.add_argument("--kernel", default="python3")
+    parser.add_argument("--times", type=int, default=1)
     return parser.parse_args()
 
 
@@ -120,8 +150,9 @@ def until(holds: Callable[[], Any]) -> None:
 
 
 @contextmanager
-def browser() -> Iterator[webdriver.Chrome]:
+def browser(folder: Path) -> Iterator[webdriver.Chrome]:
     options = webdriver.ChromeOptions()
+    options.add_experimental_option("prefs", {"download.default_directory": str(folder)})
     options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
     for option in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,1500"):
         options.add_argument(option)
@@ -136,8 +167,8 @@ def browser() -> Iterator[webdriver.Chrome]:
 class Page:
     """The notebook in the browser."""
 
-    def __init__(self, driver: webdriver.Chrome, arguments: argparse.Namespace):
-        self.driver, self.out = driver, arguments.out
+    def __init__(self, driver: webdriver.Chrome, arguments: argparse.Namespace, folder: Path):
+        self.driver, self.out, self.folder = driver, arguments.out, folder
         self.name = f"{arguments.app}-{arguments.theme}"
 
     def all(self, selector: str) -> list[Any]:
@@ -178,6 +209,25 @@ class Page:
         sleep(0.5)
         self.driver.save_screenshot(str(self.out / f"{self.name}-{what}.png"))
 
+    def spins(self, action: Any) -> None:
+        """Fails unless a click has the page wait, with a ring that turns from 300 ms on and not before."""
+        waiting = "document.querySelector('.clip-lens-explore').classList"
+        assert self.driver.execute_script(f"arguments[0].click(); return {waiting}.contains('waiting')", action)
+        self.wait(lambda: not self.all(".cl-panels.busy"))
+        seen = self.driver.execute_async_script(SPINS)
+        assert seen == ["hidden", "hidden", "visible", "hidden"], seen
+
+    def uncut(self, width: str) -> None:
+        """Fails where words are wider than what holds them, at a width of the explorer; a panel may be scrolled."""
+        self.driver.execute_script("arguments[0].style.width = arguments[1]", self.all(".clip-lens-explore")[0], width)
+        cut = self.driver.execute_script(CUT)
+        assert not cut, f"cut off at {width}: {cut}"
+
+    def saved(self) -> Path:
+        """The picture that was saved last."""
+        self.wait(lambda: list(self.folder.glob("explore*.png")))
+        return max(self.folder.glob("explore*.png"))
+
     def cell(self, grid: str, row: int, column: int) -> Any:
         return self.all(f'[data-grid="{grid}"] tbody tr')[row].find_elements(By.CSS_SELECTOR, "button")[column]
 
@@ -209,6 +259,15 @@ class Page:
 def use(page: Page) -> None:
     """What a reader does."""
     page.shoot("1-start")
+    click_and_walk(page)
+    type_texts(page)
+    patch_together(page)
+    look_at_one_text(page)
+    pick_heads(page)
+    save_and_measure(page)
+
+
+def click_and_walk(page: Page) -> None:
     page.act("click a cell", lambda: page.cell("effects", 4, 2).click())
     pressed = page.cell("effects", 4, 2)
     assert pressed.get_attribute("aria-pressed") == "true"
@@ -219,21 +278,69 @@ def use(page: Page) -> None:
     page.act("enter", lambda: page.press(Keys.ENTER))
     assert page.cell("effects", 4, 3).get_attribute("aria-pressed") == "true"
     page.shoot("2-cell")
+
+
+def type_texts(page: Page) -> None:
     page.act("type a caption", lambda: page.write("Caption", "There is no dog."))
     page.act("type a foil", lambda: page.write("Foil", "There is a dog."))
     assert "never saw 'dog.'" in page.all(".cl-said")[0].text
     page.shoot("3-typed")
+    page.act("the same text", lambda: page.write("Foil", "There is no dog."))
+    assert "the same tokens" in page.all(".cl-said")[0].text
+    assert page.all('[data-grid="effects"]'), "the last picture stays"
+    page.shoot("4-mistake")
+    page.act("no negation", lambda: page.write("Foil", "There is the dog."))
+    page.act("no negation", lambda: page.write("Caption", "There is a dog."))
+    assert "the foil is run" in page.all(".cl-said")[0].text
+
+
+def patch_together(page: Page) -> None:
+    def hold(cell: Any) -> None:
+        ActionChains(page.driver).key_down(Keys.CONTROL).click(cell).key_up(Keys.CONTROL).perform()
+
+    page.act("next pair", lambda: page.all(".cl-steps button")[1].click())
+    page.act("a cell", lambda: hold(page.cell("effects", 3, 1)))
+    page.act("another cell with it", lambda: hold(page.cell("effects", 4, 2)))
+    assert len(page.all(".cl-chip")) == 2 and len(page.all(".cl-cell.joined")) == 2
+    assert "Patched together" in page.all(".cl-together")[0].text
+    page.shoot("5-together")
+    page.act("leave one out", lambda: page.all(".cl-chip button")[0].click())
+    assert len(page.all(".cl-chip")) == 1
+
+
+def look_at_one_text(page: Page) -> None:
     page.act("empty the foil", lambda: page.write("Foil", ""))
-    assert page.all(".cl-said")[0].text == "the foil is empty; write a text"
-    page.shoot("4-empty")
+    assert "one text alone" in page.all(".cl-said")[0].text and len(page.all('[data-grid="lens"] tbody tr')) == 1
+    page.act("no image", lambda: page.write("Image", ""))
+    assert "Cosine" in page.all(".cl-side")[0].text
+    page.shoot("6-alone")
+
+
+def pick_heads(page: Page) -> None:
     page.act("next pair", lambda: page.all(".cl-steps button")[1].click())
     page.act("heads", lambda: Select(page.field("Patch")).select_by_value("head"))
     page.act("zeros", lambda: Select(page.field("with")).select_by_value("zeros"))
     page.act("a head", lambda: page.cell("direct", 1, 2).click())
+    page.act("one block by token", lambda: Select(page.field("Rows")).select_by_value("token"))
+    assert len(page.all('[data-grid="effects"] thead th')) == len(page.all('[data-grid="heads caption"] button'))
+    page.act("another head", lambda: page.all('[data-grid="heads caption"] button')[0].click())
+    before = int(Select(page.field("Pair")).first_selected_option.get_attribute("value"))
+    page.driver.execute_script("for (let n = 0; n < 5; n++) arguments[0].click()", page.all(".cl-steps button")[1])
+    page.wait(lambda: not page.all(".cl-panels.busy"))
+    assert int(Select(page.field("Pair")).first_selected_option.get_attribute("value")) == before + 5
+    page.spins(page.all(".cl-steps button")[1])
+    page.act("by head", lambda: Select(page.field("Rows")).select_by_value("head"))
+
+
+def save_and_measure(page: Page) -> None:
     page.all(".clip-lens-explore summary")[0].click()
     assert 'encoder.sites("head")' in page.all(".cl-code")[0].text.replace("'", '"')
-    page.shoot("5-heads")
-    page.shoot("6-narrow", "400px")
+    page.shoot("7-heads")
+    page.all(".cl-save")[0].click()
+    shutil.copy(page.saved(), page.out / f"{page.name}-saved.png")
+    for width in WIDTHS:
+        page.uncut(f"{width}px")
+    page.shoot("8-narrow", "400px")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from towers import random_clip, random_store
 
 from clip_lens.data.batch import align
 from clip_lens.data.pairs import Pairs
+from clip_lens.data.slots import template_slots
 from clip_lens.model.load import load
 from clip_lens.model.site import Edge, Site, members
 
@@ -204,7 +205,12 @@ def batch_of(name, equal=None, run="caption", dtype=torch.float64):
     encoder = tower(name, dtype)[1]
     texts = TEXTS[True] + TEXTS[False] if equal is None else TEXTS[equal]
     pairs = Pairs(range(len(texts)), *zip(*texts, strict=True), [f"{row}.png" for row in range(len(texts))])
-    return align(pairs, random_store(pairs, encoder.d_embed), encoder, run=run)
+    return align(pairs, random_store(pairs, encoder.d_embed), encoder, run=run, slots=[template_slots, no_slots])
+
+
+def no_slots(text, other, info):
+    """Tokens that no slot has are to be met too."""
+    return ()
 
 
 @cache

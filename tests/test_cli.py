@@ -11,6 +11,7 @@ from typing import get_args
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from clip_lens import Circuit, Site, align, faithfulness, gradient_effects, load, patch_effects, path_effects, top_edges
 from clip_lens.cli import options
@@ -113,6 +114,100 @@ def test_trace_embeds_a_folder_of_pictures(tmp_path: Path) -> None:
     assert run("trace", *words) == 0
     store, shipped = ImageStore.open(out / "images.safetensors"), ImageStore.open("tiny")
     torch.testing.assert_close(store[chosen.image], shipped[chosen.image], rtol=0, atol=2e-6)
+
+
+@pytest.fixture
+def bare(few: Path, tmp_path: Path) -> Path:
+    """The pairs of `few` without their images."""
+    read_pairs(few).to_frame().drop(columns="image").to_csv(tmp_path / "bare.csv", index=False)
+    return tmp_path / "bare.csv"
+
+
+@pytest.mark.parametrize("command", [("trace",), ("patch", "--sites", "mlp"), ("ablate", "--sites", "mlp")])
+def test_texts_alone_are_patched_in_the_cosine(
+    command: tuple[str, ...], bare: Path, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    assert run(*command, "--pairs", bare, "--metric", "cosine", "--out", out, "--quiet") == 0
+    printed = capsys.readouterr().out
+    assert ("no d and no segments: all pairs are shown" in printed) == (
+        command[0] != "ablate"
+    )  # which shows all anyhow
+    assert "share of d" not in printed
+    file = next(out.glob("*-cosine.parquet"))
+    effects = Effects.load(file)
+    assert effects.record.metric.name == "cosine" and len(effects.pairs) == 40 and effects.pairs.d.isna().all()
+    words = (*command, "--pairs", few, "--metric", "cosine", "--segment", "all", "--quiet")
+    assert run(*words, "--images", "tiny", "--out", tmp_path / "with") == 0
+    assert torch.equal(Effects.load(tmp_path / "with" / file.name).values.nan_to_num(9), effects.values.nan_to_num(9))
+    page = next(out.glob("*.html")).read_text()
+    assert "made up, or belong to another joint space" not in page and "d = ;" not in page
+
+
+def test_texts_alone_have_no_logit_and_no_segments(
+    bare: Path, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = ("trace", "--out", tmp_path / "out", "--quiet")
+    for more, told in (
+        (("--pairs", bare), "these pairs are texts alone"),
+        (("--pairs", few, "--images", "none"), "these pairs are texts alone"),
+        (("--pairs", bare, "--segment", "incorrect"), "--segment incorrect goes by d"),
+        (("--pairs", bare, "--images", tmp_path), "no image below"),
+    ):
+        assert run(*words, *more) == 1
+        assert told in capsys.readouterr().err
+
+
+def test_both_metrics_share_a_folder(few: Path, tmp_path: Path) -> None:
+    words = ("patch", "--sites", "mlp", "--pairs", few, "--out", tmp_path / "out", "--quiet")
+    assert run(*words) == run(*words, "--metric", "cosine") == 0
+    names = {path.name for path in (tmp_path / "out").glob("*.parquet")}
+    assert names == {"patch-mlp-text.parquet", "patch-mlp-text-cosine.parquet"}
+
+
+def test_crops_of_a_published_file_are_embedded_with_its_pairs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The part of a picture that a box names, and that part saved as a picture of its own, are the same embedding."""
+    from clip_lens.tiny.assets import ASSETS
+
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    whole = Image.open(sorted((ASSETS / "pictures").iterdir())[0]).convert("RGB")
+    whole.save(pictures / "7.png")
+    whole.crop((2, 4, 32, 44)).save(pictures / "part.png")
+    box = {"bbox_x": 2, "bbox_y": 4, "bbox_w": 30, "bbox_h": 40}
+    item = {"image_path": "7.png", "true_caption": "There is no ring.", "false_caption": "There is a ring.", **box}
+    (tmp_path / "aro.json").write_text(json.dumps([item]))
+    words = ("patch", "--pairs", tmp_path / "aro.json", "--images", pictures, "--segment", "all", "--quiet")
+    assert run(*words, "--sites", "mlp", "--out", tmp_path / "out") == 0
+    store = ImageStore.open(tmp_path / "out" / "images.safetensors")
+    assert store.ids == ("7.png#xywh=2,4,30,40",)
+    out = tmp_path / "chosen.safetensors"
+    assert run("embed", pictures, "--pairs", tmp_path / "aro.json", "--out", out, "--quiet") == 0
+    assert run("embed", pictures, "--out", tmp_path / "all.safetensors", "--quiet") == 0
+    cut, every = ImageStore.open(out), ImageStore.open(tmp_path / "all.safetensors")
+    assert cut.ids == store.ids and every.ids == ("7.png", "part.png")
+    assert torch.equal(cut[cut.ids], every[["part.png"]]) and not torch.equal(cut[cut.ids], every[["7.png"]])
+
+
+def test_images_are_repaired_where_that_is_asked_for(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    frame = read_pairs(few).to_frame()
+    frame["image"] = "C:\\data\\" + frame.image.str.replace("png", "JPG")
+    frame.to_csv(tmp_path / "moved.csv", index=False)
+    words = ("patch", "--sites", "mlp", "--pairs", tmp_path / "moved.csv", "--out", tmp_path / "o", "--quiet")
+    assert run(*words) == 1
+    assert "may be 'scene-" in capsys.readouterr().err
+    assert run(*words, "--repair-images") == 0
+    assert "40 pairs of moved.csv" in capsys.readouterr().out
+
+
+def test_a_format_is_named_where_the_columns_do_not_tell(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = "filepath,captions\n1.png,\"['There is a ring.']\"\n2.png,\"['There is no ring.']\"\n"
+    (tmp_path / "r.csv").write_text(rows)
+    words = ("patch", "--sites", "mlp", "--pairs", tmp_path / "r.csv", "--images", "none", "--metric", "cosine",
+             "--out", tmp_path / "o", "--quiet")  # fmt: skip
+    assert run(*words) == 1
+    assert "no column caption, foil, image; found 'filepath', 'captions'" in capsys.readouterr().err
+    assert run(*words, "--format", "negbench-retrieval") == 0
 
 
 def test_kinds_with_heads_are_traced_all_heads_together(few: Path, tmp_path: Path) -> None:

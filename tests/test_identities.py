@@ -20,7 +20,7 @@ from clip_lens.data.pairs import Pairs
 from clip_lens.data.read import read_pairs
 from clip_lens.methods.patching import patch_effects
 from clip_lens.model.load import load
-from clip_lens.model.site import LAYOUTS, Edge, Site, at_slot, hook_name, members, precedes
+from clip_lens.model.site import LAYOUTS, NO_LAYER, Edge, Site, at_slot, hook_name, members, precedes
 
 TOLERANCES = {torch.float32: 2e-6, torch.float64: 1e-12}
 TOWERS = [f"{kind} {layers}" for kind in ("causal", "bidirectional") for layers in (1, 2, 3, 4)]
@@ -427,7 +427,7 @@ def interventions(draw):
 
     def site(kind):
         units = st.sampled_from([None, 0, 3]) if LAYOUTS[kind].unit_axis is not None else st.none()
-        layers = st.integers(0, 0 if kind == "embed" else encoder.n_layers - (kind != "resid"))
+        layers = st.integers(0, 0 if kind in NO_LAYER else encoder.n_layers - (kind != "resid"))
         positions = st.integers(0, batch.tokens.shape[1] - 1)
         slots = st.one_of(st.none(), st.sampled_from(["negator", "subject", "stop", "eot"]), positions)
         return st.builds(Site, st.just(kind), layers, units, slots)

@@ -336,7 +336,7 @@ def test_published_files_become_what_is_compared(tmp_path, monkeypatch, capsys):
 
 
 def test_positions_have_the_names_of_slots():
-    assert set(fetch_clip_localisation.POSITIONS) <= set(clip_lens.data.batch.SLOTS)
+    assert set(fetch_clip_localisation.POSITIONS) <= set(clip_lens.data.slots.SLOTS)
     assert len(fetch_clip_localisation.COMMIT) == 40 and fetch_clip_localisation.COMMIT in fetch_clip_localisation.BASE
 
 

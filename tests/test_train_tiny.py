@@ -120,3 +120,36 @@ def test_the_recipe_reaches_its_targets_again():
     state, _ = train_tiny.train(seed, train_tiny.Recipe())
     targets = train_tiny.measure(train_tiny.restored(state), 200)["targets"]
     assert all(train_tiny.reached(row) for row in targets.values()), targets
+
+
+def test_tuning_changes_the_text_tower_alone_and_learns_the_new_words_row():
+    before = load_file(train_tiny.ASSETS / "model.safetensors")
+    recipe = train_tiny.replace(train_tiny.TUNING, pool=40, read_steps=2, read_pairs=8, read_images=16)
+    after, _ = train_tiny.tune(before, 0, recipe)
+    changed = train_tiny.changed(before, after)
+    assert changed and not any(name.startswith("visual") for name in changed)
+    assert all(torch.equal(after[name], value) for name, value in before.items() if name not in changed)
+    (new,) = set(after["token_embedding.rows"].tolist()) - set(before["token_embedding.rows"].tolist())
+    assert train_tiny.tokenizer().decode([new]).strip() == "without"
+    again, _ = train_tiny.tune(before, 0, recipe)
+    assert all(torch.equal(after[name], again[name]) for name in after)
+
+
+def test_a_claim_put_anew_is_the_same_claim():
+    pairs = scenes.scene_pairs(40, forms=("picture-with",))
+    said = train_tiny.without_pairs(40, first=scenes.FRESH)
+    assert list(said.key) == list(
+        train_tiny.scenes.scene_pairs(40, forms=("picture-with",), kinds=train_tiny._ASKED).key
+    )
+    assert all((" no " in old) == (" without " in train_tiny.put_anew(old)) for old in (*pairs.caption, *pairs.foil))
+    assert train_tiny.put_anew("There is no circle.") == "There is no circle."
+
+
+def test_the_shipped_fine_tune_is_what_its_card_measured():
+    card = json.loads((train_tiny.ASSETS / "tuned-without.json").read_text())
+    state = load_file(train_tiny.ASSETS / "model.safetensors") | load_file(
+        train_tiny.ASSETS / "tuned-without.safetensors"
+    )
+    assert train_tiny.measure_tuned(train_tiny.restored(state), 20)['"without"']["accuracy"]["caption"] > 0.8
+    before, after = (card[when]['"without"']["accuracy"] for when in ("before", "after"))
+    assert before["caption"] < 0.2 < 0.97 < after["caption"] and before["foil"] > 0.85

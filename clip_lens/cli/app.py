@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -77,10 +77,10 @@ def demo(
     "clip-lens trace --model ViT-B-32 --pretrained openai --pairs existence.json --rephrased "
     "--images v7w.safetensors --out traced",
 )
-@on_pairs(pairs=inspect.Parameter.empty, images=inspect.Parameter.empty)
-def trace(job: Job, kind: options.Kinds = "resid") -> None:
+@on_pairs(pairs=inspect.Parameter.empty)
+def trace(job: Job, kind: options.Kinds = "resid", metric: options.MetricOption = "logit") -> None:
     """Causal tracing on your own pairs: by layer and slot, for both sides of the negation, with a report."""
-    _trace(job, kind)
+    _trace(job.measured(metric), kind)
 
 
 @app.command(
@@ -88,11 +88,18 @@ def trace(job: Job, kind: options.Kinds = "resid") -> None:
     "clip-lens patch --sites pattern --pairs my.csv --images my-pictures/ --out patterns",
 )
 @on_pairs()
-def patch(job: Job, kind: options.Kinds = "head", by: options.ByOption = "text") -> None:
+def patch(
+    job: Job,
+    kind: options.Kinds = "head",
+    by: options.ByOption = "text",
+    metric: options.MetricOption = "logit",
+) -> None:
     """Activation patching of every head, neuron or stream, each on its own, from the other text."""
     from clip_lens.core.source import counterpart
 
-    _sites(job, name_of("patch", kind, by), kind, by, counterpart, f"{kind} patched from the other text")
+    _sites(
+        job.measured(metric), name_of("patch", kind, by), kind, by, counterpart, f"{kind} patched from the other text"
+    )
 
 
 @app.command(
@@ -107,10 +114,11 @@ def ablate(
     replacement: Annotated[options.Replacement, typer.Option("--with", help="What replaces the activation.")] = "mean",
     std: options.Std = 1.0,
     seed: Annotated[int, typer.Option(help="resample, noise: the seed.")] = 0,
+    metric: options.MetricOption = "logit",
 ) -> None:
     """Ablation: what the metric loses when an activation is replaced by zero, its mean, another text's, or noise."""
     source, told = _source(replacement, std, seed)
-    _sites(job, name_of("ablate", kind, by, told), kind, by, source, f"{kind} ablated: {told}")
+    _sites(job.measured(metric), name_of("ablate", kind, by, told), kind, by, source, f"{kind} ablated: {told}")
 
 
 @app.command(
@@ -215,6 +223,64 @@ def circuit(
 
 
 @app.command(
+    epilog="Examples: clip-lens compare before/heads.parquet after/heads.parquet --out compared   |   "
+    "clip-lens compare one/circuit-eap-200.json two/circuit-eap-200.json --out compared   |   "
+    "clip-lens compare tiny tiny@without --sites head --out compared",
+)
+def compare(
+    a: Annotated[
+        str, typer.Argument(help="A kept result (.parquet), a circuit (.json), or a model: NAME or NAME@PRETRAINED.")
+    ],
+    b: Annotated[str, typer.Argument(help="What it is compared with, of the same sort: B minus A.")],
+    out: options.Out,
+    pairs: options.PairsFile = "tiny",
+    images: options.Images = "tiny",
+    images_b: options.ImagesOfB = None,
+    run: options.RunOption = "affirmative",
+    kind: options.Kinds = "head",
+    by: options.ByOption = "text",
+    any_store: options.AnyStore = False,
+    overwrite: options.Overwrite = False,
+    rows: options.Rows = 256,
+    device: options.Device = "cpu",
+    quiet: options.Quiet = False,
+) -> None:
+    """Two results, two circuits, or two models on the same pairs: what differs, with paired intervals; a report.
+
+    Of two models every place is patched from the other text in each, and, where they are of one shape, swapped for the
+    other model's.
+    """
+    from clip_lens.cli.compared import circuits, models, results
+
+    ends = {Path(given).suffix for given in (a, b)}
+    if ends == {".parquet"}:
+        return results(Path(a), Path(b), out)
+    if ends == {".json"}:
+        return circuits(Path(a), Path(b), out)
+    if ends & {".parquet", ".json"}:
+        raise ValueError(f"{a} and {b} are of different sorts; give two results, two circuits or two models")
+    jobs = [
+        open_job(
+            out, pairs, store, *named(given), run, "all", any_store=any_store, overwrite=overwrite, rows=rows,
+            device=device, quiet=quiet,
+        )
+        for given, store in ((a, images), (b, images_b or images))
+    ]  # fmt: skip
+    return models(jobs[0], jobs[1], (a, b), kind, lambda job: job.encoder.sites(kind, slots=_slots(job.batch, by)))  # type: ignore[arg-type]
+
+
+def named(model: str) -> tuple[str, str | None]:
+    """A model and its weights, as the command line names both in one word.
+
+    Example:
+        >>> named("ViT-B-32@openai"), named("tiny")
+        (('ViT-B-32', 'openai'), ('tiny', None))
+    """
+    name, _, pretrained = model.partition("@")
+    return name, pretrained or None
+
+
+@app.command(
     epilog="Example: clip-lens embed pictures/ --model ViT-B-32 --pretrained openai --out pictures.safetensors",
 )
 def embed(
@@ -228,14 +294,21 @@ def embed(
     quiet: options.Quiet = False,
     like: options.Like = None,
     quick_gelu: options.QuickGelu = None,
+    pairs: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Embed the images of this file of pairs alone, cropped where it has boxes."),
+    ] = None,
+    format: options.Format = None,
 ) -> None:
     """Compute image embeddings once and store them. An interrupted run goes on where it stopped."""
     from clip_lens.data.embed import embed_images
+    from clip_lens.data.read import read_pairs
 
+    ids = None if pairs is None else read_pairs(pairs, format=format).images
     paths = images[0] if len(images) == 1 else list(images)
     store = embed_images(
-        paths, model=model, pretrained=pretrained, out=out, batch_size=batch_size, device=device, progress=not quiet,
-        overwrite=overwrite, like=like, quick_gelu=quick_gelu,
+        paths, model=model, pretrained=pretrained, ids=ids, out=out, batch_size=batch_size, device=device,
+        progress=not quiet, overwrite=overwrite, like=like, quick_gelu=quick_gelu,
     )  # fmt: skip
     say(f"{len(store)} embeddings in {out}, {len(store.failed)} images failed")
     for name, reason in store.failed:
@@ -267,12 +340,16 @@ def info(
 def _trace(job: Job, kind: str) -> None:
     """Causal tracing by whole slots and by single positions: two results, a table, a report."""
     from clip_lens.core.source import counterpart
+    from clip_lens.show.questions.where import SAME, WHAT_MAPS_SHOW, apart, right
 
     slots, positions = (_layers(job.encoder, kind, _slots(job.batch, by)) for by in ("slot", "position"))
     by_slot = job.patched(f"{kind}-slots", slots, counterpart)
     by_position = job.patched(f"{kind}-positions", positions, counterpart)
-    single = job.chosen(by_position).by_slot(job.batch)
-    job.write(f"trace-{kind}", {f"{kind}: whole slots": job.chosen(by_slot), f"{kind}: single positions": single})
+    whole, single = job.chosen(by_slot), job.chosen(by_position).by_slot(job.batch)
+    further = apart(whole, single)
+    results = {"By slot": whole, **({"By single token": single} if further > SAME else {})}
+    points = [right(by_slot.pairs, whole.pairs, further)]
+    job.write(name_of("trace", kind), results, summary=WHAT_MAPS_SHOW, points=points)
 
 
 def _sites(job: Job, name: str, kind: str, by: str, source: Source | Function, title: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,18 @@ from clip_lens.cli.tables import print_effects
 if TYPE_CHECKING:
     from clip_lens.core.effects import Effects
     from clip_lens.core.keep import Keep
+    from clip_lens.core.metric import Metric
     from clip_lens.core.setting import Setting
     from clip_lens.core.source import Function, Source
     from clip_lens.data.batch import Batch
     from clip_lens.data.images import ImageStore
+    from clip_lens.data.pairs import Pairs
     from clip_lens.model.encoder import HookedTextEncoder
     from clip_lens.model.site import Place
 
+TINY, NONE = "tiny", "none"
+SEGMENT = "correct"
+"""The pairs that are shown unless others are asked for."""
 LONGEST = 120
 """Characters of a file's name before its ending; a longer one ends in a digest of what was left out."""
 
@@ -39,7 +44,7 @@ class Job:
 
     encoder: HookedTextEncoder
     batch: Batch
-    images: ImageStore
+    images: ImageStore | None
     out: Path
     pictures: Path | None
     segment: str
@@ -47,6 +52,21 @@ class Job:
     progress: bool
     any_store: bool = False
     overwrite: bool = False
+    metric: str = "logit"
+
+    def measured(self, metric: str) -> Job:
+        """The job in another metric, by its name."""
+        return replace(self, metric=metric)
+
+    @property
+    def _metric(self) -> Metric:
+        from clip_lens.core.metric import cosine, logit
+
+        return {"logit": logit, "cosine": cosine}[self.metric]
+
+    def named(self, *parts: object) -> str:
+        """A file's name of some words, and the metric's where it is another one than the logit."""
+        return name_of(*parts, *([] if self.metric == "logit" else [self.metric]))
 
     @property
     def keep(self) -> Keep:
@@ -57,7 +77,9 @@ class Job:
     def setting(self, source: Source | Function) -> Setting:
         from clip_lens.core.setting import Setting
 
-        return Setting.of(self.encoder, self.batch, source=source, rows=self.rows, progress=self.progress)
+        return Setting.of(
+            self.encoder, self.batch, source=source, metric=self._metric, rows=self.rows, progress=self.progress
+        )
 
     def patched(self, name: str, places: Sequence[Place], source: Source | Function) -> Effects:
         """What patching each place from a source moves, kept under a name."""
@@ -65,9 +87,9 @@ class Job:
         from clip_lens.methods.registry import PATCHING
 
         compute = lambda some: patch_effects(
-            self.encoder, self.batch, some, source=source, rows=self.rows, progress=self.progress
+            self.encoder, self.batch, some, source=source, metric=self._metric, rows=self.rows, progress=self.progress
         )
-        return self.keep.effects(name, self.setting(source).record(PATCHING), places, compute)
+        return self.keep.effects(self.named(name), self.setting(source).record(PATCHING), places, compute)
 
     def chosen(self, effects: Effects) -> Effects:
         """The pairs of the segment that was asked for; the record says how many there were of each.
@@ -108,19 +130,23 @@ class Job:
         what = "processes negation" if set(self.batch.pairs.side) - {"none"} else "tells captions from foils"
         return f"{self.encoder.full_name} {what}{given}"
 
-    def write(self, name: str, results: Mapping[str, Effects]) -> None:
-        """The table of the first result on the screen and as csv, and the report of all."""
+    def write(
+        self, name: str, results: Mapping[str, Effects], *, summary: str | None = None, points: Sequence[str] = ()
+    ) -> None:
+        """The table of the first result on the screen and as csv, and the report of all, with what is said first."""
         from clip_lens.core.spreadsheet import write_csv
         from clip_lens.show.questions.cautions import cautions
         from clip_lens.show.report.report import page_in, report
 
-        first, name = next(iter(results.values())), name_of(name, self.segment)
+        first, name = next(iter(results.values())), self.named(name, self.segment)
         table = self.out / f"{name}.csv"
         write_csv(first.table(), table)
         page = report(
             results,
             page_in(self.out, name),
             title=f"Where {self.about}",
+            summary=summary,
+            points=points,
             pictures=self.pictures,
             warnings=cautions(self.encoder, self.batch),
             name=name,
@@ -151,11 +177,11 @@ def name_of(*parts: object) -> str:
 def open_job(
     out: options.Out,
     pairs: options.PairsFile = "tiny",
-    images: options.Images = "tiny",
+    images: options.Images = TINY,
     model: options.Model = "tiny",
     pretrained: options.Pretrained = None,
     run: options.RunOption = "affirmative",
-    segment: options.Segment = "correct",
+    segment: options.Segment = SEGMENT,
     rephrased: options.Rephrased = False,
     any_store: options.AnyStore = False,
     overwrite: options.Overwrite = False,
@@ -164,6 +190,8 @@ def open_job(
     quiet: options.Quiet = False,
     like: options.Like = None,
     quick_gelu: options.QuickGelu = None,
+    format: options.Format = None,
+    repair_images: options.Repair = False,
 ) -> Job:
     """What the options of a command on pairs name, opened: its parameters are those options."""
     from clip_lens.data.batch import align
@@ -171,31 +199,50 @@ def open_job(
     from clip_lens.model.load import load
     from clip_lens.tiny.assets import ASSETS
 
-    chosen = read_pairs(pairs)
+    chosen = read_pairs(pairs, format=format)
     chosen = chosen.rephrased() if rephrased else chosen
     weights: dict[str, Any] = {"pretrained": pretrained, "like": like, "quick_gelu": quick_gelu, "device": device}
-    store = _open_images(images, model, weights, out, quiet)
+    store = _open_images(images, chosen, model, weights, out, quiet)
+    if repair_images and store is not None:
+        chosen = chosen.repaired(store.ids)
     say(f"Loading {model} ...")
     encoder = load(model, **weights)
     batch = align(chosen, store, encoder, run=run, any_store=any_store)
     say(repr(batch))
     for reason, count in batch.dropped.reason.value_counts().items():
         say(f"  {count} dropped: {reason}")
+    segment = _segment(segment, batch)
     out.mkdir(parents=True, exist_ok=True)
-    shipped = ASSETS / "pictures" if images == "tiny" else None
+    shipped = ASSETS / "pictures" if images == TINY and store is not None else None
     pictures = Path(images) if Path(images).is_dir() else shipped
     return Job(encoder, batch, store, out, pictures, segment, rows, not quiet, any_store, overwrite)
 
 
-def _open_images(images: str, model: str, weights: dict[str, Any], out: Path, quiet: bool) -> ImageStore:
+def _segment(asked: str, batch: Batch) -> str:
+    """The segment to show: all pairs where there is no d that would make segments."""
+    if batch.has_direction or asked == "all":
+        return asked
+    if asked != SEGMENT:
+        raise ValueError(f"--segment {asked} goes by d, and texts alone have none; give --segment all")
+    say("Without images there is no d and no segments: all pairs are shown.")
+    return "all"
+
+
+def _open_images(
+    images: str, pairs: Pairs, model: str, weights: dict[str, Any], out: Path, quiet: bool
+) -> ImageStore | None:
+    from clip_lens.data.crops import cropped
     from clip_lens.data.embed import embed_images
     from clip_lens.data.images import ImageStore
 
+    if images == NONE or (images == TINY and not pairs.has_images):
+        return None
     if not Path(images).is_dir():
         return ImageStore.open(images)
     say(f"Embedding the pictures in {images} ...")
     out.mkdir(parents=True, exist_ok=True)
-    return embed_images(images, model=model, out=out / "images.safetensors", progress=not quiet, **weights)
+    ids = pairs.images if any(cropped(name)[1] for name in pairs.image) else None
+    return embed_images(images, model=model, ids=ids, out=out / "images.safetensors", progress=not quiet, **weights)
 
 
 def on_pairs(**defaults: object) -> Callable[[Callable[..., None]], Callable[..., None]]:

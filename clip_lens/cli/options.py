@@ -16,6 +16,7 @@ Through = Literal["direct", "mlp"]
 Replacement = Literal["zeros", "mean", "resample", "noise"]
 SourceName = Literal["counterpart", "zeros", "mean", "resample", "noise"]
 SplitBy = Literal["text", "image"]
+MetricName = Literal["logit", "cosine"]
 
 
 def _known_kind(kind: str) -> str:
@@ -65,8 +66,30 @@ QuickGelu = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="Where to compute, as torch names it.", rich_help_panel="Model")]
-PairsFile = Annotated[str, typer.Option(help="Caption-foil pairs: .csv, .json, .jsonl, a VALSE file, or 'tiny'.")]
-Images = Annotated[str, typer.Option(help="Their images: a store (.safetensors), a folder of pictures, or 'tiny'.")]
+PairsFile = Annotated[
+    str, typer.Option(help="Caption-foil pairs: .csv, .json, .jsonl, a published data set's own file, or 'tiny'.")
+]
+Format = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="The data set whose layout the pairs' file has, where its columns don't tell."),
+]
+Images = Annotated[
+    str,
+    typer.Option(
+        help="Their images: a store (.safetensors), a folder of pictures, 'tiny', or 'none' for texts alone.",
+        show_default=False,
+    ),
+]
+Repair = Annotated[
+    bool,
+    typer.Option(
+        "--repair-images", help="Take the store's image of the same file name in another folder, case or ending."
+    ),
+]
+MetricOption = Annotated[
+    MetricName,
+    typer.Option("--metric", help="CLIP's logit of the image, or the cosine with the other text (needs no image)."),
+]
 Out = Annotated[
     Path,
     typer.Option(
@@ -89,11 +112,15 @@ Kinds = Annotated[
     str,
     typer.Option(
         "--sites",
-        help="Kind of site: resid, mid, attn, mlp, head, q, k, v, pattern, neuron.",
+        help="Kind of site: resid, mid, attn, mlp, head, q, k, v, pattern, neuron, result, norm, projection.",
         callback=_known_kind,
     ),
 ]
 ByOption = Annotated[By, typer.Option(help="Whole texts, named slots (all tokens together), or single positions.")]
+ImagesOfB = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--images-b", help="The images in the second model's own embedding; without it those of --images."),
+]
 Std = Annotated[float, typer.Option(help="noise: in standard deviations of the activation.", min=0.0)]
 Finder = Annotated[
     str, typer.Option(help="How edges are found: exact, eap, eap-ig, acdc, learned, random.", callback=_known_finder)

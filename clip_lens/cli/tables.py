@@ -32,6 +32,17 @@ def print_sides(frame: DataFrame, title: str) -> None:
     _show(table)
 
 
+def print_overlap(overlap: DataFrame) -> None:
+    """What two circuits share, a line per number."""
+    from rich.table import Table
+
+    table = Table("", "edges", title="two circuits as sets")
+    (line,) = overlap.to_dict("records")
+    for name, value in line.items():
+        table.add_row(name.replace("_", " "), *_cells([value]))
+    _show(table)
+
+
 def _show(table: Table) -> None:
     from rich.console import Console
 
@@ -41,9 +52,12 @@ def _show(table: Table) -> None:
 def _titled(effects: Effects, side: str) -> Table:
     from rich.table import Table
 
+    from clip_lens.show.report.words import whole
+
     record, count = effects.record, int((effects.pairs["side"] == side).sum())
     patch = f"{record.unit} that a patch {record.method.verb}"
-    what = f"share of d that a patch {record.method.verb}" if record.shares else patch
+    patch = patch if record.method.patches else f"{record.method.noun} in {record.unit}"
+    what = f"share of {whole(effects)} that a patch {record.method.verb}" if record.shares else patch
     return Table(title=f"{what}; negation in the {side}, {count} pairs" if side != "none" else f"{what}, {count} pairs")
 
 

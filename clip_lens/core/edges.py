@@ -6,6 +6,9 @@ before the receiver's LayerNorm (method, section 8; Goldowsky-Dill et al. 2023).
 as in the unpatched run, so that their differences are computed once; those above are live: a head, MLP or embedding
 that the row patches as a site sends what it was patched to. A patched resid, mid or attn is no sender; shifts are added
 to it.
+
+A source of another tower writes by that tower's weights: a head there sends `z W_O + b_O / H` of its own, so that all
+heads of a layer send what its attention writes. Within one tower the bias cancels, however it is shared out.
 """
 
 from __future__ import annotations
@@ -40,23 +43,50 @@ def written(
     if sender.kind != "head":
         return value
     block = cast(Block, encoder.tower.blocks[sender.layer])
-    return value[:, :, sender.unit] @ block.attn.W_O[sender.unit]
+    return value[:, :, sender.unit] @ block.attn.W_O[sender.unit].to(value)
+
+
+def sent(
+    encoder: HookedTextEncoder,
+    by: HookedTextEncoder,
+    sender: Site,
+    source: Float[Tensor, "pair pos ..."],
+    live: Float[Tensor, "pair pos ..."],
+) -> Float[Tensor, "pair pos d_model"]:
+    """What a sender would send, written by the weights of `by`, minus what it gives; 0 where the source has nothing."""
+    if by is encoder:
+        return written(encoder, sender, (source - live).nan_to_num(0.0))
+    return (_with_bias(by, sender, source) - _with_bias(encoder, sender, live)).nan_to_num(0.0)
+
+
+def _with_bias(
+    encoder: HookedTextEncoder, sender: Site, value: Float[Tensor, "pair pos ..."]
+) -> Float[Tensor, "pair pos d_model"]:
+    """What a sender writes, a head with its equal share of the attention's output bias."""
+    given = written(encoder, sender, value)
+    if sender.kind != "head":
+        return given
+    return given + cast(Block, encoder.tower.blocks[sender.layer]).attn.b_O.to(given) / encoder.n_heads
 
 
 def differences(
-    encoder: HookedTextEncoder, senders: Sequence[Site], source: Cache, run: Cache, differs: Bool[Tensor, "pair pos"]
+    encoder: HookedTextEncoder,
+    by: HookedTextEncoder,
+    senders: Sequence[Site],
+    source: Cache,
+    run: Cache,
+    differs: Bool[Tensor, "pair pos"],
 ) -> tuple[Float[Tensor, "sender pair pos d_model"], Bool[Tensor, "sender pair pos"]]:
-    """What each sender would send, source minus unpatched run, and where the source has something; 0 elsewhere and
-    where it is known not to differ from the run."""
+    """What each sender would send, source (whose senders write by the weights of `by`) minus unpatched run, and where
+    the source has something; 0 elsewhere and where it is known not to differ from the run."""
     if not senders:
         nothing = differs.new_zeros(0, *differs.shape, encoder.tower.cfg.d_model)
         return nothing.to(encoder.dtype), nothing.any(-1)
     values, present = [], []
     for sender in senders:
         name = sender_hook(sender)
-        change = source[name] - run[name]
-        present.append(~change.flatten(2).isnan().all(-1))
-        values.append(written(encoder, sender, change.nan_to_num(0.0)))
+        present.append(~(source[name] - run[name]).flatten(2).isnan().all(-1))
+        values.append(sent(encoder, by, sender, source[name], run[name]))
     return torch.stack(values) * differs.unsqueeze(-1), torch.stack(present)
 
 
@@ -69,6 +99,7 @@ class EdgePatch:
     """
 
     encoder: HookedTextEncoder
+    by: HookedTextEncoder
     addresses: Addresses
     source: Cache
     change: Float[Tensor, "sender pair pos d_model"]
@@ -221,5 +252,5 @@ class EdgePatch:
         """What a live sender would send, minus what it gives in these rows."""
         site = self.addresses.senders[number]
         name = sender_hook(site)
-        change = self.source[name][self.pair[rows][:, None], at[rows]] - self._held(name, at)[rows]
-        return written(self.encoder, site, change.nan_to_num(0.0))
+        source = self.source[name][self.pair[rows][:, None], at[rows]]
+        return sent(self.encoder, self.by, site, source, self._held(name, at)[rows])

@@ -37,12 +37,13 @@ from clip_lens.core.table import (
     sides_of,
     tabulate,
 )
-from clip_lens.data.batch import SLOTS
+from clip_lens.data.slots import ENDS, order_of
 from clip_lens.model.site import Edge, Place, Site, at_slot, index_rows, members, order
 
 PAIRS = ("key", "caption", "foil", "image", "side", "sigma", "d", "segment")
 SEGMENTS = ("incorrect", "ambiguous", "correct")
-LOCALISED = SLOTS[SLOTS.index("negator") :]
+DIFFERING = ("negator", "changed")
+"""The slots at which texts begin to differ, of the rules built in."""
 SPREAD = ["kind", "layer", "unit"]
 """What the places have in common over whose slots a localisation is taken."""
 SHOWN = ("fraction", "lower", "upper", "effect", "effect_lower", "effect_upper", "n", "dropped")
@@ -143,7 +144,8 @@ class Effects:
         return sigma if self.record.metric.oriented else torch.ones_like(sigma)
 
     @property
-    def _sample(self) -> Sample:
+    def sample(self) -> Sample:
+        """What tables are made of."""
         return Sample(self.index, self.values, self.total, self.pairs, self.orientation)
 
     def fraction(self, of: Of = "means", floor: float = 0.0, pooled: bool = False) -> DataFrame:
@@ -209,7 +211,7 @@ class Effects:
                 if known[1:] == asked[1:]:
                     return table.drop(columns=[name for name in BOUNDS if name in table])
         if asked not in self._tables:
-            self._tables[asked] = tabulate(self._sample, of, floor, pooled, draws)
+            self._tables[asked] = tabulate(self.sample, of, floor, pooled, draws)
         return self._tables[asked].copy()
 
     def _tables_of(self, rows: np.ndarray, columns: np.ndarray) -> dict[_Asked, DataFrame]:
@@ -288,7 +290,16 @@ class Effects:
             negator  2.0  1.0
             eot      0.0  1.0
         """
-        return pivot(one_side(self._table_for(value, how), side), rows, columns, value, self.ends())
+        return pivot(one_side(self._table_for(value, how), side), rows, columns, value, self.axes())
+
+    def axes(self) -> dict[str, list[str]]:
+        """The order of a grid's axes: slots as they stand in the text, and the `ends` of edges.
+
+        Example:
+            >>> toy_effects().axes()["slot"]
+            ['negator', 'eot']
+        """
+        return {"slot": order_of(plain(self.index["slot"]), self.record.slots), **self.ends()}
 
     def ends(self) -> dict[str, list[str]]:
         """The labels of the edges' senders and receivers, each in the order of the tower: the order of a grid's axes.
@@ -312,7 +323,7 @@ class Effects:
 
     def localisation(
         self,
-        slots: Sequence[str] = LOCALISED,
+        slots: Sequence[str] | None = None,
         interval: float = 0.95,
         *,
         of: Of = "means",
@@ -323,7 +334,8 @@ class Effects:
     ) -> DataFrame:
         """How unevenly d is spread over the text: per layer and side the standard deviation of the slots' fractions.
 
-        With ddof 0, from `negator` to `eot` (method section 4). Columns: kind, layer, unit, side, localisation, lower,
+        With ddof 0. `slots=None`: from `negator` to `eot` (method section 4); in a result without negators from the
+        first word that changes, or all but the start of text. Columns: kind, layer, unit, side, localisation, lower,
         upper (the bootstrap of `table`), slots (how many have a fraction). A spread is never below 0: that its interval
         lies above 0 is no evidence that the slots differ.
 
@@ -336,12 +348,13 @@ class Effects:
             2      0  foil           0.5
             3      1  foil           0.2
         """
+        slots = _behind(self.axes()["slot"]) if slots is None else slots
         found = self.where(slot=lambda column: column.isin(list(slots)))
         if not found.places:
             raise ValueError(f"no place is at one of {', '.join(slots)}; positions get names with by_slot(batch)")
         draws, points, parts = Draws(interval, resamples, seed), found.fraction(of, floor, pooled), []
         for side, table in points.groupby("side", sort=False):
-            drawn = drawn_fractions(found._sample, str(side), of, floor, draws)
+            drawn = drawn_fractions(found.sample, str(side), of, floor, draws)
             for name, part in table.reset_index(drop=True).groupby(SPREAD, dropna=False, sort=False):
                 bounds = _spread_bounds(drawn[part.index], interval, int(part["n"].max()))
                 parts.append((*name, side, part["fraction"].std(ddof=0), *bounds, part["fraction"].count()))
@@ -456,6 +469,12 @@ class Effects:
             index=False, float_format="{:.3f}".format, na_rep="", border=0
         )
         return f"<p>{escape(repr(self))}</p><dl>{said}</dl>{table}"
+
+
+def _behind(slots: list[str]) -> list[str]:
+    """Of slots in the order of the text those where texts can differ: from the first that does, if that is told."""
+    start = min((slots.index(name) for name in DIFFERING if name in slots), default=None)
+    return [name for name in slots if name != ENDS[0]] if start is None else slots[start:]
 
 
 def segments(d: Iterable[float] | Float[Tensor, "pair"], thresholds: tuple[float, float] = (-1.0, 1.0)) -> list[str]:

@@ -10,7 +10,7 @@ import pandas as pd
 from pandas import DataFrame
 
 from clip_lens.core.store import INDEX, plain
-from clip_lens.data.batch import SLOTS
+from clip_lens.data.slots import order_of
 from clip_lens.model.site import KINDS
 
 
@@ -38,7 +38,7 @@ def pivot(
 ) -> DataFrame:
     """A column of a table of one side, laid out by two columns of the index; NaN where there is no place.
 
-    `known` has the order of the entries of further columns, as `Effects.ends` gives it.
+    `known` has the order of a column's entries, as `Effects.axes` gives it; slots are in the order of the text anyway.
 
     Raises:
         ValueError: no such columns, or two places that fall in one cell.
@@ -50,7 +50,8 @@ def pivot(
     for name in (rows, columns, value):
         if name not in table:
             raise ValueError(f"no column {name!r} in the table; it has {', '.join(table.columns)}")
-    known = {"slot": SLOTS, "kind": KINDS, **(known or {})}
+    known = {"kind": KINDS, **(known or {})}
+    known["slot"] = order_of(plain(table["slot"]) if "slot" in table else (), known.get("slot", ()))
     row_labels, column_labels = (_ordered(table[name], known.get(name, ())) for name in (rows, columns))
     row_at = {label: number for number, label in enumerate(row_labels)}
     column_at = {label: number for number, label in enumerate(column_labels)}

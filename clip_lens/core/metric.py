@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from clip_lens.core.identity import adopt, identity_of_function
+from clip_lens.data.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,43 @@ class Readout:
     def rows(self, pairs: Int[Tensor, "row"]) -> Readout:
         """The readout of some pairs, one line per row."""
         return Readout(self.direction[pairs], self.run[pairs], self.other[pairs])
+
+    @classmethod
+    def of(
+        cls,
+        batch: Batch,
+        run: Float[Tensor, "row d_embed"],
+        other: Float[Tensor, "row d_embed"],
+    ) -> Readout:
+        """The readout of a batch's pairs, of these embeddings."""
+        return cls(batch.direction, run, other) if batch.has_direction else TextsOnly(run, other)
+
+
+class TextsOnly(Readout):
+    """The readout of pairs without an image: whatever asks for the direction is refused.
+
+    Example:
+        >>> u = torch.tensor([[0.6, 0.8]])
+        >>> cosine(u, TextsOnly(u, u))
+        tensor([1.])
+    """
+
+    def __init__(self, run: Float[Tensor, "row d_embed"], other: Float[Tensor, "row d_embed"]):
+        object.__setattr__(self, "run", run)
+        object.__setattr__(self, "other", other)
+
+    @property
+    def direction(self) -> Float[Tensor, "row d_embed"]:
+        raise ValueError(NO_DIRECTION)
+
+    def rows(self, pairs: Int[Tensor, "row"]) -> Readout:
+        return TextsOnly(self.run[pairs], self.other[pairs])
+
+
+NO_DIRECTION = (
+    "this needs the direction of an image, and these pairs are texts alone: align them with a store of images, give a "
+    "direction (batch.along(w)), or take what needs none (metric=cosine, attention_effects, patterns, probe)"
+)
 
 
 Function: TypeAlias = Callable[[Float[Tensor, "row d_embed"], Readout], Float[Tensor, "row"]]
@@ -171,6 +209,47 @@ def cosine(u: Float[Tensor, "row d_embed"], readout: Readout) -> Float[Tensor, "
     return (u * readout.other).sum(-1)
 
 
+TIE = 1e-6
+"""Cosines closer than this are the same: rounding would else decide which of two equal texts comes first."""
+
+
+def rank(bank: Float[Tensor, "entry d_embed"], *, of: Literal["texts", "images"] = "texts") -> Metric:
+    """A metric: how many of a bank the text, or its image, comes before; `len(bank)` means that it ranks first.
+
+    `of="texts"`: the bank has the unit embeddings of texts, and counted are those that fit the pair's image less than
+    this text does. `of="images"`: those of images, and counted are those that this text fits less than its own image.
+    A tie (within 1e-6 in cosine) counts for the bank, so that a bank may have the text or the image itself. Oriented:
+    more is better, as for the logit. It is a step function: most small patches move it by nothing, and what needs a
+    gradient (`gradient_effects`, `discover` by eap or eap-ig) refuses it.
+
+    Raises:
+        ValueError: the bank is empty, its embeddings are not unit vectors, or an unknown `of`.
+
+    Example:
+        >>> import torch
+        >>> u, w = torch.tensor([[0.6, 0.8]]), torch.tensor([[100.0, 0.0]])
+        >>> rank(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))(u, Readout(direction=w, run=u, other=u))
+        tensor([1.])
+    """
+    if of not in ("texts", "images"):
+        raise ValueError(f"of={of!r}; a bank is one of texts or of images")
+    bank = _bank(bank)
+
+    def places(u: Float[Tensor, "row d_embed"], readout: Readout) -> Float[Tensor, "row"]:
+        w = torch.nn.functional.normalize(readout.direction, dim=-1)
+        others = (w if of == "texts" else u) @ bank.to(u).T
+        return ((u * w).sum(-1, keepdim=True) - others > TIE).sum(-1).to(u.dtype)
+
+    name = f"rank among {len(bank)} {of}"
+    return metric(places, oriented=True, unit="places", name=name, holds=(bank, of))
+
+
+def _bank(bank: Float[Tensor, "entry d_embed"]) -> Float[Tensor, "entry d_embed"]:
+    if bank.ndim != 2 or len(bank) == 0 or not torch.allclose(bank.norm(dim=-1), bank.new_ones(len(bank)), atol=1e-3):
+        raise ValueError(f"a bank has the unit embeddings of texts as rows; got a tensor of shape {tuple(bank.shape)}")
+    return bank.detach().clone()
+
+
 def kl(bank: Float[Tensor, "text d_embed"]) -> Metric:
     """A metric: `KL(P_run || P_patched)` in nats, with P the softmax of the logits along the direction over this text
     and a bank of candidate texts (their unit embeddings), image fixed (method, section 1). 0 for the unpatched run, and
@@ -185,9 +264,7 @@ def kl(bank: Float[Tensor, "text d_embed"]) -> Metric:
         >>> kl(torch.tensor([[0.0, 1.0]]))(u, Readout(direction=w, run=u, other=u))
         tensor([0.])
     """
-    if bank.ndim != 2 or len(bank) == 0 or not torch.allclose(bank.norm(dim=-1), bank.new_ones(len(bank)), atol=1e-3):
-        raise ValueError(f"a bank has the unit embeddings of texts as rows; got a tensor of shape {tuple(bank.shape)}")
-    bank = bank.detach().clone()
+    bank = _bank(bank)
 
     def divergence(u: Float[Tensor, "row d_embed"], readout: Readout) -> Float[Tensor, "row"]:
         others = readout.direction @ bank.to(readout.direction).T

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 from clip_lens.core.metric import Metric
 from clip_lens.core.source import Source
+from clip_lens.words import counted
 
 Setting: TypeAlias = str | int | float | bool | None
 How = Literal["patches", "estimates", "reads", "judges"]
@@ -49,7 +50,7 @@ class Method:
     how: How = "patches"
     noun: str = "mean signed effect"
     verb: str = "moves"
-    caption: str = "Each {mark} replaces {place} by what the {source} gives there."
+    caption: str = "Each {mark} replaces {place} with what the {source} gives there."
     definition: tuple[str, str] = ("", "")
     unit: str | None = None
     share: str = "recovered fraction"
@@ -103,7 +104,8 @@ class Record:
     `weights`, `data_digest` and `batch` are digests: of the text tower's parameters as they were, of the pairs as read,
     of the tokens, alignment and directions. `tower` says what the tower does with its weights. `source` is None where
     nothing is patched. `settings` are the method's own. `hooks` names the tower's modules that had hooks of the user's
-    on meanwhile. `selected` says which pairs were taken afterwards, a line for each time.
+    on meanwhile. `slots` are the batch's in the order of the text, `slot_rules` how many pairs have theirs from which
+    rule. `selected` says which pairs were taken afterwards, a line for each time.
 
     Example:
         >>> record = Record(Method("toy", "a toy"), model="tiny", pairs=3)
@@ -129,7 +131,8 @@ class Record:
     metric: MetricRecord = MetricRecord()
     pairs: int | None = None
     dropped: Mapping[str, int] = field(default_factory=dict)
-    untemplated: int = 0
+    slots: tuple[str, ...] = ()
+    slot_rules: Mapping[str, int] = field(default_factory=dict)
     unaligned: int = 0
     unsourced: int = 0
     hooks: tuple[str, ...] = ()
@@ -222,7 +225,7 @@ class Record:
             "held out": self.held_out,
             "pairs": _worded(self.pairs),
             "pairs dropped": "; ".join(f"{count} {why}" for why, count in self.dropped.items()) or "none",
-            "without a template of slots": str(self.untemplated),
+            "slots": ", ".join(f"{counted(count, 'pair')} by {rule}" for rule, count in self.slot_rules.items()),
             "positions without counterpart": str(self.unaligned),
             "pairs without a source": str(self.unsourced or ""),
             "hooks of yours that were on": ", ".join(self.hooks),
@@ -230,8 +233,8 @@ class Record:
             "selected": "; ".join(self.selected),
             "versions": ", ".join(f"{name} {version}" for name, version in self.versions.items()),
         }
-        counted = ("pairs dropped", "without a template of slots", "positions without counterpart")
-        return {name: text for name, text in given.items() if text and not (bare and name in counted)}
+        counts = ("pairs dropped", "positions without counterpart")
+        return {name: text for name, text in given.items() if text and not (bare and name in counts)}
 
     def _run(self) -> str:
         text = RUNS.get(self.run, self.run)
@@ -279,7 +282,8 @@ def of_json(plain: Mapping[str, Any]) -> Record:
             given[name] = kind(**given[name])
     if "method" in given:
         given["method"] = replace(given["method"], definition=tuple(given["method"].definition))
-    for name in ("hooks", "notes", "selected"):
+    given.pop("untemplated", None)  # what files of before the slots came with the batch counted
+    for name in ("slots", "hooks", "notes", "selected"):
         given[name] = tuple(given.get(name, ()))
     return Record(**given)
 

@@ -23,13 +23,16 @@ from clip_lens.core.sites import patch_hooks, present
 from clip_lens.core.source import Fetch
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import Cache, Hook, HookedTextEncoder
-from clip_lens.model.site import Kind, Site, hook_name, layout_at
+from clip_lens.model.site import BEHIND, Kind, Site, hook_name, layout_at
 
-READ_ONLY_AT_POOL: tuple[Kind, ...] = ("mid", "attn", "mlp", "head", "q", "pattern", "neuron")
+READ_ONLY_AT_POOL: tuple[Kind, ...] = ("mid", "attn", "mlp", "head", "q", "pattern", "neuron", "result")
 """Kinds that in the last block matter at the pooled position only: nothing else reads them."""
 
 SENT_AT_ONCE = 2**26
 """Numbers that the senders of a chunk of pairs may write: 256 MB in float32."""
+
+PAIRS = 64
+"""Pairs that are prepared together, at most: as many as fill a forward pass, and the work can still be shared out."""
 
 WORTH_A_FORWARD = 64
 """As many positions as fill a forward pass well, so that its fixed cost doesn't count."""
@@ -40,6 +43,8 @@ class Chunk:
     """Some pairs of a batch, ready to be patched: the unpatched run, the source, and where each slot may be patched."""
 
     encoder: HookedTextEncoder
+    by: HookedTextEncoder
+    """By whose weights the source's senders write: the encoder itself, or the one whose activations it gives."""
     addresses: Addresses
     batch: Batch
     tokens: Int[Tensor, "pair pos"]
@@ -76,9 +81,10 @@ class Chunk:
 
 
 def pairs_at_once(addresses: Addresses, encoder: HookedTextEncoder, batch: Batch, rows: int) -> int:
-    """How many pairs are prepared together: `rows`, or fewer where all that senders write would be too much to hold."""
+    """How many pairs are prepared together: `rows` and `PAIRS` at most, or fewer where all that senders write would be
+    too much to hold."""
     written = len(addresses.senders) * batch.tokens.shape[1] * encoder.tower.cfg.d_model
-    return max(1, min(rows, SENT_AT_ONCE // max(1, written)))
+    return max(1, min(rows, PAIRS, SENT_AT_ONCE // max(1, written)))
 
 
 def prepare(
@@ -110,11 +116,12 @@ def prepare(
     first = getattr(fetch, "first", None)
     first = torch.zeros_like(part.length) if first is None else first[index]
     differs = torch.arange(width, device=first.device) >= first[:, None]
-    change, sends = differences(encoder, addresses.senders, source, run, differs)
+    by = getattr(fetch, "tower", encoder)
+    change, sends = differences(encoder, by, addresses.senders, source, run, differs)
     positions = torch.stack([part.where(slot) for slot in addresses.slots])[..., :width]
     embedding = encoder.read(y, encoder.pool(tokens))
     whole = bool(encoder.hooked)
-    return Chunk(encoder, addresses, part, tokens, run, embedding, source, change, sends, positions, first, whole)
+    return Chunk(encoder, by, addresses, part, tokens, run, embedding, source, change, sends, positions, first, whole)
 
 
 def read_other(chunk: Chunk, fetch: Fetch) -> Float[Tensor, "pair d_embed"]:
@@ -160,7 +167,9 @@ def _site_readers(chunk: Chunk) -> tuple[Bool[Tensor, "hook pair pos"], Reader]:
     named = list(zip(addresses.hooks, addresses.kinds, strict=True))
     has = [present(kind, chunk.source[name]) for name, kind in named]
     end, last = hook_name(Site("resid", n_layers), n_layers), f"blocks.{n_layers - 1}."
-    pooled = [name == end or (name.startswith(last) and kind in READ_ONLY_AT_POOL) for name, kind in named]
+    pooled = [
+        name == end or kind in BEHIND or (name.startswith(last) and kind in READ_ONLY_AT_POOL) for name, kind in named
+    ]
     flags = torch.tensor(pooled, device=chunk.positions.device)
     return torch.stack(has) if has else chunk.sends, lambda columns: flags[columns[:, 0]]
 
@@ -210,20 +219,27 @@ def run_rows(
     x = chunk.resid(layer)[pair[:, None], at]
 
     def where(name: str) -> Int[Tensor, "row at"]:
-        last = f"blocks.{n_layers - 1}."
-        queries = name.startswith(last) and not name.endswith(("hook_resid_pre", "hook_k", "hook_v"))
-        return pooled[:, None] if queries and layer < n_layers else at
+        return pooled[:, None] if _at_pool(name, layer, n_layers) else at
 
     hooks = place_hooks(chunk, place, pair, layer, where)
-    if layer == n_layers:
-        for _, patch in hooks:
+    if layer == n_layers:  # no block runs, whose hook would patch the stream
+        end = hook_name(Site("resid", n_layers), n_layers)
+        for patch in (patch for name, patch in hooks if name == end):
             x = cast(Tensor, patch(x, hook=None))
-        hooks = []
+        hooks = [hook for hook in hooks if hook[0] != end]
     rest = (lambda name: chunk.run[name][pair]) if encoder.causal else None
     y = encoder.tower.run_with_hooks(
         x, fwd_hooks=list(hooks), start_at_layer=layer, at=at if encoder.causal else None, rest=rest, read=pooled
     )
     return encoder.read(y, 0)
+
+
+def _at_pool(name: str, layer: int, n_layers: int) -> bool:
+    """Whether a hook holds the pooled position alone, in rows that start at a block."""
+    if not name.startswith("blocks."):
+        return True
+    queries = name.startswith(f"blocks.{n_layers - 1}.")
+    return queries and layer < n_layers and not name.endswith(("hook_resid_pre", "hook_k", "hook_v"))
 
 
 def _run_whole(chunk: Chunk, place: Int[Tensor, "row"], pair: Int[Tensor, "row"]) -> Float[Tensor, "row d_embed"]:
@@ -251,7 +267,7 @@ def place_hooks(
     if not chunk.addresses.senders:
         return hooks
     edges = EdgePatch(
-        chunk.encoder, chunk.addresses, chunk.source, chunk.change, chunk.positions, place, pair, layer, at
+        chunk.encoder, chunk.by, chunk.addresses, chunk.source, chunk.change, chunk.positions, place, pair, layer, at
     )
     return [*edges.receiving(), *hooks, *edges.capturing()]
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from clip_lens.core.address import Addresses
 from clip_lens.core.effects import segments
-from clip_lens.core.metric import Metric, Readout, as_metric, logit
+from clip_lens.core.metric import NO_DIRECTION, Metric, Readout, TextsOnly, as_metric, logit
 from clip_lens.core.record import Method, MetricRecord, Record, SourceRecord, versions
 from clip_lens.core.record import Setting as Value
 from clip_lens.core.rows import Chunk, pairs_at_once, prepare, read_other
+from clip_lens.core.shard import ROW, Shard
 from clip_lens.core.source import Fetch, Source, as_source, counterpart
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import HookedTextEncoder
@@ -39,6 +40,7 @@ class Setting:
     metric: Metric
     rows: int = 256
     progress: bool = True
+    shard: Shard | None = None
 
     @classmethod
     def of(
@@ -50,8 +52,9 @@ class Setting:
         metric: object = logit,
         rows: int = 256,
         progress: bool = True,
+        executor: object = None,
     ) -> Setting:
-        """The setting of a verb that patches.
+        """The setting of a verb that patches; with a `Shard` as executor, of that part of its work.
 
         Raises:
             ValueError: no pairs, a batch of another width than the encoder's embedding, or `rows` below 1.
@@ -59,19 +62,25 @@ class Setting:
         """
         if rows < 1:
             raise ValueError(f"rows={rows}: at least one sequence must fit into a forward")
-        setting = cls(encoder, batch, as_source(source), as_metric(metric), rows, progress)
+        shard = executor if isinstance(executor, Shard) else None
+        setting = cls(encoder, batch, as_source(source), as_metric(metric), rows, progress, shard)
         setting.check()
         return setting
 
     @classmethod
-    def reading(cls, encoder: HookedTextEncoder, batch: Batch, *, progress: bool = True) -> Setting:
-        """The setting of a verb that reads and patches nothing, along the batch's direction.
+    def reading(
+        cls, encoder: HookedTextEncoder, batch: Batch, *, progress: bool = True, directed: bool = True
+    ) -> Setting:
+        """The setting of a verb that reads and patches nothing, along the batch's direction if it is `directed`.
 
         Raises:
-            ValueError: no pairs, or a batch of another width than the encoder's embedding.
+            ValueError: no pairs, a batch of another width than the encoder's embedding, or one without the direction
+                that is needed.
         """
         setting = cls(encoder, batch, None, logit, progress=progress)
         setting.check()
+        if directed and not batch.has_direction:
+            raise ValueError(NO_DIRECTION)
         return setting
 
     def check(self) -> None:
@@ -102,8 +111,11 @@ class Setting:
 
     @property
     def everything(self) -> Place:
-        """The place that patches every edge: of a run its last residual stream, else what every sender sends to the
-        output (with every edge patched, nothing else reaches it)."""
+        """The place that patches everything: of another tower what its projection gives, of a run of this one its last
+        residual stream, else what every sender sends to the output (with every edge patched, nothing else reaches
+        it)."""
+        if hasattr(self.fetch, "tower"):
+            return Site("projection")
         if getattr(self.fetch, "is_run", False):
             return Site("resid", self.encoder.n_layers)
         return tuple(self.encoder.edges(receivers=[Site("out")]))
@@ -133,9 +145,12 @@ class Setting:
 
         `also` names hooks whose source is needed beside those of the places, `own` those whose unpatched values are.
         """
-        for index in self.batch.chunks(pairs_at_once(addresses, self.encoder, self.batch, self.rows)):
+        at_once = pairs_at_once(addresses, self.encoder, self.batch, self.rows)
+        for number, index in enumerate(self.batch.chunks(at_once)):
+            if self.shard is not None and not self.shard.takes(number):
+                continue
             chunk = prepare(self.encoder, self.batch, addresses, self.fetch, index, also, own)
-            readout = Readout(chunk.batch.direction, chunk.embedding, read_other(chunk, self.fetch))
+            readout = Readout.of(chunk.batch, chunk.embedding, read_other(chunk, self.fetch))
             self.check_metric(self.metric(chunk.embedding, readout), index)
             yield index, chunk, readout
 
@@ -173,7 +188,8 @@ class Setting:
             metric=MetricRecord.of(self.metric),
             pairs=len(batch),
             dropped={str(why): int(count) for why, count in batch.dropped.reason.value_counts().items()},
-            untemplated=batch.untemplated,
+            slots=batch.slots,
+            slot_rules=batch.slot_rules,
             unaligned=int(batch.unaligned.sum()),
             hooks=encoder.hooked,
             notes=encoder.notes,
@@ -185,9 +201,17 @@ class Setting:
         """The table of the pairs of a result: `pairs_frame`."""
         return pairs_frame(self.batch, d)
 
+    def some_pairs(self, d: Float[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> pd.DataFrame:
+        """The table of the pairs that were done, `rows` of the batch: of a shard it says which rows they are."""
+        if self.shard is None:
+            return self.pairs(d)
+        return pairs_frame(self.batch[rows], d[rows]).assign(**{ROW: rows.tolist()})
+
 
 def logit_difference(sigma: Int[Tensor, "pair"], readout: Readout) -> Float[Tensor, "pair"]:
-    """`d = S(caption) - S(foil)` of some pairs, in logits (method, section 1)."""
+    """`d = S(caption) - S(foil)` of some pairs, in logits (method, section 1); NaN without an image."""
+    if isinstance(readout, TextsOnly):
+        return torch.full_like(readout.run[:, 0], torch.nan)
     return sigma * (logit(readout.other, readout) - logit(readout.run, readout))
 
 
@@ -212,6 +236,10 @@ def gathered(n: int, parts: Iterable[tuple[Int[Tensor, "pair"], Mapping[str, Ten
     return whole
 
 
+UNKNOWN = "unknown"
+"""The segment of a pair without an image, whose d is not known."""
+
+
 def pairs_frame(batch: Batch, d: Float[Tensor, "pair"]) -> pd.DataFrame:
     """One row per pair: key, caption, foil, image, side, sigma, d, segment, unaligned, and the pairs' own columns."""
     pairs = batch.pairs
@@ -223,7 +251,7 @@ def pairs_frame(batch: Batch, d: Float[Tensor, "pair"]) -> pd.DataFrame:
         "side": list(pairs.side),
         "sigma": batch.sigma.tolist(),
         "d": d.tolist(),
-        "segment": segments(d),
+        "segment": segments(d) if batch.has_direction else [UNKNOWN] * len(batch),
         "unaligned": batch.unaligned.tolist(),
     }
     frame = pd.DataFrame(columns)

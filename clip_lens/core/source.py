@@ -3,14 +3,16 @@
 A source is called once with the encoder and the whole batch and gives a `Fetch`: pairs and hook names in, their
 activations out, in the run's positions, NaN = nothing here. A fetch may have an attribute `first`: for each pair the
 number of leading positions at which it is known to give what the run has, so that patching there changes nothing; and
-`is_run`: what it gives are the activations of a run on other tokens, with its own biases and residual streams.
+`is_run`: what it gives are the activations of a run on other tokens, with its own biases and residual streams; and
+`tower`: the encoder whose activations it gives, where that is another one.
 A plain function serves as a source; `source` makes a value of it that says what it holds.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, get_args, overload
 
@@ -32,6 +34,8 @@ How = Literal["add", "remove"]
 STEERABLE: tuple[Kind, ...] = ("embed", "resid", "mid", "attn", "mlp")
 CHUNK = 256
 """Texts that are run at a time where nothing but one activation of each is kept."""
+AT_ONCE = 16
+"""Hooks whose activations are kept of so many texts; of more hooks fewer texts are run at a time."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -95,8 +99,8 @@ def as_source(given: object) -> Source:
     """
     if isinstance(given, Source):
         return given
-    if given is resample or given is noise or given is steered:
-        raise TypeError(f"{given.__name__} makes a source: call it, as in resample(0) and noise(1.0)")
+    if given in (resample, noise, steered, other_tower):
+        raise TypeError(f"{given.__name__} makes a source: call it, as in resample(0), noise(1.0), other_tower(it)")
     if not callable(given):
         raise TypeError(
             f"source={given!r} is no function; give counterpart, zeros, mean, resample(seed), noise(std) ..."
@@ -240,17 +244,29 @@ class Mean:
         """Means by slot; the last line is that of no slot, which the index -1 finds."""
         sums: dict[str, Tensor] = {}
         counts = precise(torch.zeros(len(self.batch.slots) + 1, device=self.encoder.device))
-        for index in torch.arange(len(self.batch), device=self.encoder.device).split(CHUNK):
-            own = _own(self.encoder, self.batch, index, names)
+        first, times = _distinct(self.batch)
+        texts = self.batch[first]
+        for index in texts.chunks(max(1, CHUNK // (1 + len(names) // AT_ONCE))):
+            own = _own(self.encoder, texts, index, names)
             width = next(iter(own.values())).shape[1]
-            inside = self.batch.inside[index][:, :width]
-            slot = self.batch.slot[index][:, :width][inside] % len(counts)
-            counts.index_add_(0, slot, torch.ones_like(slot, dtype=counts.dtype))
+            inside = texts.inside[index][:, :width]
+            slot = texts.slot[index][:, :width][inside] % len(counts)
+            weight = times[index][:, None].expand_as(inside)[inside].to(counts.dtype)
+            counts.index_add_(0, slot, weight)
             for name, value in own.items():
                 empty = counts.new_zeros(len(counts), *value.shape[2:])
-                sums[name] = sums.get(name, empty).index_add(0, slot, value[inside].to(counts.dtype))
+                weighed = value[inside].to(counts.dtype) * weight.reshape(-1, *[1] * (value.ndim - 2))
+                sums[name] = sums.get(name, empty).index_add(0, slot, weighed)
         means = {name: total / counts.reshape(-1, *[1] * (total.ndim - 1)) for name, total in sums.items()}
         return {name: value.to(self.encoder.dtype) for name, value in means.items()}
+
+
+def _distinct(batch: Batch) -> tuple[Int[Tensor, "text"], Int[Tensor, "text"]]:
+    """Which pairs have the different run texts, slots and all, one pair each, and how many pairs have that text."""
+    texts = torch.cat([batch.tokens, batch.slot, batch.length[:, None]], 1)
+    _, number, times = texts.unique(dim=0, return_inverse=True, return_counts=True)
+    pair = torch.arange(len(batch), device=number.device)
+    return torch.zeros_like(times).scatter_reduce(0, number, pair, "amin", include_self=False), times
 
 
 @dataclass(frozen=True)
@@ -263,7 +279,16 @@ class MeanOver:
     def __call__(self, pairs: Int[Tensor, "pair"], names: Iterable[str]) -> Cache:
         names = set(names)
         self.whole(torch.arange(1, device=pairs.device), names)  # computes the means that are not known yet
-        return replace(self.whole, batch=self.batch)(pairs, names)
+        known = {name: self._at_slots(self.whole.known[name]) for name in names}
+        return replace(self.whole, batch=self.batch, known=known)(pairs, names)
+
+    def _at_slots(self, means: Shaped[Tensor, "slot ..."]) -> Shaped[Tensor, "slot ..."]:
+        """Means at the slots of the other batch, which may count them otherwise: NaN where the whole has no such
+        slot."""
+        number = {name: at for at, name in enumerate(self.whole.batch.slots)}
+        missing = len(means)
+        lines = torch.tensor([number.get(name, missing) for name in self.batch.slots] + [missing - 1])
+        return torch.cat([means, torch.full_like(means[:1], torch.nan)])[lines.to(means.device)]
 
 
 def resample(seed: int = 0) -> Source:
@@ -342,6 +367,121 @@ def _noisy(name: str, value: Tensor, batch: Batch, pairs: Int[Tensor, "pair"], s
         drawn = torch.randn(own.shape, generator=generator, dtype=torch.float64).to(own)
         result[row][here] = own + std * own.std(correction=0) * drawn
     return result
+
+
+def other_tower(other: HookedTextEncoder) -> Source:
+    """A source: the activations of the same text, the run's own, in another tower of the same shape: which parts must
+    be swapped to get the other model's score?
+
+    A site gives the other tower's activation there. An edge carries what its sender writes in the other tower, by that
+    tower's weights, a head with its equal share of the attention's bias (`z W_O + b_O / H`). What reads is the
+    encoder's own: every edge swapped is the encoder's final LayerNorm and projection on the other's last residual
+    stream, `Site("norm")` swaps that LayerNorm too, `Site("projection")` also the projection. The total is everything
+    swapped: the other tower's metric minus the encoder's, along the batch's directions. Circuits swap edges alone, so
+    theirs is that of every edge.
+
+    A patched head gives `z`, which the encoder's `W_O` then writes; `Site("result", layer, head)` is what the head
+    writes in the other tower. Towers that were trained apart share no basis: swapping one part between them is
+    possible, but says little. The identity is the other tower's weights as they are, and what it does with them.
+
+    Raises:
+        ValueError: (from the source) a tower that differs in layers, heads, widths, context, vocabulary, pooling or
+            tokens, or that has hooks on.
+
+    Example:
+        >>> from clip_lens import Site
+        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+        >>> batch, other = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder), clip_lens.load()
+        >>> other.tower.blocks[1].mlp.b_out[0].add_(1)
+        tensor(...)
+        >>> places = [Site("attn", 1), Site("mlp", 1), Site("resid", 6)]
+        >>> effects = clip_lens.patch_effects(encoder, batch, places, source=other_tower(other))
+        >>> [round(share, 4) for share in effects.fraction()["fraction"].iloc[:3].tolist()]
+        [0.0, 1.0, 1.0]
+    """
+    held = _Tower(other)
+    return source(held.beside, name=f"tower of {other.full_name}", holds=held, swaps=True)
+
+
+@dataclass(frozen=True)
+class _Tower:
+    """What `other_tower` holds."""
+
+    encoder: HookedTextEncoder
+
+    @property
+    def identity(self) -> str | None:
+        return None if self.encoder.hooked else f"{self.encoder.digest}, {self.encoder.architecture}"
+
+    def beside(self, encoder: HookedTextEncoder, batch: Batch) -> OtherTower:
+        """The fetch for a batch of an encoder, refused where the two don't fit each other."""
+        _require_alike(encoder, self.encoder, batch)
+        if hooks := self.encoder.hooked:
+            raise ValueError(
+                f"the other tower, {self.encoder.full_name}, has hooks of yours on, at {', '.join(hooks)}; take them "
+                "off"
+            )
+        _warn_of_images(encoder, self.encoder)
+        return OtherTower(encoder, batch, self.encoder)
+
+
+@dataclass(frozen=True)
+class OtherTower:
+    """The fetch of `other_tower`."""
+
+    encoder: HookedTextEncoder
+    batch: Batch
+    tower: HookedTextEncoder
+
+    def __call__(self, pairs: Int[Tensor, "pair"], names: Iterable[str]) -> Cache:
+        # The run's own cut: under hooks of the user's that is every position.
+        tokens = self.encoder.cut(self.batch.tokens[pairs]).to(self.tower.device)
+        _, cache = self.tower.tower.run_with_cache(tokens, names_filter=set(names), return_cache_object=False)
+        return {name: value.to(self.encoder.device, self.encoder.dtype) for name, value in cache.items()}
+
+
+def _require_alike(encoder: HookedTextEncoder, other: HookedTextEncoder, batch: Batch) -> None:
+    """Refuses two towers between which an activation has no meaning; says everything in which they differ."""
+    here, there = _shape(encoder), _shape(other)
+    differ = [f"{name} {here[name]} and {there[name]}" for name in here if here[name] != there[name]]
+    if differ:
+        raise ValueError(
+            f"{encoder.full_name} and {other.full_name} are no towers of one shape: they have {'; '.join(differ)}. "
+            "other_tower is for two trainings of one architecture, such as a model and its fine-tune"
+        )
+    for texts in (batch.pairs.caption, batch.pairs.foil):
+        if strange := [text for text, same in zip(texts, _same_tokens(encoder, other, texts), strict=True) if not same]:
+            raise ValueError(
+                f"the tokenizers of {encoder.full_name} and {other.full_name} read {len(strange)} of {len(texts)} "
+                f"texts differently, such as {strange[0][:80]!r}: the same activation would belong to other words"
+            )
+
+
+def _warn_of_images(encoder: HookedTextEncoder, other: HookedTextEncoder) -> None:
+    digests = encoder.image_digest, other.image_digest
+    if None not in digests and len(set(digests)) == 2:
+        warnings.warn(
+            f"{other.full_name} has another image tower than {encoder.full_name}: both are judged along the directions "
+            "of the batch; batch.along(of_other.direction) judges both along those of a batch aligned for the other",
+            stacklevel=2,
+        )
+
+
+def _shape(encoder: HookedTextEncoder) -> dict[str, Any]:
+    """What two towers must share for an activation of one to fit into the other."""
+    cfg, tower, pool = encoder.tower.cfg, encoder.tower, encoder.pool
+    return {
+        "layers": cfg.n_layers, "heads": cfg.n_heads, "d_model": cfg.d_model, "d_mlp": cfg.d_mlp,
+        "d_embed": encoder.d_embed, "context": cfg.n_ctx, "vocabulary": len(tower.W_E),
+        "attention": cfg.attention_dir, "pooling": pool.type if pool.eos_id is None else f"{pool.type} {pool.eos_id}",
+    }  # fmt: skip
+
+
+def _same_tokens(encoder: HookedTextEncoder, other: HookedTextEncoder, texts: Sequence[str]) -> list[bool]:
+    """For each text whether both tokenizers read it alike; where one tower has none there is nothing to compare."""
+    if encoder.tower.tokenizer is None or other.tower.tokenizer is None:
+        return [True] * len(texts)
+    return (encoder.raw_tokens(texts) == other.raw_tokens(texts)).all(1).tolist()
 
 
 def steered(

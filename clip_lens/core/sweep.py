@@ -71,10 +71,24 @@ def swept(
 ) -> Effects:
     """The `Effects` of parts with values, total, baseline and d, which are told how to advance a bar of `rows`."""
     began = time.perf_counter()
-    bar = progress_bar(rows, "row", what, show=setting.progress)
+    bar = progress_bar(rows // (setting.shard.of if setting.shard else 1), "row", what, show=setting.progress)
+    done: list[Tensor] = []
+
+    def noted() -> Iterator[Part]:
+        for index, part in parts(bar.update):
+            done.append(index.cpu())
+            yield index, part
+
     with torch.no_grad() if gradients else torch.inference_mode(), bar:
-        found = gathered(len(setting.batch), parts(bar.update))
-    total = found["total"]
-    record = replace(record, unsourced=int(total.isnan().sum()))
+        found = gathered(len(setting.batch), noted()) or _nothing(places)
     log.info("%d places x %d pairs in %.1f s", len(places), len(setting.batch), time.perf_counter() - began)
-    return Effects(found["values"], total, found["baseline"], places, setting.pairs(found["d"]), record)
+    which = torch.cat([torch.zeros(0, dtype=torch.long), *done]).sort().values
+    values, total, baseline = (found[name][..., which] for name in ("values", "total", "baseline"))
+    record = replace(record, unsourced=int(total.isnan().sum()))
+    record = record if setting.shard is None else record.saying(shard=str(setting.shard))
+    return Effects(values, total, baseline, places, setting.some_pairs(found["d"], which), record)
+
+
+def _nothing(places: Sequence[Place]) -> dict[str, Tensor]:
+    """What a shard without pairs has found."""
+    return {"values": torch.zeros(len(places), 0), **{name: torch.zeros(0) for name in ("total", "baseline", "d")}}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
-from typing import Literal, Protocol, TypeAlias, get_args, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import pandas as pd
 import torch
@@ -18,17 +17,15 @@ from torch import Tensor
 from clip_lens.data.groups import SplitBy, first_part
 from clip_lens.data.images import ImageStore
 from clip_lens.data.pairs import Pairs
+from clip_lens.data.repairs import offered
+from clip_lens.data.slots import ENDS, Matched, Names, Naming, Slots, Written, name_slots, rules_of
 from clip_lens.originals.original import digest
+from clip_lens.words import close
 
-SLOTS = ("sot", "prefix", "there", "be", "negator", "subject", "subject_rest", "suffix", "stop", "eot")
-DETERMINERS = "no|some|an?|any"
 _TENSORS = ("tokens", "other", "origin", "slot", "other_slot", "length", "other_length", "direction", "sigma")
 
 Run = Literal["affirmative", "negated", "caption", "foil"]
-Joint = Literal["same", "other", "unknown"]
-Spans: TypeAlias = Sequence[tuple[int, str | None]]
-SlotFunction: TypeAlias = Callable[[str, str | None], Spans | None]
-"""(text, subject phrase if the pairs name one) -> where the slots' characters end, left to right; None: no template."""
+Joint = Literal["same", "other", "unknown", "none"]
 
 
 @runtime_checkable
@@ -63,12 +60,13 @@ class Batch:
     """Directed pairs: a run, its counterpart, and the direction of the joint space along which they are judged.
 
     `tokens` is what is run and patched, `other` supplies activations. `origin[n, p]` is the position in `other` that
-    matches position p of the run, -1 = no counterpart. `slot[n, p]` indexes `slots`, -1 = no slot. `length` counts the
-    positions that the tower reads: up to the text's end in a causal one, all in a bidirectional one. `direction` is
-    `scale * v_image`: `<u, direction>` is CLIP's logit. `sigma` is +1 where the run is the foil, -1 where it is the
-    caption. `dropped` lists the pairs that did not make it, with the reason. `held_out` says of a part that `split`
-    made by what the two were kept apart: "by image" or "by text". `joint` says whether the images were embedded by the
-    encoder's own model, another one, or nobody knows by which.
+    matches position p of the run, -1 = no counterpart. `slot[n, p]` indexes `slots`, the names in the order of the
+    text, -1 = no slot; `named_by` says of each pair by which rule. `length` counts the positions that the tower reads:
+    up to the text's end in a causal one, all in a bidirectional one. `direction` is `scale * v_image`:
+    `<u, direction>` is CLIP's logit; of texts alone it is NaN until `along` gives one. `sigma` is +1 where the run is
+    the foil, -1 where it is the caption. `dropped` lists the pairs that did not make it, with the reason. `held_out`
+    says of a part that `split` made by what the two were kept apart: "by image" or "by text". `joint` says whether the
+    images were embedded by the encoder's own model, another one, nobody knows by which, or that there are none.
     """
 
     tokens: Int[Tensor, "pair pos"]
@@ -87,6 +85,7 @@ class Batch:
     images: str = ""
     held_out: str = ""
     joint: Joint = "unknown"
+    named_by: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -133,17 +132,24 @@ class Batch:
     def __getitem__(self, index: Tensor | slice | Sequence[int] | int) -> Batch:
         """Some of the pairs; always a `Batch`, also for one."""
         rows = torch.arange(len(self), device=self.tokens.device)[index].reshape(-1)
-        return replace(self, pairs=self.pairs[rows.tolist()], **{name: getattr(self, name)[rows] for name in _TENSORS})
+        return replace(
+            self,
+            pairs=self.pairs[rows.tolist()],
+            named_by=tuple(self.named_by[row] for row in rows.tolist()) if self.named_by else (),
+            **{name: getattr(self, name)[rows] for name in _TENSORS},
+        )
 
     def split(self, fraction: float = 0.5, seed: int = 0, by: SplitBy = "image") -> tuple[Batch, Batch]:
         """Two parts, the first with about `fraction` of the pairs, drawn at random by `seed`; the order stays.
 
         `by="image"` keeps the pairs of one image together. `by="text"` keeps those together that share a text, as the
         encoder reads it, or an image, directly or over other pairs: no text of one part stands in the other. The
-        parts come as close to `fraction` as such groups allow. `held_out` says which of the two it was.
+        pairs of one question stay together either way. The parts come as close to `fraction` as such groups allow.
+        `held_out` says which of the two it was.
 
         Raises:
-            ValueError: `fraction` isn't between 0 and 1, an unknown `by`, or all pairs are of one group.
+            ValueError: `fraction` isn't between 0 and 1, an unknown `by`, by image where there are none, or all pairs
+                are of one group.
 
         Example:
             >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
@@ -153,7 +159,8 @@ class Batch:
             (set(), 'by text')
         """
         texts = zip(_texts(self.tokens, self.length), _texts(self.other, self.other_length), strict=True)
-        first = torch.from_numpy(first_part(self.pairs.image, texts, fraction, seed, by)).to(self.tokens.device)
+        part = first_part(self.pairs.image, texts, fraction, seed, by, self.pairs.question)
+        first = torch.from_numpy(part).to(self.tokens.device)
         marked = replace(self, held_out=f"by {by}")
         return marked[first], marked[~first]
 
@@ -247,6 +254,11 @@ class Batch:
         return digest({name: getattr(self, name) for name in _TENSORS} | {f"slots {self.slots}": torch.empty(0)})
 
     @property
+    def has_direction(self) -> bool:
+        """Whether there is a direction to judge along: texts alone have none, and no d."""
+        return not bool(self.direction.isnan().any())
+
+    @property
     def unaligned(self) -> Int[Tensor, "pair"]:
         """For each pair, how many positions of the run have no counterpart."""
         return ((self.origin < 0) & self.inside).sum(1)
@@ -263,10 +275,15 @@ class Batch:
         return (self.tokens[:, :width] == self.other[:, :width]).int().cumprod(1).sum(1)
 
     @property
-    def untemplated(self) -> int:
-        """How many runs fit no template of slots: they have `sot`, `eot` and raw positions only."""
-        ends = torch.tensor([self.slots.index("sot"), self.slots.index("eot"), -1], device=self.slot.device)
-        return int(torch.isin(self.slot, ends).all(1).sum())
+    def slot_rules(self) -> Mapping[str, int]:
+        """How many pairs have their slots from which rule, the most frequent first.
+
+        Example:
+            >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+            >>> dict(clip_lens.align(clip_lens.read_pairs()[:4], store, encoder).slot_rules)
+            {'template_slots': 4}
+        """
+        return dict(Counter(self.named_by).most_common())
 
     def __repr__(self) -> str:
         sides = pd.Series(list(self.pairs.side)).value_counts().to_dict()
@@ -285,62 +302,15 @@ def _texts(tokens: Int[Tensor, "pair pos"], length: Int[Tensor, "pair"]) -> list
     return [tuple(ids[:end]) for ids, end in zip(tokens.tolist(), length.tolist(), strict=True)]
 
 
-def template_slots(text: str, subject: str | None = None) -> Spans | None:
-    """Where the slots of "There is/are NEGATOR subject ... ." end in a text, left to right (method, section 2).
-
-    The negator's place is that of no/some/a/an/any. With `subject`, the noun phrase as it stands in the text, the
-    negator is the word before it and the words behind it are the suffix; words before the negator that are not
-    "there is/are" are `prefix`. Without it the subject runs to the full stop. None: no template fits.
-    Of the subject's first word `align` gives the first token to `subject`, the others to `subject_rest`.
-
-    Example:
-        >>> template_slots("There are no red circles.")
-        [(5, 'there'), (9, 'be'), (12, 'negator'), (16, 'subject'), (24, 'subject_rest'), (25, 'stop')]
-        >>> template_slots("We can see no stars in the picture.", "stars")[-3:]
-        [(19, 'subject'), (34, 'suffix'), (35, 'stop')]
-    """
-    if subject:
-        before, rest = r".*?", rf"(?P<subject>{re.escape(subject)})\b(?P<suffix>.*?)"
-    else:
-        before, rest = r".*?\bthere\s+(?:is|are)\s+", r"(?P<subject>.*?)(?P<suffix>)"
-    pattern = rf"^(?P<before>{before})\b(?P<negator>{DETERMINERS})\s+{rest}(?P<stop>[.!?]?\s*)$"
-    match = re.match(pattern, text, re.IGNORECASE | re.DOTALL)
-    if match is None or not match["subject"].strip():
-        return None
-    first = len(match["subject"].split()[0])
-    there = re.search(r"\b(there)\s+(is|are)\b", match["before"], re.IGNORECASE)
-    start = [(match.end("before"), "prefix")]
-    if there:
-        start = [(there.start(1), "prefix"), (there.end(1), "there"), (there.end(2), "be"), *start]
-    ends = [
-        *start,
-        (match.end("negator"), "negator"),
-        (match.start("subject") + first, "subject"),
-        (match.end("subject"), "subject_rest"),
-        (match.end("suffix"), "suffix"),
-        (match.end("stop"), "stop"),
-    ]
-    return _filled(text, ends)
-
-
-def _filled(text: str, ends: Spans) -> list[tuple[int, str | None]]:
-    """The spans that hold a character that is not white space."""
-    spans, start = [], 0
-    for end, name in ends:
-        if text[start:end].strip():
-            spans.append((end, name))
-            start = end
-    return spans
-
-
 def align(
     pairs: Pairs,
-    images: ImageStore,
+    images: ImageStore | None,
     encoder: Encoder,
     *,
     run: Run = "affirmative",
-    slots: SlotFunction = template_slots,
+    slots: Slots = None,
     any_store: bool = False,
+    against: str | None = None,
 ) -> Batch:
     """The batch in which each pair's two texts are matched token by token (method, section 3).
 
@@ -350,9 +320,20 @@ def align(
     `batch.dropped` with the reason: no side, an image that is not in the store, a text that is too long, texts that are
     the same to the tokenizer. `any_store=True` accepts image embeddings of another model.
 
+    `slots` says what names the tokens: a slot function `(text, other, info) -> spans`, a rule, or several, of which the
+    first that fits a pair names it; None: the pairs' columns `slot:NAME`, then `template_slots`. Pairs that none of
+    them fits are named by `changed_slots`, and `batch.slot_rules` counts which got what. A function fits a pair if it
+    gives spans for both texts, or for one, and the other is that text with words left out.
+
+    `images=None`: texts alone, without a direction, for what needs none (`metric=cosine`, attention, probes) or until
+    `batch.along(w)` gives one. `against` is a column of the pairs with a second image each: texts are then judged along
+    `scale * (v_image - v_against)`, how much better they fit the one than the other (method, section 1).
+
     Raises:
         ValueError: no pair is left (with the reasons), the store belongs to another model or has embeddings of another
-            width, an unknown `run`.
+            width, pairs without images and a store, no column `against`, an unknown `run`, a name that no slot can
+            have, words of a slot that can't be found.
+        TypeError: `slots` is no slot function.
 
     Example:
         >>> encoder, pairs, store = clip_lens.load(), clip_lens.read_pairs(), clip_lens.ImageStore.open("tiny")
@@ -364,8 +345,10 @@ def align(
         raise ValueError(f"run={run!r}; give one of {', '.join(get_args(Run))}")
     if len(pairs) == 0:
         raise ValueError(f"{pairs.name} has no pairs to align")
-    images.require_of(encoder, any_store=any_store)
-    reasons = _unusable(pairs, images, encoder, run)
+    names = _images_of(pairs, images, against)
+    if images is not None:
+        images.require_of(encoder, any_store=any_store)
+    reasons = _unusable(pairs, names, images, encoder, run)
     kept = [index for index, reason in enumerate(reasons) if reason is None]
     captions, foils = encoder.tokenize(pairs[kept].caption), encoder.tokenize(pairs[kept].foil)
     same = (captions == foils).all(1)
@@ -377,19 +360,53 @@ def align(
     if len(dropped) == len(pairs):
         counts = "; ".join(f"{count} x {reason}" for reason, count in dropped.reason.value_counts().items())
         hint = "; run='foil' or run='caption' needs no side" if run in ("affirmative", "negated") else ""
-        raise ValueError(f"none of the {len(pairs)} pairs of {pairs.name} can be used ({counts}){hint}")
-    usable = pairs[[index for index, reason in enumerate(reasons) if reason is None]]
+        near = "".join(f"; {name!r} may be {known!r}" for name, known in [*_meant(names, images).items()][:1])
+        raise ValueError(f"none of the {len(pairs)} pairs of {pairs.name} can be used ({counts}){near}{hint}")
+    chosen = [index for index, reason in enumerate(reasons) if reason is None]
+    usable = pairs[chosen]
     return _batch(
         usable,
         {"caption": captions[~same], "foil": foils[~same]},
-        (encoder.scale * images[usable.image].to(torch.float64)).to(encoder.device, encoder.precision),
+        _directions([[column[index] for index in chosen] for column in names], images, encoder, len(chosen)),
         encoder,
         run,
         slots,
         pd.concat([pairs.dropped, dropped], ignore_index=True),
-        repr(images),
-        _joint(images, encoder),
+        "" if images is None else f"{images!r}{'' if against is None else f', each image against its {against}'}",
+        "none" if images is None else _joint(images, encoder),
     )
+
+
+def _images_of(pairs: Pairs, images: ImageStore | None, against: str | None) -> list[Sequence[str]]:
+    """The images that each pair needs: none, its own, or its own and the one it is judged against."""
+    if images is None:
+        if against is not None:
+            raise ValueError(f"against={against!r} needs the embeddings of two images, and images=None gives none")
+        return []
+    if not pairs.has_images:
+        raise ValueError(
+            f"{pairs.name} has no column image, and a store of images was given; name the image of each pair in a "
+            "column image, or give images=None for texts alone"
+        )
+    if against is None:
+        return [pairs.image]
+    if against not in pairs.info:
+        raise ValueError(f"{pairs.name} has no column {against!r}{close(against, pairs.info.columns)}")
+    return [pairs.image, tuple(map(str, pairs.info[against]))]
+
+
+def _meant(names: Sequence[Sequence[str]], images: ImageStore | None) -> dict[str, str]:
+    return {} if images is None else offered([name for column in names for name in column], images.ids)
+
+
+def _directions(
+    names: Sequence[Sequence[str]], images: ImageStore | None, encoder: Encoder, n: int
+) -> Float[Tensor, "pair d_embed"]:
+    """`scale * v`, or the difference of two images' where there are two; NaN without images."""
+    if images is None:
+        return torch.full((n, encoder.d_embed), torch.nan, device=encoder.device, dtype=encoder.precision)
+    own, *others = (images[column].to(torch.float64) for column in names)
+    return (encoder.scale * (own - others[0] if others else own)).to(encoder.device, encoder.precision)
 
 
 def _joint(images: ImageStore, encoder: Encoder) -> Joint:
@@ -403,16 +420,21 @@ def _joint(images: ImageStore, encoder: Encoder) -> Joint:
     return "same"
 
 
-def _unusable(pairs: Pairs, images: ImageStore, encoder: Encoder, run: Run) -> list[str | None]:
+def _unusable(
+    pairs: Pairs, names: Sequence[Sequence[str]], images: ImageStore | None, encoder: Encoder, run: Run
+) -> list[str | None]:
     """For each pair the first reason not to use it, or None."""
     fits = [a and b for a, b in zip(encoder.fits(pairs.caption), encoder.fits(pairs.foil), strict=True)]
-    by_side = run in ("affirmative", "negated")
+    by_side, meant = run in ("affirmative", "negated"), _meant(names, images)
+    needed = zip(*names, strict=True) if names else [()] * len(pairs)
     reasons: list[str | None] = []
-    for side, image, short in zip(pairs.side, pairs.image, fits, strict=True):
+    for side, each, short in zip(pairs.side, needed, fits, strict=True):
+        missing = [name for name in each if images is not None and name not in images]
         if by_side and side == "none":
             reasons.append("no side: neither text is the negated one")
-        elif image not in images:
-            reasons.append("image not in the store")
+        elif missing:
+            repair = "; one named alike is, and pairs.repaired(store) takes it" if missing[0] in meant else ""
+            reasons.append(f"image not in the store{repair}")
         else:
             reasons.append(None if short else "a text is longer than the context")
     return reasons
@@ -424,23 +446,23 @@ def _batch(
     direction: Float[Tensor, "pair d_embed"],
     encoder: Encoder,
     run: Run,
-    slots: SlotFunction,
+    slots: Slots,
     dropped: pd.DataFrame,
     images: str,
     joint: Joint,
 ) -> Batch:
     foil_runs = torch.tensor([_runs_foil(run, side) for side in pairs.side], device=direction.device)
-    named = {name: _slot_index(getattr(pairs, name), tokens, pairs, encoder, slots) for name, tokens in texts.items()}
-    tokens, other = _directed(texts, foil_runs)
-    slot, other_slot = _directed(named, foil_runs)
-    tokens, other = encoder.cut(tokens), encoder.cut(other)
+    whole, whole_other = _directed(texts, foil_runs)
+    tokens, other = encoder.cut(whole), encoder.cut(whole_other)
+    origin = _origins(tokens, other, encoder)
+    naming = name_slots(_matched(pairs, foil_runs, (whole, whole_other), origin, encoder), rules_of(slots))
     return Batch(
         tokens=tokens,
         other=other,
-        origin=_origins(tokens, other, encoder),
-        slot=slot[:, : tokens.shape[1]],
-        other_slot=other_slot[:, : other.shape[1]],
-        slots=SLOTS,
+        origin=origin,
+        slot=_slot_index(naming, naming.run, tokens, encoder),
+        other_slot=_slot_index(naming, naming.other, other, encoder),
+        slots=naming.names,
         length=_read_length(tokens, encoder),
         other_length=_read_length(other, encoder),
         direction=direction,
@@ -450,7 +472,37 @@ def _batch(
         run=run,
         images=images,
         joint=joint,
+        named_by=naming.by,
     )
+
+
+def _matched(
+    pairs: Pairs,
+    foil_runs: Bool[Tensor, "pair"],
+    tokens: tuple[Int[Tensor, "pair pos"], Int[Tensor, "pair pos"]],
+    origin: Int[Tensor, "pair pos"],
+    encoder: Encoder,
+) -> Matched:
+    """What the rules of slots see of the pairs."""
+    sides = [("foil", "caption") if foil else ("caption", "foil") for foil in foil_runs.tolist()]
+    run, other = (
+        Written.by(encoder, which, [getattr(pairs, name)[row] for row, name in enumerate(which)], whole)
+        for which, whole in zip(zip(*sides, strict=True), tokens, strict=True)
+    )
+    return Matched(run, other, [line[:n] for line, n in zip(origin.tolist(), run.length, strict=True)], pairs.key,
+                   pairs.info, encoder)  # fmt: skip
+
+
+def _slot_index(
+    naming: Naming, names: Sequence[Names], tokens: Int[Tensor, "pair pos"], encoder: Encoder
+) -> Int[Tensor, "pair pos"]:
+    """Which slot each token belongs to, -1 = none; the pooled position has its own."""
+    number: dict[str | None, int] = {None: -1} | {name: at for at, name in enumerate(naming.names)}
+    index = torch.full_like(tokens, -1)
+    for row, line in enumerate(names):
+        index[row, : len(line)] = torch.tensor([number[name] for name in line], device=index.device)
+    index[torch.arange(len(index), device=index.device), encoder.pool(tokens)] = number[ENDS[1]]
+    return index
 
 
 def _read_length(tokens: Int[Tensor, "pair pos"], encoder: Encoder) -> Int[Tensor, "pair"]:
@@ -471,39 +523,6 @@ def _runs_foil(run: Run, side: str) -> bool:
     if run in ("caption", "foil"):
         return run == "foil"
     return (side == "foil") == (run == "negated")
-
-
-def _slot_index(
-    texts: Sequence[str], whole: Int[Tensor, "pair pos"], pairs: Pairs, encoder: Encoder, slots: SlotFunction
-) -> Int[Tensor, "pair pos"]:
-    """Which slot each token belongs to: a span's tokens are those that a text cut behind it shares with the whole."""
-    subjects = pairs.info["subject"] if "subject" in pairs.info else [None] * len(texts)
-    pieces: list[tuple[int, int, str | None]] = [(row, 0, "sot") for row in range(len(texts))]
-    for row, (text, subject) in enumerate(zip(texts, subjects, strict=True)):
-        spans = slots(text, subject if isinstance(subject, str) and subject else None) or ()
-        pieces += [(row, end, name) for end, name in spans]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        cuts = encoder.tokenize([texts[row][:end] for row, end, _ in pieces])
-    rows = torch.tensor([row for row, _, _ in pieces], device=cuts.device)
-    common = (cuts == whole[rows]).int().cumprod(1).sum(1)
-    # What the tokenizer puts behind every text stands in the tokens of the empty one, the first pieces.
-    closing = encoder.length(cuts[: len(texts)]) - common[: len(texts)]
-    ends = torch.minimum(common, (encoder.length(whole) - closing)[rows]).tolist()
-    index, start = torch.full_like(whole, -1), [0] * len(texts)
-    for (row, _, name), end in zip(pieces, ends, strict=True):
-        index[row, start[row] : end] = _slot_number(name)
-        if name == "subject":  # the subject's first token; a word may have several
-            index[row, start[row] + 1 : end] = _slot_number("subject_rest")
-        start[row] = max(start[row], end)
-    index[torch.arange(len(index), device=index.device), encoder.pool(whole)] = SLOTS.index("eot")
-    return index
-
-
-def _slot_number(name: str | None) -> int:
-    if name is not None and name not in SLOTS:
-        raise ValueError(f"no slot {name!r}; the slots are {', '.join(SLOTS)}")
-    return -1 if name is None else SLOTS.index(name)
 
 
 def _origins(

@@ -19,7 +19,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from clip_lens.data.images import Failures, ImageStore, PathLike, label, unit, versions, where
+from clip_lens.data.crops import cropped, cut_out
+from clip_lens.data.images import Failures, ImageStore, PathLike, differing, label, unit, versions, where
+from clip_lens.data.repairs import offered
 from clip_lens.files import in_folder
 from clip_lens.originals.original import Original, Preparation, digest
 from clip_lens.progress import progress_bar
@@ -37,6 +39,7 @@ def embed_images(
     like: str | None = None,
     quick_gelu: bool | None = None,
     preprocess: Callable[[Any], Tensor] | None = None,
+    ids: Iterable[str] | None = None,
     out: PathLike,
     batch_size: int = 64,
     device: str = "cpu",
@@ -49,8 +52,9 @@ def embed_images(
     memory, which is copied. `like` and `quick_gelu` say how a checkpoint's file was trained, as in `load`; a guess is
     warned of. Pictures go through the model's own preprocessing, or through `preprocess`, which a module in memory may
     need, as `preprocess(PIL.Image.open(file))` does it: to RGB, EXIF orientation not applied. An id is the path below
-    the folder; for listed files, below the folder that they have in common. Images that can't be read are listed in
-    `failed` and in one warning.
+    the folder; for listed files, below the folder that they have in common. `ids` takes some of them alone, such as
+    `pairs.image`, and parts of images: of "2317.jpg#xywh=10,20,100,80" the box is cut out before the preprocessing
+    (left, upper, width, height, in pixels). Images that can't be read are listed in `failed` and in one warning.
 
     A run that is interrupted resumes: what is done lies in `<out>.partial` until all is. A finished `out` of the same
     model is extended, also one that another run finishes meanwhile; its images are not computed again unless their
@@ -59,8 +63,8 @@ def embed_images(
     Raises:
         FileNotFoundError: a path does not exist.
         ValueError: no image is found, two images get the same id, none can be read, `out` or what lies in
-            `<out>.partial` was made by another model or is no store, the model can't be loaded, or `device` can't be
-            used.
+            `<out>.partial` was made by another model or is no store, the model can't be loaded, `device` can't be
+            used, or there is no image for one of the `ids`.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -72,7 +76,7 @@ def embed_images(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    images, out = _find(paths), Path(out)
+    images, out = _chosen(_find(paths), ids), Path(out)
     finished = _finished(out, overwrite)
     _refuse_device(device)
     original = _opened(model, preprocess, pretrained=pretrained, like=like, quick_gelu=quick_gelu)
@@ -117,7 +121,7 @@ class _ImageTower:
     def __call__(self, images: Mapping[str, Path]) -> ImageStore:
         """A store of one batch; its `failed` has what can't be read or comes out without a direction."""
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            loaded = dict(zip(images, pool.map(self._load, images.values()), strict=True))
+            loaded = dict(zip(images, pool.map(self._load, images, images.values()), strict=True))
         failed = [(name, result) for name, (_, result) in loaded.items() if isinstance(result, str)]
         pixels = {name: result for name, (_, result) in loaded.items() if isinstance(result, Tensor)}
         if not pixels:
@@ -129,14 +133,14 @@ class _ImageTower:
         ids = where(sound, list(pixels))
         return ImageStore(ids, unit(rows[sound]), self.provenance, failed, [loaded[name][0] for name in ids])
 
-    def _load(self, path: Path) -> tuple[str, Tensor | str]:
-        """The digest of the file's bytes, and pixels or the reason why there are none."""
+    def _load(self, name: str, path: Path) -> tuple[str, Tensor | str]:
+        """The digest of the file's bytes, and pixels of what the id names or the reason why there are none."""
         from PIL import Image
 
         try:
             content = path.read_bytes()
             with Image.open(BytesIO(content)) as image:
-                return _fingerprint(content), self.preprocess(image)
+                return _fingerprint(content), self.preprocess(cut_out(image, cropped(name)[1]))
         except Exception as error:  # a decoder meets any kind of broken file, and none of them ends the run
             return "", _why(error)
 
@@ -322,6 +326,21 @@ def _find(paths: PathLike | Iterable[PathLike]) -> dict[str, Path]:
     return images
 
 
+def _chosen(images: Mapping[str, Path], ids: Iterable[str] | None) -> dict[str, Path]:
+    """The images that ids name, whole or in part; all of them where none are asked for."""
+    if ids is None:
+        return dict(images)
+    wanted = {name: name if name in images else cropped(name)[0] for name in ids}
+    absent = [name for name, file in wanted.items() if file not in images]
+    if absent:
+        near = [f"{name!r} may be {known!r}" for name, known in offered(absent[:3], images).items()]
+        raise ValueError(
+            f"{len(absent)} of {len(wanted)} ids have no image: {some(absent, 3, quote=True)}; ids are paths below the "
+            f"folder, such as {some(images, 2, quote=True)}{'; ' if near else ''}{', '.join(near)}"
+        )
+    return {name: images[file] for name, file in wanted.items()}
+
+
 def _below(folder: Path) -> list[Path]:
     """Image files in a folder and its subfolders, sorted; hidden ones are no images (".thumbs", "._1.jpg")."""
     files = (file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
@@ -340,10 +359,20 @@ def _same_maker(store: ImageStore, tower: _ImageTower, place: Path) -> None:
         f"{label(made.get('model'), made.get('pretrained'))}, image tower {made.get('digest', 'unknown')}"
         for made in (store.provenance, tower.provenance)
     )
-    differ = " with another preprocessing" if theirs == ours else ""
+    if theirs == ours:
+        mine, other = _prepared(store.provenance, tower.provenance)
+        theirs, ours = f"{theirs} of images prepared with {mine}", f"of images prepared with {other}"
     raise ValueError(
-        f"{place} was made by {theirs}{differ}; this run is {ours}: give another `out`, or overwrite=True to replace it"
+        f"{place} was made by {theirs}; this run is {ours}: give another `out`, or overwrite=True to replace it"
     )
+
+
+def _prepared(mine: Mapping[str, str], other: Mapping[str, str]) -> Sequence[str]:
+    """How the images of two stores were prepared: the settings in which they differ, where both have them."""
+    settings = [made.get("preprocess_cfg") for made in (mine, other)]
+    if settings[0] and settings[1] and settings[0] != settings[1]:
+        return differing(settings[0], settings[1])
+    return [made.get("preprocessing", "an unknown preprocessing") for made in (mine, other)]
 
 
 def _why(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -35,16 +35,23 @@ def connected(things: Iterable[Iterable[Hashable]]) -> Int[ndarray, "entry"]:
 
 
 def first_part(
-    images: Sequence[str], texts: Iterable[Iterable[Hashable]], fraction: float, seed: int, by: SplitBy
+    images: Sequence[str],
+    texts: Iterable[Iterable[Hashable]],
+    fraction: float,
+    seed: int,
+    by: SplitBy,
+    questions: Sequence[str] | None = None,
 ) -> Bool[ndarray, "pair"]:
     """Which pairs are in the first of two parts, which has about `fraction` of them; groups of pairs stay together.
 
-    A group is the pairs of one image, or by text those that a chain of common texts and images connects. The part comes
-    as close to the fraction as groups of these sizes can, and so does its share of the larger groups; which ones of a
-    size it has is drawn at random by `seed`. Neither part is empty.
+    A group is the pairs of one image, or by text those that a chain of common texts and images connects; either way the
+    pairs of one question are of one group. An empty image is none. The part comes as close to the fraction as groups of
+    these sizes can, and so does its share of the larger groups; which ones of a size it has is drawn at random by
+    `seed`. Neither part is empty.
 
     Raises:
-        ValueError: `fraction` isn't between 0 and 1, an unknown `by`, or fewer than two groups.
+        ValueError: `fraction` isn't between 0 and 1, an unknown `by`, by image where there are none, or fewer than two
+            groups.
 
     Example:
         >>> images, texts = "abcd", [("a cat", "no cat"), ("a dog", "no dog"), ("a cat", "a dog"), ("a rat", "no rat")]
@@ -55,11 +62,12 @@ def first_part(
         raise ValueError(f"fraction must lie between 0 and 1, got {fraction}")
     if by not in get_args(SplitBy):
         raise ValueError(f"by={by!r}; a split is by one of {', '.join(get_args(SplitBy))}")
-    if by == "image":
+    if by == "image" and not all(images):
+        raise ValueError("these pairs have no images to split by; split by='text'")
+    if by == "image" and questions is None:
         group = np.unique(np.array(images, dtype=object), return_inverse=True)[1]
     else:
-        things = ([("text", text) for text in both] for both in texts)
-        group = connected([("image", image), *both] for image, both in zip(images, things, strict=True))
+        group = connected(_things(images, texts if by == "text" else [()] * len(images), questions))
     sizes = np.bincount(group)
     if len(sizes) < 2:
         what = "images" if by == "image" else "groups that share neither text nor image"
@@ -68,6 +76,15 @@ def first_part(
     order = np.random.default_rng(seed).permutation(len(sizes))
     taken = [order[sizes[order] == size][:many] for size, many in wanted.items()]
     return np.isin(group, np.concatenate(taken))
+
+
+def _things(
+    images: Sequence[str], texts: Iterable[Iterable[Hashable]], questions: Sequence[str] | None
+) -> Iterator[list[tuple[str, Hashable]]]:
+    """What each pair may have in common with others."""
+    asked = [[("question", question)] for question in questions] if questions is not None else [[]] * len(images)
+    for image, both, question in zip(images, texts, asked, strict=True):
+        yield [*([("image", image)] if image else []), *(("text", text) for text in both), *question]
 
 
 def _how_many(sizes: Int[ndarray, "group"], fraction: float) -> dict[int, int]:

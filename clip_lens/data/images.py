@@ -279,7 +279,7 @@ class ImageStore:
                 f"common; {_remedy(model, pretrained)}, or align with any_store=True if you know better"
             )
         if self.preprocess_cfg and preprocessing and self.preprocess_cfg != preprocessing:
-            mine, other = _differing(self.preprocess_cfg, preprocessing)
+            mine, other = differing(self.preprocess_cfg, preprocessing)
             raise ValueError(
                 f"the images of {here} were prepared with {mine}, the encoder's are prepared with {other}: "
                 f"{_remedy(model, pretrained)}, with the same --like as the encoder's where it is a file's; or "
@@ -411,8 +411,13 @@ def label(model: str | None, pretrained: str | None) -> str:
     return "an unknown model" if model is None else f"{model} ({pretrained})" if pretrained else model
 
 
-def _differing(mine: str, other: str) -> list[str]:
-    """Of two preprocessings, as JSON, the settings in which they differ."""
+def differing(mine: str, other: str) -> list[str]:
+    """Of two preprocessings, as JSON, the settings in which they differ.
+
+    Example:
+        >>> differing('{"size": 224, "mean": 0}', '{"size": 336, "mean": 0}')
+        ['{"size": 224}', '{"size": 336}']
+    """
     both = [json.loads(told) for told in (mine, other)]
     names = sorted({name for told in both for name in told if both[0].get(name) != both[1].get(name)})
     return [json.dumps({name: told.get(name) for name in names}) for told in both]

@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 
 from clip_lens.data.groups import SplitBy, first_part
-from clip_lens.words import close, some
+from clip_lens.data.repairs import offered
+from clip_lens.words import close, counted, some
 
 NEGATORS = ("no", "not", "without", "n't", "never", "none", "nobody", "nothing")
 
@@ -27,11 +28,20 @@ TEXTS = ("caption", "foil", "image")
 OWN = ("key", *TEXTS, "side", "sigma", "d", "segment", "unaligned")
 """Columns that results on the pairs have of their own."""
 
+QUESTION = "question"
+"""The column that says which pairs belong together: one question with several foils, or a group of two images."""
+FOIL_IMAGE = "foil_image"
+"""The column with the image that the foil is true of."""
+FOILS = "foils"
+"""The column that says how many pairs a question has: one that lost some on the way is not scored."""
+
 VALSE_SIDES = {"zero_to_something": "caption", "something_to_zero": "foil"}
 
 _NEGATOR = re.compile(r"\b(?:no|not|without|never|none|nobody|nothing)\b|n't\b", re.IGNORECASE)
 _THERE_ARE = re.compile(r"there are\b", re.IGNORECASE)
 _THERE_IS = re.compile(r"there is\b", re.IGNORECASE)
+
+_ANSWER = re.compile(r"(?<=[?.!])\s*(?:yes|no)\W*$", re.IGNORECASE)
 
 Dropped = list[tuple[str, str]]
 
@@ -42,10 +52,12 @@ def _nothing_dropped() -> pd.DataFrame:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Pairs:
-    """Pairs of a caption and a foil about one image, in the order of the file.
+    """Pairs of a caption and a foil about one image, in the order of the file; of texts alone, every image is empty.
 
-    `info` has a row per pair for every further column of the file. `dropped` (columns key, reason) lists what was lost
-    on the way here; what a caller asked to leave out, by an index, `where` or `split`, is not a loss.
+    A column `question` of `info` says which pairs belong together, such as one caption with several foils: they are
+    scored as one, and no split parts them. `info` has a row per pair for every further column of the file. `dropped`
+    (columns key, reason) lists what was lost on the way here; what a caller asked to leave out, by an index, `where` or
+    `split`, is not a loss.
 
     Raises:
         ValueError: the columns differ in length, keys or columns repeat, a column of `info` is named like one that
@@ -129,7 +141,7 @@ class Pairs:
         """Where the negation stands in each pair: "caption", "foil" or "none".
 
         The column `negation` if there is one; else VALSE's `provenance_of_foils`; else the one text that has more
-        tokens of `NEGATORS`; otherwise none.
+        tokens of `NEGATORS`, without a last "no" that answers a question ("Is it sunny? no."); otherwise none.
         """
         stated = _negation(self)
         if stated is not None:
@@ -139,6 +151,34 @@ class Pairs:
             VALSE_SIDES.get(origin) or _counted_side(caption, foil)
             for origin, caption, foil in zip(provenance, self.caption, self.foil, strict=True)
         )
+
+    @property
+    def question(self) -> tuple[str, ...] | None:
+        """The question that each pair belongs to, its own key where the column says nothing; None without the column.
+
+        Example:
+            >>> pairs = clip_lens.read_pairs("tiny")[:3]
+            >>> pairs.question is None, Pairs.from_frame(pairs.to_frame().assign(question="one")).question
+            (True, ('one', 'one', 'one'))
+        """
+        if QUESTION not in self.info:
+            return None
+        return tuple(_text(value) or key for value, key in zip(self.info[QUESTION], self.key, strict=True))
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the pairs are about images; texts alone are not."""
+        return any(self.image)
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Every image once, those that foils are true of too.
+
+        Example:
+            >>> Pairs(["a", "b"], ["no cat", "no dog"], ["a cat", "a dog"], ["1.jpg", "1.jpg"]).images
+            ('1.jpg',)
+        """
+        return tuple(dict.fromkeys([*filter(None, self.image), *map(str, self.info.get(FOIL_IMAGE, ()))]))
 
     @property
     def digest(self) -> str:
@@ -187,10 +227,11 @@ class Pairs:
 
         `by="image"` keeps the pairs of one image together. `by="text"` keeps those together that share a text, as
         caption or as foil, or an image, directly or over other pairs: no text of one part stands in the other. The
-        parts come as close to `fraction` as such groups allow.
+        pairs of one question stay together either way. The parts come as close to `fraction` as such groups allow.
 
         Raises:
-            ValueError: `fraction` isn't between 0 and 1, an unknown `by`, or all pairs are of one group.
+            ValueError: `fraction` isn't between 0 and 1, an unknown `by`, by image where there are none, or all pairs
+                are of one group.
 
         Example:
             >>> first, second = clip_lens.read_pairs("tiny").split(0.3, seed=1, by="text")
@@ -198,8 +239,24 @@ class Pairs:
             set()
         """
         texts = zip(self.caption, self.foil, strict=True)
-        first = first_part(self.image, texts, fraction, seed, by)
+        first = first_part(self.image, texts, fraction, seed, by, self.question)
         return self[first], self[~first]
+
+    def repaired(self, ids: Iterable[str]) -> Pairs:
+        """The pairs with the ids of a store in place of images' names that differ from one in folders, letters' case,
+        kind of slash or ending alone ("C:\\\\pictures\\\\p04.jpg", "p04.gif").
+
+        A name that none or several of the ids may be meant by stays, and so does one that is an id.
+
+        Example:
+            >>> Pairs(["a"], ["no cat"], ["a cat"], ["/data/p04.jpg"]).repaired(["p04.gif", "p05.gif"]).image
+            ('p04.gif',)
+        """
+        found = offered([*self.image, *map(str, self.info.get(FOIL_IMAGE, ()))], ids)
+        info = self.info.copy()
+        if FOIL_IMAGE in info:
+            info[FOIL_IMAGE] = [found.get(name, name) for name in info[FOIL_IMAGE]]
+        return replace(self, image=[found.get(name, name) for name in self.image], info=info)
 
     def rephrased(self) -> Pairs:
         """The pairs with caption and foil equally long, as in Quantmeyer et al. 2024.
@@ -227,6 +284,8 @@ class Pairs:
 def pairs_of(frame: pd.DataFrame, name: str, dropped: Dropped) -> Pairs:
     """The pairs of a table, after what was dropped on the way to it; `read_pairs` says by which rules.
 
+    Without a column image, or with an empty one, they are pairs of texts alone.
+
     Raises:
         ValueError: a column is missing or stands there twice, a key repeats or is empty, or no pair is left.
 
@@ -237,15 +296,16 @@ def pairs_of(frame: pd.DataFrame, name: str, dropped: Dropped) -> Pairs:
     """
     refuse_repeated_columns(list(frame.columns), name)
     absent = [column for column in TEXTS if column not in frame.columns]
-    if absent and len(frame.columns):
+    if set(absent) - {"image"} and len(frame.columns):
         raise ValueError(
             f"{name} has no column {', '.join(absent)}; found {some(frame.columns, 12, quote=True)}; "
             "name the columns caption, foil, image"
         )
     frame = _one_negation_column(frame, name)
     keys = _keys(frame, name)
-    texts = {column: [_text(value) for value in frame[column]] for column in TEXTS if not absent}
-    reasons = [_reason(*row) for row in zip(*texts.values(), strict=True)]
+    texts = {column: [_text(value) for value in frame.get(column, [""] * len(frame))] for column in TEXTS}
+    about_images = any(map(str.strip, texts["image"]))
+    reasons = [_reason(row, about_images) for row in zip(*texts.values(), strict=True)]
     dropped = dropped + [(key, reason) for key, reason in zip(keys, reasons, strict=True) if reason]
     kept = [row for row, reason in enumerate(reasons) if reason is None]
     if not kept:
@@ -313,11 +373,11 @@ def _text(value: Any) -> str:
     return ""
 
 
-def _reason(caption: str, foil: str, image: str) -> str | None:
-    for column, value in (("caption", caption), ("foil", foil), ("image", image)):
-        if not value.strip():
+def _reason(row: Sequence[str], about_images: bool) -> str | None:
+    for column, value in zip(TEXTS, row, strict=True):
+        if not value.strip() and (about_images or column != "image"):
             return f"{column} is empty or not text"
-    return "caption and foil are equal" if caption == foil else None
+    return "caption and foil are equal" if row[0] == row[1] else None
 
 
 def _negation(pairs: Pairs) -> tuple[str, ...] | None:
@@ -339,7 +399,10 @@ def _stated(value: Any) -> str:
 
 
 def _counted_side(caption: str, foil: str) -> str:
-    in_caption, in_foil = (len(_NEGATOR.findall(text.replace("\u2019", "'"))) for text in (caption, foil))
+    """The text with more negators; a "no" that answers a question is none."""
+    in_caption, in_foil = (
+        len(_NEGATOR.findall(_ANSWER.sub("", text.replace("\u2019", "'")))) for text in (caption, foil)
+    )
     return "none" if in_caption == in_foil else "caption" if in_caption > in_foil else "foil"
 
 
@@ -392,7 +455,9 @@ def _summary(pairs: Pairs) -> str:
     sides = pairs.side
     counts = ", ".join(f"{sides.count(side)} {side}" for side in SIDES)
     lost = f"; {len(pairs.dropped)} dropped" if len(pairs.dropped) else ""
-    return f"{len(pairs)} pair{'s' if len(pairs) != 1 else ''}, negation in {counts}{lost}"
+    asked = f" of {counted(len(set(pairs.question)), 'question')}" if pairs.question else ""
+    bare = "" if pairs.has_images else ", without images"
+    return f"{counted(len(pairs), 'pair')}{asked}{bare}, negation in {counts}{lost}"
 
 
 def _dropped(rows: Dropped) -> pd.DataFrame:

@@ -1,54 +1,61 @@
-"""`read_pairs`: the pairs of a csv, a json or a json lines file, or of any of VALSE's."""
+"""`read_pairs`: the pairs of a csv, a json or a json lines file, a DataFrame, or a published data set's own file."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Mapping
+import pickle
+from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pandas as pd
 
+from clip_lens.data.datasets import BY_KEY
+from clip_lens.data.formats import FORMATS, Format, Items, format_of, read_items
 from clip_lens.data.pairs import TEXTS, Dropped, Pairs, listed, pairs_of, refuse_repeated_columns, repetitions
 from clip_lens.tiny.assets import ASSETS
 from clip_lens.words import some
 
 TINY = ASSETS / "pairs.csv"
-VALSE_VOTES = 2  # of three annotators; Parcalabescu et al. 2022, section 4.4
+Table: TypeAlias = tuple[pd.DataFrame, Dropped]
 
 
-def read_pairs(path: str | Path = "tiny") -> Pairs:
-    """The pairs of a file, in its order: a csv, a json list of objects, json lines, or any file of VALSE's.
+def read_pairs(path: str | Path | pd.DataFrame = "tiny", *, format: str | None = None) -> Pairs:
+    """The pairs of a file, in its order: a csv, a json list of objects, json lines, or a published data set's own file.
 
-    "tiny" reads the embedded pairs about rendered scenes. The columns caption, foil, image are needed and stay text
-    ("00123" is not 123); `key` names a pair, else its row number does ("0", "1", ...); every other column goes to
-    `info`, nested values as json text. A column `negation` (or `side`) of caption | foil | none says where the
-    negation stands. Results have columns sigma, d, segment and unaligned of their own, so that pairs can't.
+    "tiny" reads the embedded pairs about rendered scenes; a DataFrame is read like a file with its columns. The columns
+    caption and foil are needed, and image for pairs about images; they stay text ("00123" is not 123). `key` names a
+    pair, else its row number does ("0", "1", ...); every other column goes to `info`, nested values as json text. A
+    column `negation` (or `side`) of caption | foil | none says where the negation stands, a column `question` which
+    pairs belong together. Results have columns sigma, d, segment and unaligned of their own, so that pairs can't.
 
-    VALSE (Parcalabescu et al. 2022) is recognised by its content, a dict of items with `image_file`: the dict's keys
-    become keys, and items that fewer than two annotators confirmed (`mturk["caption"] < 2`) are dropped. Pairs with an
-    empty text or image, or with equal texts, are dropped as well; `dropped` lists them all.
+    Files of VALSE, SugarCrepe, NegBench, CC-Neg, ARO, What'sUp, CREPE, ColorSwap and Winoground are recognised by their
+    columns, or read as what `format` says (docs/pairs.md lists the names, and what each makes of an item). Of VALSE
+    (Parcalabescu et al. 2022), items that fewer than two annotators confirmed (`mturk["caption"] < 2`) are dropped.
+    Pairs with an empty text or image, or with equal texts, are dropped as well; `dropped` lists them all.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is of another kind, empty, broken, lacks a column, repeats a column or a key, has a column
-            that results have of their own, or no usable pair.
+            that results have of their own, fits several formats, or has no usable pair.
 
     Example:
         >>> pairs = read_pairs("tiny")
         >>> sorted(set(pairs.side) - {"none"})
         ['caption', 'foil']
     """
+    if isinstance(path, pd.DataFrame):
+        return pairs_of(*_of_frame(path.reset_index(drop=True), "frame", format))
     file = TINY if str(path) == "tiny" else Path(path)
     reader = _READERS.get(file.suffix.lower())
     if not file.is_file():
         what = "is a folder, not a file" if file.is_dir() else "does not exist"
         raise FileNotFoundError(f"{file} {what}; give a {_KINDS} file of pairs, or 'tiny' for the embedded ones")
     if reader is None:
-        raise ValueError(f"can't read pairs from {file}: its name ends in {file.suffix!r}, known are {_KINDS}")
-    frame, dropped = reader(_text_of(file), file)
+        raise ValueError(f"can't read pairs from {file}: its name ends in {file.suffix!r}, known are {_KINDS}, .pt")
+    frame, dropped = reader(file, format)
     return pairs_of(frame, "tiny" if file == TINY else file.name, dropped)
 
 
@@ -65,12 +72,30 @@ def _text_of(file: Path) -> str:
     return text
 
 
-def _read_csv(text: str, file: Path) -> tuple[pd.DataFrame, Dropped]:
+def _read_csv(file: Path, asked: str | None) -> Table:
+    text = _text_of(file)
     header = _checked_header(text, file)
+    format = format_of(header, asked, str(file))
+    read_as_text = ("key", *TEXTS, *(format.needs if format else ()))
     # An empty field is missing; "None" or "NA" is a text like any other.
-    missing = {column: [""] for column in header if column not in ("key", *TEXTS)}
-    texts = dict.fromkeys(("key", *TEXTS), str)
-    return pd.read_csv(StringIO(text), dtype=texts, keep_default_na=False, na_values=missing, low_memory=False), []
+    missing = {column: [""] for column in header if column not in read_as_text}
+    texts = dict.fromkeys(read_as_text, str)
+    frame = pd.read_csv(StringIO(text), dtype=texts, keep_default_na=False, na_values=missing, low_memory=False)
+    return _of_format(format, _rows_of(frame), str(file)) if format else (frame, [])
+
+
+def _of_frame(frame: pd.DataFrame, name: str, asked: str | None) -> tuple[pd.DataFrame, str, Dropped]:
+    """A DataFrame, the name of its pairs, and what was dropped."""
+    refuse_repeated_columns(list(frame.columns), name)
+    format = format_of([str(column) for column in frame.columns], asked, name)
+    found, dropped = _of_format(format, _rows_of(frame), name) if format else (frame, [])
+    return found, name, dropped
+
+
+def _rows_of(frame: pd.DataFrame) -> Items:
+    """The rows of a table as items; cells of numbers are Python's, as a file's are."""
+    rows = frame.astype(object).to_dict("records")
+    return [(f"row {number}", str(number), {str(k): v for k, v in row.items()}) for number, row in enumerate(rows)]
 
 
 def _checked_header(text: str, file: Path) -> list[str]:
@@ -98,53 +123,97 @@ def _checked_header(text: str, file: Path) -> list[str]:
     return header
 
 
-def _read_jsonl(text: str, file: Path) -> tuple[pd.DataFrame, Dropped]:
-    items = [
-        (f"line {number}", _parse(line, f"{file}, line {number}"))
-        for number, line in enumerate(text.split("\n"), start=1)
-        if line.strip()
-    ]
-    return _frame(items, file), []
+def _read_jsonl(file: Path, asked: str | None) -> Table:
+    lines = enumerate(_text_of(file).split("\n"), start=1)
+    held = [(f"line {number}", _parse(line, f"{file}, line {number}")) for number, line in lines if line.strip()]
+    return _of_list(held, file, asked)
 
 
-def _read_json(text: str, file: Path) -> tuple[pd.DataFrame, Dropped]:
-    content = _parse(text, str(file))
+def _read_json(file: Path, asked: str | None) -> Table:
+    content = _parse(_text_of(file), str(file))
     if isinstance(content, Mapping) and content and all(isinstance(item, Mapping) for item in content.values()):
-        return _read_items(content, file)
+        items = [(f"item {key!r}", key, item) for key, item in content.items()]
+        return _of_format(format_of(_columns(items), asked, str(file)) or BY_KEY, items, str(file))
+    if isinstance(content, Mapping) and (lists := _columns_of(content, asked, str(file))):
+        return lists
     if isinstance(content, list):
-        return _frame([(f"entry {number}", item) for number, item in enumerate(content)], file), []
+        return _of_list([(f"entry {number}", item) for number, item in enumerate(content)], file, asked)
     raise ValueError(
         f"{file} holds {_kind(content)}; it must hold a list of objects with caption, foil, image, "
         "or VALSE's dict of items with caption, foil, image_file"
     )
 
 
-_READERS: dict[str, Callable[[str, Path], tuple[pd.DataFrame, Dropped]]] = {
+def _read_pt(file: Path, asked: str | None) -> Table:
+    """A dict of lists as torch.save wrote it; nothing in it is run."""
+    import torch
+
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} holds Python objects, which would run code when they are loaded; where you trust it, load it with "
+            "torch.load(..., weights_only=False), take the lists that it needs, and save them as json"
+        ) from error
+    except Exception as error:  # whatever a truncated or foreign archive raises
+        raise ValueError(f"{file} is damaged, or not what torch.save writes ({_first_line(error)})") from error
+    table = _columns_of(content, asked, str(file)) if isinstance(content, Mapping) else None
+    if table is None:
+        raise ValueError(
+            f"{file} holds {_kind(content)}; it must hold a dict of the lists of a known format, as CC-Neg"
+        )
+    return table
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+_READERS: dict[str, Callable[[Path, str | None], Table]] = {
     ".csv": _read_csv,
     ".json": _read_json,
     ".jsonl": _read_jsonl,
+    ".pt": _read_pt,
 }
-_KINDS = ", ".join(_READERS)
+_KINDS = ", ".join(kind for kind in _READERS if kind != ".pt")
 
 
-def _read_items(content: Mapping[str, Mapping[str, Any]], file: Path) -> tuple[pd.DataFrame, Dropped]:
-    """VALSE's form: items under their keys, with the annotators' votes."""
-    dropped, kept = [], []
-    for key, item in content.items():
-        votes = item["mturk"].get("caption", 0) if isinstance(item.get("mturk"), Mapping) else VALSE_VOTES
-        if not isinstance(votes, int | float):
-            raise ValueError(f"{file}, item {key!r}: {votes!r} votes in mturk; they must be a number, or left out")
-        if votes < VALSE_VOTES:
-            dropped.append((key, f"not valid: {votes} annotators chose the caption, VALSE asks for {VALSE_VOTES}"))
-        else:
-            kept.append((key, {**_renamed(item, "image_file", "image"), "key": key}))
-    if not kept:
-        raise ValueError(f"no pair of {file} is left; {listed(dropped)}")
-    return _frame(kept, file), dropped
+def _of_list(held: Sequence[tuple[str, Any]], file: Path, asked: str | None) -> Table:
+    """The pairs of a list of objects; where a format is asked for, of lists too, whose columns are 0, 1, ..."""
+    if asked in FORMATS:
+        held = [(at, {str(n): cell for n, cell in enumerate(item)} if isinstance(item, list) else item)
+                for at, item in held]  # fmt: skip
+    for where, item in held:
+        if not isinstance(item, Mapping):
+            raise ValueError(f"{file}, {where}, is {_kind(item)}; it must be an object with caption, foil, image")
+    items = [(where, str(number), dict(item)) for number, (where, item) in enumerate(held)]
+    format = format_of(_columns(items), asked, str(file))
+    return _of_format(format, items, str(file)) if format else (_frame([item for _, _, item in items]), [])
 
 
-def _renamed(item: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
-    return {new if name == old and new not in item else name: value for name, value in item.items()}
+def _columns(items: Items) -> list[str]:
+    """The columns that any item has."""
+    return list(dict.fromkeys(column for _, _, item in items for column in item))
+
+
+def _columns_of(content: Mapping[str, Any], asked: str | None, where: str) -> Table | None:
+    """The pairs of a dict of columns; None if it is none of a known format."""
+    format = format_of([str(name) for name in content], asked, where)
+    if format is None or not set(format.needs) <= set(content):
+        return None
+    columns = {name: content[name] for name in format.needs}
+    lengths = {name: len(column) if isinstance(column, list) else _kind(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1 or not all(isinstance(column, list) for column in columns.values()):
+        raise ValueError(f"{where} must have lists of one length in {some(format.needs)}, it has {lengths}")
+    rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    return _of_format(format, [(f"entry {number}", str(number), row) for number, row in enumerate(rows)], where)
+
+
+def _of_format(format: Format, items: Items, where: str) -> Table:
+    made, dropped = read_items(format, items, where)
+    if not made and dropped:
+        raise ValueError(f"no pair of {where} is left; {listed(dropped)}")
+    return _frame([item for _, item in made]), dropped
 
 
 def _parse(text: str, where: str) -> Any:
@@ -163,11 +232,8 @@ def _parse(text: str, where: str) -> Any:
         raise ValueError(f"{where} is broken json: {error.msg} at {position}; mend or remove it") from error
 
 
-def _frame(items: list[tuple[str, Any]], file: Path) -> pd.DataFrame:
-    for where, item in items:
-        if not isinstance(item, Mapping):
-            raise ValueError(f"{file}, {where}, is {_kind(item)}; it must be an object with caption, foil, image")
-    records = [{name: _flat(name, value) for name, value in item.items()} for _, item in items]
+def _frame(items: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    records = [{name: _flat(name, value) for name, value in item.items()} for item in items]
     # As objects: a column of integers with a gap would turn into floats, and an image's id with it.
     return pd.DataFrame(records, dtype=object)
 

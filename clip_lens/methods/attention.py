@@ -64,7 +64,7 @@ def attention_effects(
         3  pattern 0.3      0.99
         1  pattern 0.1      0.98
     """
-    setting = Setting.reading(encoder, batch)
+    setting = Setting.reading(encoder, batch, directed=False)
     asked: tuple[Slot | None, ...] = (None,) if queries is None else tuple(queries)
     places = tuple(encoder.sites("pattern", slots=asked))
     _check(encoder, batch, slot, asked)
@@ -117,7 +117,7 @@ def _chunk(
     else:
         later_other = _later(theirs, encoder.pool(batch.other))
         values = torch.where(negated, _largest(paid, later), _largest(paid_other, later_other))
-    readout = Readout(batch.direction, u, v)
+    readout = Readout.of(batch, u, v)
     return {"values": values.flatten(0, 2).to(encoder.precision), "d": logit_difference(batch.sigma, readout)}
 
 

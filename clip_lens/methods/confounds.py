@@ -15,8 +15,9 @@ from torch import Tensor
 from clip_lens.core.effects import segments
 from clip_lens.core.setting import pairs_frame
 from clip_lens.core.table import SIDES, sides_of
-from clip_lens.data.batch import Batch, template_slots
+from clip_lens.data.batch import Batch
 from clip_lens.data.pairs import Pairs
+from clip_lens.data.slots import template_slots
 from clip_lens.methods.scores import pair_scores, tally
 from clip_lens.methods.statistics import Correlation, Method, correlation, frame_of, proportion, regression
 from clip_lens.model.encoder import HookedTextEncoder

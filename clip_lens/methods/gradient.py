@@ -29,7 +29,9 @@ from clip_lens.core.metric import Metric, Readout, logit
 from clip_lens.core.record import Method
 from clip_lens.core.rows import Chunk, chunk_effects
 from clip_lens.core.setting import Setting
+from clip_lens.core.shard import Shard
 from clip_lens.core.source import Function, Source, counterpart
+from clip_lens.core.spread import Engine, Spread, shared_out
 from clip_lens.core.sweep import sweep
 from clip_lens.data.batch import Batch
 from clip_lens.methods.registry import ATTRIBUTION, BOTH, EAP, EAP_IG
@@ -41,6 +43,7 @@ T = TypeVar("T", bound=Hashable)
 EMBEDDING = hook_name(Site("embed"), 0)
 
 
+@shared_out
 def gradient_effects(
     encoder: HookedTextEncoder,
     batch: Batch,
@@ -51,6 +54,8 @@ def gradient_effects(
     steps: int = 1,
     rows: int = 64,
     progress: bool = True,
+    jobs: int = 1,
+    executor: Engine | Spread | Shard | None = None,
 ) -> Effects:
     """What each place would move in each pair if the metric were linear, in units of the metric: an `Effects`.
 
@@ -64,7 +69,8 @@ def gradient_effects(
     It is the derivative of patching at weight 0, hence additive: a tuple of places is the sum of its members, what they
     share counted once. `total`, `baseline` and where NaN stands are those of `patch_effects`. A metric that is
     smallest at the run, such as `kl`, has no gradient there: it needs `steps` above 1.
-    `rows` bounds the pairs in one pass and with them the memory; it changes nothing else.
+    `rows` bounds the pairs in one pass and with them the memory; it changes nothing else. `jobs`
+    and `executor` are those of `patch_effects`.
 
     Raises:
         ValueError: what `patch_effects` raises, `steps` below 1, a metric without gradient, or an encoder that was
@@ -83,7 +89,7 @@ def gradient_effects(
         raise ValueError(
             f"{encoder.name} was loaded in torch.inference_mode, which keeps no gradients; load it outside"
         )
-    setting = Setting.of(encoder, batch, source=source, metric=metric, rows=rows, progress=progress)
+    setting = Setting.of(encoder, batch, source=source, metric=metric, rows=rows, progress=progress, executor=executor)
     setting.without_hooks("gradients are taken through parts of runs")
     score, also = partial(chunk_attributions, steps=steps), [EMBEDDING] if steps > 1 else []
     record = setting.record(method_of(places, steps), **conventions(steps))
@@ -245,7 +251,10 @@ def backward(
         y = chunk.encoder.tower.run_with_hooks(leaf, fwd_hooks=list(hooks), start_at_layer=0)
         result = metric(chunk.encoder.read(y, chunk.pooled), readout)
         if not result.requires_grad:
-            raise ValueError("the metric has no gradient with respect to the embedding: compute it from `u` in torch")
+            raise ValueError(
+                f"the metric {metric.name} has no gradient with respect to the embedding: where it is a step function, "
+                "as a rank is, patch the places (patch_effects, path_effects); else compute it from `u` in torch"
+            )
         gradient = torch.autograd.grad(result.sum(), [value[name] for name in names])
     held = {name: tensor.detach() for name, tensor in value.items()}
     return Found(held, dict(zip(names, gradient, strict=True)))

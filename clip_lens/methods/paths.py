@@ -16,7 +16,9 @@ from clip_lens.core.effects import Effects
 from clip_lens.core.metric import Metric, Readout, logit
 from clip_lens.core.rows import Chunk, chunk_effects, needed
 from clip_lens.core.setting import Setting
+from clip_lens.core.shard import Shard
 from clip_lens.core.source import Function, Source, counterpart
+from clip_lens.core.spread import Engine, Spread, shared_out
 from clip_lens.core.sweep import Part, sweep, swept, unpatched
 from clip_lens.core.via import intervened
 from clip_lens.data.batch import Batch
@@ -30,6 +32,7 @@ Ends: TypeAlias = Site | tuple[Site, ...]
 Path: TypeAlias = tuple[Ends, Ends, Place]
 
 
+@shared_out
 def path_effects(
     encoder: HookedTextEncoder,
     batch: Batch,
@@ -41,6 +44,8 @@ def path_effects(
     metric: Metric = logit,
     rows: int = 256,
     progress: bool = True,
+    jobs: int = 1,
+    executor: Engine | Spread | Shard | None = None,
 ) -> Effects:
     """What each sender moves through each receiver, per pair, in units of the metric: a place per path that exists.
 
@@ -48,11 +53,13 @@ def path_effects(
     sender, holds every other head at its unpatched output, lets the MLPs recompute, and patches the receiver with what
     arrives (Wang et al. 2023). A tuple of senders or of receivers is one joint set; a
     site without unit, such as `Site("k", 2)`, is all heads of its layer. Where no receiver comes after a sender there
-    is no path, and the combination is left out; `effects.index` says what there is.
+    is no path, and the combination is left out; `effects.index` says what there is. `jobs` and `executor` are
+    those of `patch_effects`.
 
     Raises:
-        ValueError: no path at all, a place that the encoder or the batch does not have, or, through MLPs, the output
-            joined with other receivers: what arrives at the output would overwrite what they do to it.
+        ValueError: no path at all, a place that the encoder or the batch does not have, or, through MLPs, a source of
+            another tower, or the output joined with other receivers: what arrives at the output would overwrite what
+            they do to it.
 
     Example:
         >>> from clip_lens import Site
@@ -67,7 +74,13 @@ def path_effects(
     paths = existing_paths(senders, receivers)
     if through == "mlp" and any(len(_ends(r)) > 1 and Site("out") in _ends(r) for r in receivers):
         raise ValueError("out is a receiver of its own through MLPs: it can't be joined with others")
-    setting = Setting.of(encoder, batch, source=source, metric=metric, rows=rows, progress=progress)
+    setting = Setting.of(encoder, batch, source=source, metric=metric, rows=rows, progress=progress, executor=executor)
+    if through == "mlp" and hasattr(setting.fetch, "tower"):
+        raise ValueError(
+            f"through MLPs a sender is patched as an activation, and what it writes in another tower, "
+            f"{setting.source}, is none of this one's; give through='direct', or patch_effects with "
+            "via(Site('result', layer, head), source=other_tower(...), freeze=('head',))"
+        )
     if through == "direct":
         return sweep(setting, [place for _, _, place in paths], chunk_effects, setting.record(METHODS[through]))
     return _through_mlps(setting, paths)

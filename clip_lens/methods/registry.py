@@ -40,7 +40,7 @@ ESTIMATED = (
 )
 EFFECTS = (
     "Effects",
-    "One text of the pair is run. At a place, what it computes is replaced by what the source gives there, and "
+    "One text of the pair is run. At a place, what it computes is replaced with what the source gives there, and "
     "everything that reads it is computed again. The effect is the change of the metric. Where the metric's sign turns "
     "with the side, it is turned so that it counts with d whichever text is run: only then can pairs be averaged.",
 )
@@ -131,7 +131,7 @@ ATTENTION = register(
 FAITHFULNESS = register(
     Method(
         "faithfulness", "faithfulness of circuits", "judges", share="share that is lost",
-        caption="Each {mark} replaces every edge outside of a circuit by what the {source} gives there.",
+        caption="Each {mark} replaces every edge outside a circuit with what the {source} gives there.",
         definition=CIRCUITS,
     )
 )  # fmt: skip

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from html import escape
 from typing import Any, TypeAlias, cast
@@ -15,9 +16,10 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from clip_lens.model.convert import Pool
-from clip_lens.model.site import LAYOUTS, Edge, Kind, Site, order, precedes, readers, writers
+from clip_lens.model.site import LAYOUTS, NO_LAYER, Edge, Kind, Site, order, precedes, readers, writers
 from clip_lens.model.tower import HookedTextTower
 from clip_lens.originals.original import Preparation, digest
+from clip_lens.words import some
 
 Hook: TypeAlias = tuple[str, Callable[..., Tensor | None]]
 Cache: TypeAlias = Mapping[str, Shaped[Tensor, "pair ..."]]
@@ -56,8 +58,9 @@ class HookedTextEncoder:
         self.name, self.pretrained, self.image_digest = name, pretrained, image_digest
         self.vocabulary, self.notes, self._preparation = vocabulary, notes, preparation
         self._pad, self._end = 0, None
+        self._digest: str | None = None
         if tower.tokenizer is not None:
-            empty = self._raw_tokens([""])
+            empty = self.raw_tokens([""])
             self._pad, self._end = int(empty[0, -1]), int(empty[0, pool(empty)])
 
     device = property(lambda self: self.tower.W_U.device)
@@ -83,7 +86,25 @@ class HookedTextEncoder:
             >>> encoder.tower.blocks[2].attn.W_O[1].zero_(), encoder.digest == before
             (tensor(...), False)
         """
-        return digest(dict(self.tower.named_parameters()))
+        return self._digest or digest(dict(self.tower.named_parameters()))
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """For verbs that are called one after the other on the same weights: inside, nobody edits them, so that
+        `digest` is computed once, and other threads wait for the tower.
+
+        Example:
+            >>> encoder = clip_lens.load()
+            >>> with encoder.unchanged():
+            ...     encoder.digest == encoder.digest
+            True
+        """
+        with self.tower.turn:
+            outer, self._digest = self._digest, self.digest
+            try:
+                yield
+            finally:
+                self._digest = outer
 
     @property
     def image_preprocessing(self) -> str | None:
@@ -113,7 +134,12 @@ class HookedTextEncoder:
             f"pooled at {self.pool.type}{end}"
         )
 
-    def _raw_tokens(self, texts: Sequence[str], longer: int = 0) -> Int[Tensor, "pair pos"]:
+    def raw_tokens(self, texts: Sequence[str], longer: int = 0) -> Int[Tensor, "pair pos"]:
+        """What the tokenizer makes of texts, on the CPU and whatever their length, for a context `longer` than is.
+
+        Raises:
+            ValueError: there is no tokenizer.
+        """
         if self.tower.tokenizer is None:
             raise ValueError(f"{self.name} was loaded without a tokenizer; give tokens, or load(module, tokenizer=...)")
         number = {text: index for index, text in enumerate(dict.fromkeys(texts))}
@@ -138,7 +164,7 @@ class HookedTextEncoder:
                 f"{len(long)} of {len(texts)} texts have {more} {self.n_ctx} tokens, the first is {long[0][:80]!r}; "
                 "shorten them"
             )
-        tokens = self._raw_tokens(texts)
+        tokens = self.raw_tokens(texts)
         self._warn_unseen(texts, tokens)
         self._warn_read_elsewhere(texts, tokens)
         return tokens.to(self.device)
@@ -165,10 +191,10 @@ class HookedTextEncoder:
         return "context_length" in inspect.signature(self.tower.tokenizer).parameters  # type: ignore[arg-type]
 
     def _fit(self, texts: Sequence[str]) -> list[bool]:
-        tokens = self._raw_tokens(texts)
+        tokens = self.raw_tokens(texts)
         if not self._says_length:
             return (self.length(tokens) < self.n_ctx).tolist()
-        wider = self._raw_tokens(texts, longer=8)
+        wider = self.raw_tokens(texts, longer=8)
         fit = self.length(wider) <= self.n_ctx
         if self.pool.type not in ("argmax", "eos"):
             # An end that looks like padding is not counted, but a text cut to make room for it has other tokens.
@@ -193,10 +219,10 @@ class HookedTextEncoder:
         words = sorted({word for row in rows for word in texts[row].split()})
         if not words:
             return
-        new = unseen_words(self, self._raw_tokens(words)).tolist()
+        new = unseen_words(self, self.raw_tokens(words)).tolist()
         unseen = [word for word, is_new in zip(words, new, strict=True) if is_new]
         warnings.warn(
-            f"{self.name} never saw {', '.join(map(repr, unseen))} in training: what it says of texts with "
+            f"{self.name} never saw {some(unseen, 10, quote=True)} in training: what it says of texts with "
             f"{'this word' if len(unseen) == 1 else 'these words'} means nothing",
             stacklevel=3,
         )
@@ -302,7 +328,7 @@ class HookedTextEncoder:
             raise ValueError(f"no kind of site {kind!r}; the kinds are {', '.join(LAYOUTS)}")
         if isinstance(slots, str):
             raise TypeError(f"slots are a list, got the text {slots!r}; write slots=[{slots!r}]")
-        depth = 1 if kind == "embed" else self.n_layers + (kind == "resid")
+        depth = 1 if kind in NO_LAYER else self.n_layers + (kind == "resid")
         chosen = range(depth) if layers is None else list(layers)
         if wrong := [layer for layer in chosen if not 0 <= layer < depth]:
             raise ValueError(f"{self.name} has {kind} sites at layers 0..{depth - 1}, got {wrong}")

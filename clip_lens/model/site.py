@@ -11,6 +11,9 @@
 | q, k, v | blocks.{l}.attn.hook_q, hook_k, hook_v | pair pos head d_head |
 | pattern | blocks.{l}.attn.hook_pattern | pair head query key |
 | neuron | blocks.{l}.mlp.hook_post | pair pos d_mlp |
+| result | blocks.{l}.attn.hook_result; what a head writes, without the attention's bias | pair pos head d_model |
+| norm | hook_norm; what ln_final gives, read at the pooled position | pair pos d_model |
+| projection | hook_projection; the embedding, not yet of unit length, read at the pooled position | pair pos d_embed |
 | out | the pooled position of what ln_final reads; a receiver of edges only | pair d_model |
 | token, position, attn_bias, mlp_bias, constant | parts of a sum, for attribution only: no hook, can't be patched | |
 
@@ -26,13 +29,16 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 Kind = Literal[
-    "embed", "resid", "mid", "attn", "mlp", "head", "q", "k", "v", "pattern", "neuron", "out",
+    "embed", "resid", "mid", "attn", "mlp", "head", "q", "k", "v", "pattern", "neuron", "result",
+    "norm", "projection", "out",
     "token", "position", "attn_bias", "mlp_bias", "constant",
 ]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)
 PARTS: tuple[Kind, ...] = KINDS[KINDS.index("token") :]
 """Parts of a sum that no hook holds alone: places of an attribution, never of a patch."""
-NO_LAYER: tuple[Kind, ...] = ("embed", "out", "token", "position", "constant")
+NO_LAYER: tuple[Kind, ...] = ("embed", "norm", "projection", "out", "token", "position", "constant")
+BEHIND: tuple[Kind, ...] = ("norm", "projection", "out")
+"""Kinds behind the last block, which matter at the pooled position alone."""
 SENDERS: tuple[Kind, ...] = ("embed", "head", "mlp")
 RECEIVERS: tuple[Kind, ...] = ("q", "k", "v", "mlp", "out")
 
@@ -62,6 +68,9 @@ LAYOUTS: dict[Kind, Layout] = {
     "v": Layout("blocks.{layer}.attn.hook_v", unit_axis=2),
     "pattern": Layout("blocks.{layer}.attn.hook_pattern", unit_axis=1, pos_axis=2),
     "neuron": Layout("blocks.{layer}.mlp.hook_post", unit_axis=2),
+    "result": Layout("blocks.{layer}.attn.hook_result", unit_axis=2),
+    "norm": Layout("hook_norm"),
+    "projection": Layout("hook_projection"),
 }
 """Every kind that can be patched as a site. A line more is a kind more: with
 `LAYOUTS["pre"] = Layout("blocks.{layer}.mlp.hook_pre", unit_axis=2)` the place `Site("pre", 3)` is like any other."""
@@ -177,7 +186,7 @@ def order(site: Site) -> tuple[int, int, int, int, str]:
         >>> [str(site) for site in sorted([Site("out"), Site("mlp", 0), Site("v", 0, 1), Site("q", 0, 1)], key=order)]
         ['q 0.1', 'v 0.1', 'mlp 0', 'out']
     """
-    layer = {"embed": -1, "token": -1, "position": -1, "out": 10**9, "constant": 10**9}.get(site.kind, site.layer)
+    layer = 10**9 if site.kind in (*BEHIND, "constant") else -1 if site.kind in NO_LAYER else site.layer
     kind = KINDS.index(site.kind) if site.kind in KINDS else len(KINDS)
     return layer, site.kind == "mlp", site.unit or 0, kind, str(site.slot)
 
@@ -294,7 +303,7 @@ def start_layer(place: Place, n_layers: int) -> int:
         (2, 6)
     """
     touched = [member.receiver if isinstance(member, Edge) else member for member in members(place)]
-    return min(n_layers if site.kind == "out" else site.layer for site in touched)
+    return min(n_layers if site.kind in BEHIND else site.layer for site in touched)
 
 
 def label(place: Place) -> str:

@@ -12,8 +12,10 @@
 | blocks.{l}.mlp.hook_pre, hook_post | pair pos d_mlp |
 | blocks.{l}.ln1, blocks.{l}.ln2, ln_final: hook_scale | pair pos 1 |
 | blocks.{l}.ln1, blocks.{l}.ln2, ln_final: hook_normalized (before weight and bias) | pair pos d_model |
+| hook_norm (what ln_final gives), hook_projection (the output) | pair pos d_model, pair pos d_embed |
 
 Split inputs, `hook_mlp_in` and `hook_result` need no flag: they are computed when something is hooked there.
+`hook_norm` and `hook_projection` are not HookedTransformer's, so a cache has them when they are asked for by name.
 """
 
 from __future__ import annotations
@@ -34,8 +36,11 @@ from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
 
-ON_DEMAND = ("hook_q_input", "hook_k_input", "hook_v_input", "hook_mlp_in", "hook_result")
-"""Hooks that cost, or that would change which path is computed: cached only when they are asked for by name."""
+ON_DEMAND = (
+    "hook_q_input", "hook_k_input", "hook_v_input", "hook_mlp_in", "hook_result", "hook_norm", "hook_projection",
+)  # fmt: skip
+"""Hooks that cost, that would change which path is computed, or that HookedTransformer has not: cached only when they
+are asked for by name."""
 
 
 PYTORCH_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -272,6 +277,7 @@ class HookedTextTower(HookedRootModule):
         self.W_E, self.W_pos, self.W_U, self.b_U = _frozen(W_E), _frozen(W_pos), _frozen(W_U), _frozen(b_U)
         self.blocks, self.ln_final = nn.ModuleList(blocks), ln_final
         self.hook_embed, self.hook_pos_embed = HookPoint(), HookPoint()
+        self.hook_norm, self.hook_projection = HookPoint(), HookPoint()
         self.eval()
         self.setup()
 
@@ -362,7 +368,7 @@ class HookedTextTower(HookedRootModule):
         if stop_at_layer is not None:
             return x
         x = _pick(x, only) if only is not None and not layers else x
-        return self.unembed(self.ln_final(x)) if return_type == "logits" else None
+        return self.hook_projection(self.unembed(self.hook_norm(self.ln_final(x)))) if return_type else None
 
     def _entering(self, input: str | list[str] | Tensor, layer: int | None) -> Float[Tensor, "pair pos d_model"]:
         """The residual stream that enters the first block to run."""

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from clip_lens.tiny.assets import ASSETS
 
+TUNED = ("without",)
+"""Fine-tunes of the embedded weights that ship with them."""
+
 
 @lru_cache(maxsize=1)
 def tiny_tokenizer() -> Callable[..., Tensor]:
@@ -23,22 +26,24 @@ def tiny_tokenizer() -> Callable[..., Tensor]:
 
 
 def open_tiny(pretrained: str | None = None) -> tuple[nn.Module, frozenset[int]]:
-    """The embedded architecture, with the shipped weights or those of a file that `scripts/train_tiny.py` wrote: its
-    module, which has its image preprocessing with it, and the token ids that it saw in training.
+    """The embedded architecture, with the shipped weights, those of a fine-tune that ships with them (`TUNED`), or
+    those of a file that `scripts/train_tiny.py` wrote: its module, which has its image preprocessing with it, and the
+    token ids that it saw in training.
 
     Raises:
         ValueError: no such file, or one that holds no weights of it.
     """
-    weights = ASSETS / "model.safetensors" if pretrained is None else Path(pretrained)
+    tuned = ASSETS / f"tuned-{pretrained}.safetensors" if pretrained in TUNED else None
+    weights = Path(pretrained) if pretrained and not tuned else ASSETS / "model.safetensors"
     if not weights.is_file():
         raise ValueError(
             f"no weights {pretrained!r} for tiny; leave pretrained= out for the embedded ones, or give a "
-            "model.safetensors that scripts/train_tiny.py wrote"
+            f"model.safetensors that scripts/train_tiny.py wrote, or {', '.join(map(repr, TUNED))}: a fine-tune"
         )
     config = json.loads((ASSETS / "open_clip_config.json").read_text())
     module = open_clip.CLIP(**config["model_cfg"])
     try:
-        state = load_file(weights)
+        state = load_file(weights) | (load_file(tuned) if tuned else {})  # a fine-tune ships what it changed
         rows = state.pop("token_embedding.rows").long()
     except (SafetensorError, KeyError) as error:
         what = "the embedded weights" if pretrained is None else repr(pretrained)

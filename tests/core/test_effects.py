@@ -11,8 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clip_lens.core.effects import BOUNDS, SLOTS, Effects, pivot, segments, toy_effects
+from clip_lens.core.effects import BOUNDS, Effects, pivot, segments, toy_effects
 from clip_lens.core.record import Method, Record
+from clip_lens.data.slots import SLOTS
 from clip_lens.model.site import Site
 
 EXACT = 1e-12  # the same sums in float64, in another order
@@ -302,8 +303,8 @@ def test_grid_orders_slots_as_the_text_and_then_positions():
     slots = [3, "eot", "zebra", 1, None, "negator", "alpha", "there"]
     effects = make([[float(n)] for n in range(8)], [1.0], places=tuple(Site("resid", 2, slot=s) for s in slots))
     grid = effects.grid()
-    assert list(grid.index) == ["there", "negator", "eot", "zebra", "alpha", 1, 3, None]
-    assert grid[2].tolist() == [7, 5, 1, 2, 6, 3, 0, 4]
+    assert list(grid.index) == ["there", "negator", "zebra", "alpha", "eot", 1, 3, None]
+    assert grid[2].tolist() == [7, 5, 2, 6, 1, 3, 0, 4]
 
 
 def test_grid_holds_the_table():

@@ -83,7 +83,9 @@ def test_another_result_is_neither_served_nor_replaced_unsaid(tmp_path, toy, nam
 
 def test_titles_and_counts_make_no_other_result(tmp_path, toy):
     Keep(tmp_path).effects("toy", RECORD, toy.places, Sweep(toy))
-    renamed = replace(RECORD, method=Method("toy", "renamed"), model="moved", images="elsewhere", untemplated=4)
+    renamed = replace(
+        RECORD, method=Method("toy", "renamed"), model="moved", images="elsewhere", slot_rules={"mine": 4}
+    )
     assert Keep(tmp_path).effects("toy", renamed, toy.places, never).values.equal(toy.values)
 
 

@@ -17,7 +17,8 @@ WHOLE = Record(
     Method("toy", "a toy"), model="tiny", weights="abc", tower="causal, quick_gelu", layers=3, heads=2, scale=100.0,
     dtype="float32", data="mine", data_digest="def", images="5 images", batch="ghi", held_out="by text", run="caption",
     source=SourceRecord("zeros", "z"), metric=MetricRecord("cosine", False, "cosine", "c"), pairs=1200,
-    dropped={"no image": 2, "no side": 1}, untemplated=3, unaligned=4, unsourced=5, hooks=("hook_embed", "ln_final"),
+    dropped={"no image": 2, "no side": 1}, slots=("sot", "eot"), slot_rules={"mine": 3}, unaligned=4,
+    unsourced=5, hooks=("hook_embed", "ln_final"),
     notes=("a note", "another"), selected=("side = foil: 9 of 12", "top 3: 3 of 9"), settings={"steps_taken": 5},
     versions={"torch": "2", "clip_lens": "1"},
 )  # fmt: skip
@@ -41,7 +42,7 @@ SAID = {
     "held out": "by text",
     "pairs": "1200",
     "pairs dropped": "2 no image; 1 no side",
-    "without a template of slots": "3",
+    "slots": "3 pairs by mine",
     "positions without counterpart": "4",
     "pairs without a source": "5",
     "hooks of yours that were on": "hook_embed, ln_final",
@@ -82,7 +83,8 @@ def test_a_result_says_what_was_run_on_what():
         "pairs": 7,
         "unaligned": sum(line.count(-1) for line in origins),
     }
-    assert record.unaligned > 0 and record.untemplated == 4  # no "there is" with a determiner
+    assert record.unaligned > 0 and record.slots == batch.slots
+    assert record.slot_rules == {"template_slots": 5, "no_slots": 2}  # two have no "there is" with a determiner
     assert record.held_out == "" and record.method is PATCHING
     part = replace(batch, held_out="by text")
     assert patch_effects(encoder, part, [Site("mlp", 1)]).record.held_out == "by text"

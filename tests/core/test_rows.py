@@ -11,7 +11,7 @@ from clip_lens.core.rows import WORTH_A_FORWARD, _groups, chunk_effects, needed,
 from clip_lens.core.source import counterpart
 from clip_lens.data.batch import align
 from clip_lens.data.pairs import Pairs
-from clip_lens.model.site import LAYOUTS, Edge, Site
+from clip_lens.model.site import LAYOUTS, NO_LAYER, Edge, Site
 
 LAYERS = 3
 TEXTS = [
@@ -23,7 +23,7 @@ TEXTS = [
 PLACES = tuple(
     Site(kind, layer, slot=slot)
     for kind in LAYOUTS
-    for layer in ({"embed": (0,), "resid": range(LAYERS + 1)}.get(kind, range(LAYERS)))
+    for layer in ((0,) if kind in NO_LAYER else range(LAYERS + (kind == "resid")))
     for slot in (None, "negator", "eot", 0, 2, 4)
 )
 ENCODERS = {}

@@ -10,19 +10,21 @@ from clip_lens.core.address import address
 from clip_lens.core.sites import patch_hooks, present
 from clip_lens.data.batch import align
 from clip_lens.data.pairs import Pairs
-from clip_lens.model.site import LAYOUTS, Site, hook_name, members
+from clip_lens.model.site import LAYOUTS, NO_LAYER, Site, hook_name, members
 
 PAIRS, HEADS, WIDTH, POSITIONS = 3, 2, 16, 7
 SHAPES = {
-    **dict.fromkeys(("embed", "resid", "mid", "attn", "mlp"), (PAIRS, POSITIONS, WIDTH)),
+    **dict.fromkeys(("embed", "resid", "mid", "attn", "mlp", "norm"), (PAIRS, POSITIONS, WIDTH)),
     **dict.fromkeys(("head", "q", "k", "v"), (PAIRS, POSITIONS, HEADS, WIDTH // HEADS)),
     "pattern": (PAIRS, HEADS, POSITIONS, POSITIONS),
     "neuron": (PAIRS, POSITIONS, 4 * WIDTH),
+    "result": (PAIRS, POSITIONS, HEADS, WIDTH),
+    "projection": (PAIRS, POSITIONS, 8),
 }
 SITES = [
     Site(kind, layer, unit, slot)
     for kind in LAYOUTS
-    for layer in {"embed": (0,), "resid": (0, 2)}.get(kind, (1,))
+    for layer in ((0,) if kind in NO_LAYER else (0, 2) if kind == "resid" else (1,))
     for unit in ((None,) if LAYOUTS[kind].unit_axis is None else (None, 0, 1))
     for slot in (None, "subject", 4)
 ]

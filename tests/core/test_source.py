@@ -143,6 +143,29 @@ def test_mean_over_others_is_theirs_at_the_slots_of_the_run(name):
     assert not torch.equal(batch.slot[index][:, : over.slot.shape[1]], over.slot[index][:, : batch.slot.shape[1]])
 
 
+def test_a_text_that_many_pairs_have_is_run_once_and_counts_for_each(monkeypatch):
+    encoder, texts = (
+        tower("causal")[1],
+        ["There is a dog.", "There are no red cats.", "There is a dog."] * 3 + ["A cat."],
+    )
+    pairs = Pairs(range(10), texts, ["There is no bird."] * 10, ["1.png"] * 10)
+    batch = align(pairs, random_store(pairs, 16), encoder, run="caption")
+    hook, lines = "blocks.1.hook_mlp_out", {}
+    for n, value in enumerate(encoder.cache(batch.tokens, names=hook)[hook]):
+        for p in range(int(batch.length[n])):
+            lines.setdefault(int(batch.slot[n, p]), []).append(value[p])
+    ran, cache = [], type(encoder).cache
+    monkeypatch.setattr(
+        type(encoder), "cache", lambda self, texts, **how: ran.append(len(texts)) or cache(self, texts, **how)
+    )
+    found = mean(encoder, batch)(torch.arange(10), [hook])[hook]
+    assert sum(ran) == 3
+    for n in range(10):
+        for p in range(int(batch.length[n])):
+            by_hand = torch.stack(lines[int(batch.slot[n, p])]).mean(0)
+            assert torch.allclose(found[n, p], by_hand, rtol=1e-10, atol=1e-12)
+
+
 def test_mean_of_a_pattern_is_refused():
     with pytest.raises(ValueError, match=r"mean of blocks\.1\.attn\.hook_pattern is not defined"):
         patch_effects(tower("causal")[1], batch_of("causal"), [Site("pattern", 1)], source=mean)

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
 from towers import random_clip, random_encoder, random_store
 
-from clip_lens.data.batch import align, match_tokens, template_slots
+from clip_lens.data.batch import align, match_tokens
 from clip_lens.data.images import ImageStore
 from clip_lens.data.pairs import Pairs
 from clip_lens.data.read import read_pairs
+from clip_lens.data.slots import template_slots
 from clip_lens.model.load import load
 
 TENSORS = ("tokens", "other", "origin", "slot", "other_slot", "length", "other_length", "direction", "sigma")
@@ -299,8 +300,9 @@ def test_where_says_which_slots_there_are(mixed):
 
 def test_occurring_slots_are_those_that_some_run_has(mixed):
     assert mixed.occurring == tuple(slot for slot in mixed.slots if mixed.where(slot).any())
-    assert mixed.occurring == ("sot", "there", "be", "negator", "subject", "subject_rest", "stop", "eot")
-    assert mixed[3].occurring == ("sot", "eot") and mixed[[]].occurring == ()
+    template = ("there", "be", "negator", "subject", "subject_rest", "stop")
+    assert mixed.occurring == ("sot", *template, "before", "changed", "between", "after", "eot")
+    assert mixed[3].occurring == ("sot", "after", "eot") and mixed[[]].occurring == ()
 
 
 @pytest.mark.parametrize("tower", ["causal", "bidirectional", "pooled_last"])
@@ -468,7 +470,7 @@ def test_slots_of_marked_sentences(tower, marked, subject, request):
     expected += [None] * (len(found) - len(expected))
     expected[pooled] = "eot"
     assert found == expected
-    assert batch.untemplated == 0
+    assert batch.slot_rules == {"template_slots": 1}
 
 
 def test_of_a_subject_of_several_tokens_the_first_is_the_subject(causal):
@@ -477,16 +479,22 @@ def test_of_a_subject_of_several_tokens_the_first_is_the_subject(causal):
     assert found[3:6] == ["negator", "subject", "subject_rest"] and found.count("subject") == 1
 
 
-def test_texts_without_a_template_have_sot_and_eot_only_and_are_counted(causal):
-    batch = aligned(causal, ("Dogs run.", "No dogs run."), REPHRASED, ("A cat.", "No cat."), run="caption")
-    assert slots_of(batch, 0)[:5] == ["sot", None, None, None, "eot"]
-    assert batch.untemplated == 2
+def test_pairs_without_a_template_have_the_slots_of_what_changes_and_are_counted(causal):
+    batch = aligned(causal, ("Dogs run.", "No dogs run."), REPHRASED, ("A cat.", "No cat."), run="foil")
+    assert slots_of(batch, 0) == ["sot", "changed", "after", "after", "after", "eot", None]
+    assert slots_of(batch, 1) == ["sot", "there", "be", "negator", "subject", "stop", "eot"]
+    assert slots_of(batch, 2) == ["sot", "changed", "after", "after", "eot", None, None]
+    assert batch.slot_rules == {"changed_slots": 2, "template_slots": 1}
+    assert batch[1:].named_by == ("template_slots", "changed_slots") and batch[[1]].slot_rules == {"template_slots": 1}
 
 
-def test_slots_of_the_other_text_follow_its_own_words(causal):
+def test_a_text_that_lacks_words_of_the_other_has_the_names_that_they_have_there(causal):
+    """ "There are dogs." is no template, but the words of "There are no dogs.", which is one."""
     batch = aligned(causal, INSERTED, run="caption")
-    assert slots_of(batch.flip()) == ["sot", *[None] * 8, "eot"]
-    assert slots_of(batch)[3:5] == ["negator", "subject"]
+    behind = ["subject", *["subject_rest"] * 4, "stop", "eot"]
+    assert slots_of(batch) == ["sot", "there", "be", "negator", *behind]
+    assert slots_of(batch.flip()) == ["sot", "there", "be", *behind]
+    assert batch.slot_rules == {"template_slots": 1}
 
 
 class Words:
@@ -512,10 +520,12 @@ def test_slots_without_start_and_end_tokens():
 def test_own_slot_functions_name_spans_and_wrong_names_are_refused(causal):
     pairs = make(REPHRASED)
     store = random_store(pairs, 8)
-    batch = align(pairs, store, causal, run="foil", slots=lambda text, subject: [(5, None), (9, "be")])
-    assert slots_of(batch) == ["sot", None, "be", None, None, None, "eot"]
-    with pytest.raises(ValueError, match="no slot 'verb'; the slots are sot, prefix"):
-        align(pairs, store, causal, slots=lambda text, subject: [(5, "verb")])
+    batch = align(pairs, store, causal, run="foil", slots=lambda text, other, info: [(5, None), (9, "verb")])
+    assert slots_of(batch) == ["sot", None, "verb", None, None, None, "eot"]
+    assert batch.slots == ("sot", "verb", "eot")
+    for name in ("eot", "a slot", "3", "", 3):
+        with pytest.raises(ValueError, match=f"no slot can be named {name!r}"):
+            align(pairs, store, causal, slots=lambda text, other, info, name=name: [(5, name)])
 
 
 def test_template_spans_are_cut_at_white_space():
@@ -540,7 +550,7 @@ def test_valse_slots_agree_with_splitting_words(shared, causal):
     """Every rephrased sentence of VALSE existence, its words split here and tokenized one by one."""
     pairs = read_pairs(shared / "data" / "valse" / "existence.json").rephrased()
     batch = align(pairs, random_store(pairs, 8), causal)
-    assert len(batch) == 490 and batch.untemplated == 0
+    assert len(batch) == 490 and batch.slot_rules == {"template_slots": 490}
     both = zip(pairs.caption, pairs.foil, batch.sigma, strict=True)
     texts = [foil if sigma > 0 else caption for caption, foil, sigma in both]
     names = ("there", "be", "negator", "subject")

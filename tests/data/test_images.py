@@ -337,6 +337,18 @@ def test_a_store_of_another_model_is_refused_with_both_names(folder, model, othe
     assert second.model == other_model and not torch.allclose(first[first.ids], second[second.ids])
 
 
+def test_a_store_of_images_prepared_otherwise_is_not_extended(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("clip_lens.originals.open_clip.open_original", open_original)  # one folder, opened twice
+    embed(folder, tmp_path / "s", saved_model(tmp_path / "m", seed=0))
+    prepared = (
+        r"made by local-dir.* of images prepared with (\{.*\}); this run is of images prepared with (\{.*\}): give"
+    )
+    with pytest.raises(ValueError, match=prepared) as caught:
+        embed(folder, tmp_path / "s", saved_model(tmp_path / "m", seed=0, mean=[0.4] * 3))
+    settings = re.search(prepared, str(caught.value)).groups()
+    assert settings == ('{"mean": [0.5, 0.5, 0.5]}', '{"mean": [0.4, 0.4, 0.4]}')
+
+
 def test_an_unfinished_run_of_another_model_is_not_mixed_in(folder, model, other_model, tmp_path, interrupted):
     interrupted(1)
     with pytest.raises(KeyboardInterrupt):
@@ -915,3 +927,30 @@ def test_it_shows_itself(rows):
     store = ImageStore.from_tensors(["<i>.png", *IDS[1:]], rows, model="A", pretrained="x")
     assert repr(store) == "ImageStore(6 images, d_embed 4, A (x))"
     assert "&lt;i&gt;.png" in store._repr_html_() and "<i>" not in store._repr_html_()
+
+
+def test_parts_of_images_are_embedded_as_pictures_of_their_own(tmp_path):
+    """The box is cut out before the preprocessing; one outside of the picture fails, and says so."""
+    rng = np.random.default_rng(3)
+    whole = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    whole.save(tmp_path / "in" / "sub" / "a.png")
+    whole.crop((10, 5, 40, 35)).save(tmp_path / "in" / "part.png")
+    asked = ["sub/a.png#xywh=10,5,30,30", "part.png", "sub/a.png#xywh=60,0,5,5", "sub/a.png#xywh=10,5,30,30"]
+    with pytest.warns(UserWarning, match="60,0,5,5 is outside of 60 x 40 pixels"):
+        store = embed_images(tmp_path / "in", ids=asked, out=tmp_path / "s.safetensors", progress=False)
+    assert store.ids == ("sub/a.png#xywh=10,5,30,30", "part.png")
+    part, own = store[store.ids]
+    assert torch.equal(part, own)
+    again = embed_images(tmp_path / "in", ids=asked[:1], out=tmp_path / "s.safetensors", progress=False)
+    assert torch.equal(again[store.ids], store[store.ids])  # nothing is computed anew
+    whole.rotate(180).save(tmp_path / "in" / "sub" / "a.png")
+    turned = embed_images(tmp_path / "in", ids=asked[:1], out=tmp_path / "s.safetensors", progress=False)
+    assert not torch.equal(turned[asked[:1]], store[asked[:1]])  # the part goes with the file
+
+
+def test_ids_without_an_image_are_named_with_what_they_may_mean(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    message = r"2 of 3 ids have no image: 'A.jpg', 'b.png'; .*'A.jpg' may be 'a.png'"
+    with pytest.raises(ValueError, match=message):
+        embed_images(tmp_path, ids=["a.png", "A.jpg", "b.png"], out=tmp_path / "s.safetensors", progress=False)

@@ -175,7 +175,7 @@ def test_texts_of_unequal_length_by_hand(clip, encoder, texts, run):
         (1, "subject", [], []),
         (0, "subject_rest", [], []),
         (2, "negator", [], []),
-        (2, "there", [(1, 1)], [(2, 2), (4, 3), (5, 4), (6, 5)]),  # the caption fits no template
+        (2, "there", [(1, 1)], [(2, 2), (4, 3), (5, 4), (6, 5)]),  # the caption fits no template, the foil does
         (2, "subject", [(4, 3)], [(5, 4), (6, 5)]),
         (3, "subject_rest", [(5, 5), (6, 6)], [(7, 7), (8, 8)]),
         (4, "negator", [], []),

@@ -15,8 +15,9 @@ import torch
 from slow_study import slow_tracing
 from towers import random_clip, random_store
 
-from clip_lens.data.batch import SLOTS, align
+from clip_lens.data.batch import align
 from clip_lens.data.read import read_pairs
+from clip_lens.data.slots import SLOTS
 from clip_lens.methods.patching import patch_effects
 from clip_lens.model.load import load
 

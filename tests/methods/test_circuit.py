@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from itertools import product
+from itertools import combinations, product
 
 import networkx
 import pytest
@@ -131,7 +131,20 @@ def test_overlaps_have_a_row_for_each_two():
         one, two = ({*circuits[line[end]].edges()} for end in ("first", "second"))
         assert (line["edges_first"], line["edges_second"], line["shared"]) == (len(one), len(two), len(one & two))
     a, b, n = len(circuits["a"]), len(circuits["b"]), int(Graph.of(LAYERS, HEADS).edges.sum())
-    assert table["jaccard"][0] == circuits["a"].jaccard(circuits["b"]) and table["by_chance"][0] == a * b / n
+    assert table["jaccard"][0] == circuits["a"].jaccard(circuits["b"])
+    assert table["by_chance"][0] == a * b / n
+
+
+def test_an_overlap_says_what_each_has_alone_and_how_likely_chance_does_as_well():
+    """The probability counted: of all ways to draw b of n edges, those with as many of a's or more."""
+    n_layers, n_heads = 1, 1
+    graph = Graph.of(n_layers, n_heads)
+    every = [Edge(graph.senders[s], graph.receivers[r]) for r, s in graph.edges.nonzero().tolist()]
+    one, two = (Circuit.of(some, n_layers=n_layers, n_heads=n_heads) for some in (every[:3], every[1:5]))
+    (line,) = Circuit.overlaps({"one": one, "two": two}).to_dict("records")
+    assert (line["shared"], line["only_first"], line["only_second"]) == (2, 1, 2)
+    drawn = [len(set(every[:3]) & set(some)) for some in combinations(every, 4)]
+    assert line["p"] == pytest.approx(sum(count >= 2 for count in drawn) / len(drawn), rel=1e-12)
 
 
 def test_random_circuits_are_as_large_and_depend_on_the_seed_alone():

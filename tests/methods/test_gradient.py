@@ -21,7 +21,7 @@ from clip_lens.data.pairs import Pairs
 from clip_lens.methods.circuits.selection import top_edges
 from clip_lens.methods.gradient import gradient_effects
 from clip_lens.methods.patching import patch_effects
-from clip_lens.model.site import LAYOUTS, Edge, Site, at_slot, hook_name
+from clip_lens.model.site import LAYOUTS, NO_LAYER, Edge, Site, at_slot, hook_name
 
 EMBED, OUT = Site("embed"), Site("out")
 SLOTS = ("negator", "eot", 2)
@@ -283,8 +283,9 @@ def logit_of(u, batch):
 
 
 def sites(encoder):
-    whole = [Site(kind, layer) for kind in LAYOUTS for layer in ((0,) if kind == "embed" else range(encoder.n_layers))]
-    units = [Site(kind, 1, 2, slot) for kind in ("head", "q", "k", "v", "pattern", "neuron") for slot in (None, 2)]
+    whole = [Site(kind, layer) for kind in LAYOUTS for layer in ((0,) if kind in NO_LAYER else range(encoder.n_layers))]
+    kinds = [kind for kind, layout in LAYOUTS.items() if layout.unit_axis is not None]
+    units = [Site(kind, 1, 2, slot) for kind in kinds for slot in (None, 2)]
     return [*whole, *units, Site("resid", 3), *(at_slot(site, slot) for slot in SLOTS for site in whole[::2])]
 
 

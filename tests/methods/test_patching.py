@@ -22,22 +22,23 @@ from clip_lens.data.batch import align
 from clip_lens.data.pairs import Pairs
 from clip_lens.methods.patching import patch_effects
 from clip_lens.model.load import load
-from clip_lens.model.site import LAYOUTS, Layout, Site, members
+from clip_lens.model.site import LAYOUTS, NO_LAYER, Layout, Site, members
 
 NAN = float("nan")
 LAYERS, HEADS, WIDTH = 2, 4, 32
-HEAD_LIKE = ("head", "q", "k", "v", "pattern")
+HEAD_LIKE = ("head", "q", "k", "v", "pattern", "result")
 
-# (text, its slots), token by token; None = no slot. "skateboarders" is three tokens.
+# (text, its slots), token by token; "skateboarders" is three tokens. "There are dogs." and "no" are their other texts
+# with words left out, "photo" without/with fits no template.
 NO_PEOPLE = ("There are no people in it.", "sot there be negator subject subject_rest subject_rest stop eot")
 SOME_PEOPLE = ("There are some people in it.", NO_PEOPLE[1])
 NO_DOGS = ("There are no dogs.", "sot there be negator subject stop eot")
-DOGS = ("There are dogs.", "sot - - - - eot")
+DOGS = ("There are dogs.", "sot there be subject stop eot")
 RED_ZEBRA = ("There is a red zebra.", "sot there be negator subject subject_rest stop eot")
 NO_ZEBRA = ("There is no zebra!", "sot there be negator subject stop eot")
-WITHOUT = ("photo without skateboarders", "sot - - - - - eot")
-WITH = ("a photo of skateboarders", "sot - - - - - - eot")
-BARE = ("no", "sot - eot")
+WITHOUT = ("photo without skateboarders", "sot between changed after after after eot")
+WITH = ("a photo of skateboarders", "sot changed between changed after after after eot")
+BARE = ("no", "sot negator eot")
 # (caption, foil, for each token of the caption its counterpart in the foil)
 CASES = (
     (NO_PEOPLE, SOME_PEOPLE, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
@@ -77,13 +78,16 @@ def oracle_run(clip, tokens, edit=leave):
             scores = scores + text.attn_mask
         pattern = edit("pattern", layer, scores.softmax(-1))
         z = edit("head", layer, torch.einsum("hqk,khd->qhd", pattern, v))
-        attn = edit("attn", layer, block.ls_1(block.attn.out_proj(z.flatten(1))))
+        out = block.attn.out_proj.weight.unflatten(1, (HEADS, -1))
+        result = edit("result", layer, block.ls_1(torch.einsum("qhe,dhe->qhd", z, out)))
+        attn = edit("attn", layer, result.sum(1) + block.ls_1(block.attn.out_proj.bias))
         mid = edit("mid", layer, x + attn)
         hidden = edit("neuron", layer, block.mlp.gelu(block.mlp.c_fc(block.ln_2(mid))))
         x = mid + edit("mlp", layer, block.ls_2(block.mlp.c_proj(hidden)))
-    y = text.ln_final(edit("resid", LAYERS, x))[oracle_pool(text, tokens)]
+    normed = edit("norm", 0, text.ln_final(edit("resid", LAYERS, x)))
     projection = text.text_projection
-    y = projection(y) if isinstance(projection, nn.Linear) else y @ projection
+    y = projection(normed) if isinstance(projection, nn.Linear) else normed @ projection
+    y = edit("projection", 0, y)[oracle_pool(text, tokens)]
     return y / y.norm()
 
 
@@ -140,7 +144,7 @@ class Oracle:
         self.pooled = oracle_pool(module, self.tokens)
         self.slots = [*self.text[1].split(), *["-"] * (width - n)]
         if self.pooled >= n:
-            self.slots[n - 1] = "-"
+            self.slots[n - 1] = "after" if "after" in self.slots else "-"
         self.slots[self.pooled] = "eot"
         self.run, self.other = oracle_cache(clip, self.tokens), oracle_cache(clip, other_tokens)
         self.baseline, self.target = self.metric(self.tokens), self.metric(other_tokens)
@@ -209,7 +213,7 @@ def oracles(name, run):
 
 def places_of(kind):
     """Single units and all of them, whole, at named slots and at raw positions, at every layer."""
-    layers = {"embed": [0], "resid": range(LAYERS + 1)}.get(kind, range(LAYERS))
+    layers = [0] if kind in NO_LAYER else range(LAYERS + (kind == "resid"))
     units = (None, 0, HEADS - 1) if kind in HEAD_LIKE else (None, 17) if kind == "neuron" else (None,)
     slots = (None, "sot", "negator", "subject_rest", "eot", 3, 5, 8)
     return [Site(kind, layer, unit, slot) for layer in layers for unit in units for slot in slots]

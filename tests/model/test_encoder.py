@@ -167,6 +167,9 @@ def test_unknown_hooks(encoder: HookedTextEncoder) -> None:
         ("v", 8),
         ("pattern", 8),
         ("neuron", 512),
+        ("result", 8),
+        ("norm", 1),
+        ("projection", 1),
     ],
 )
 def test_sites(kind: Any, count: int, encoder: HookedTextEncoder) -> None:

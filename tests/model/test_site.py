@@ -15,7 +15,7 @@ def test_every_kind_names_a_hook_whose_axes_are_its_layout() -> None:
     encoder = random_encoder(layers=2, heads=4, width=64)
     tokens = encoder.tokenize(["a cat", "no dog is here"])
     n_pos = encoder.cut(tokens).shape[1]
-    units = {"head": 4, "q": 4, "k": 4, "v": 4, "pattern": 4, "neuron": 256}
+    units = {"head": 4, "q": 4, "k": 4, "v": 4, "pattern": 4, "neuron": 256, "result": 4}
     assert set(KINDS) == {*LAYOUTS, "out", *PARTS}
     for kind in LAYOUTS:
         name = hook_name(Site(kind), encoder.n_layers)

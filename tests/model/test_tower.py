@@ -114,16 +114,18 @@ def by_hand(module: Any, tokens: Tensor) -> dict[str, Tensor]:
     seen |= {"ln_final.hook_scale": last["scale"], "ln_final.hook_normalized": last["normalized"]}
     projection = text.text_projection
     seen["output"] = projection(last["out"]) if isinstance(projection, nn.Module) else last["out"] @ projection
+    seen |= {"hook_norm": last["out"], "hook_projection": seen["output"]}
     return seen
 
 
 TABLE = {
-    "embed pos_embed resid_pre attn_out resid_mid mlp_in mlp_out resid_post normalized": (3, 9, WIDTH),
+    "embed pos_embed resid_pre attn_out resid_mid mlp_in mlp_out resid_post normalized norm": (3, 9, WIDTH),
     "q_input k_input v_input result": (3, 9, HEADS, WIDTH),
     "q k v z": (3, 9, HEADS, D_HEAD),
     "attn_scores pattern": (3, HEADS, 9, 9),
     "pre post": (3, 9, D_MLP),
     "scale": (3, 9, 1),
+    "projection": (3, 9, D_EMBED),
 }
 """HookedTransformer's shapes for 3 texts of 9 tokens: pair pos d_model, and so on."""
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,10 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from pytorch_lightning import LightningModule, Trainer
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from towers import VISION, randomise
 
 import clip_lens
@@ -68,14 +73,19 @@ def data_parallel(module: nn.Module) -> Tensors:
     return nn.DataParallel(module).state_dict()
 
 
-def distributed(module: nn.Module) -> Tensors:
-    """What DDP writes, of a process group of one."""
+@contextmanager
+def group_of_one() -> Iterator[None]:
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        return nn.parallel.DistributedDataParallel(module).state_dict()
+        yield
     finally:
         torch.distributed.destroy_process_group()
+
+
+def distributed(module: nn.Module) -> Tensors:
+    with group_of_one():
+        return nn.parallel.DistributedDataParallel(module).state_dict()
 
 
 def compiled(module: nn.Module) -> Tensors:
@@ -83,21 +93,29 @@ def compiled(module: nn.Module) -> Tensors:
 
 
 def sharded(module: nn.Module) -> Tensors:
-    """FSDP's names, of the whole and of each block; it needs an accelerator to make them."""
-    marked = {
-        name.replace("resblocks.1.", "resblocks.1._fsdp_wrapped_module."): value
-        for name, value in module.state_dict().items()
-    }
-    return {f"_fsdp_wrapped_module.{name}": value for name, value in marked.items()}
+    """FSDP's own names, of the whole and of a block. It takes no scalars, so that the scale has the shape [1]."""
+    module = copy.deepcopy(module)
+    module.logit_scale = nn.Parameter(module.logit_scale[None])  # type: ignore[index]
+    wrap = partial(FullyShardedDataParallel, use_orig_params=True, device_id=torch.device("cpu"))
+    with group_of_one():
+        module.transformer.resblocks[1] = wrap(module.transformer.resblocks[1])  # type: ignore
+        whole = wrap(module)
+        named = [*whole.named_parameters(), *whole.named_buffers()]
+        return {name: value.detach().clone() for name, value in named}
 
 
-def lightning(module: nn.Module) -> Tensors:
-    class Training(nn.Module):
+def lightning(file: Path, module: nn.Module) -> None:
+    """A checkpoint that Lightning's trainer writes of a model in a LightningModule."""
+
+    class Training(LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.model = module
+            self.save_hyperparameters({"lr": 0.1, "name": "run"})
 
-    return Training().state_dict()
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, barebones=True)
+    trainer.strategy.connect(Training())
+    trainer.save_checkpoint(file)
 
 
 WRAPPED: dict[str, Callable[[nn.Module], Any]] = {
@@ -116,7 +134,6 @@ WRAPPED: dict[str, Callable[[nn.Module], Any]] = {
     "torch.compile": compiled,
     "FSDP": sharded,
     "DDP of torch.compile": lambda module: data_parallel(torch.compile(module)),  # type: ignore[arg-type]
-    "Lightning": lambda module: {"state_dict": lightning(module), "pytorch-lightning_version": "2.5"},
     "half precision": lambda module: {name: value.half() for name, value in module.state_dict().items()},
     "a scale of shape [1]": lambda module: module.state_dict() | {"logit_scale": torch.tensor([3.0])},
 }  # fmt: skip
@@ -125,10 +142,21 @@ WRAPPED: dict[str, Callable[[nn.Module], Any]] = {
 @pytest.mark.parametrize("wrapper", WRAPPED)
 def test_wrapped_weights_are_found(wrapper: str, tmp_path: Path, recwarn: Any) -> None:
     module = build()
-    encoder = loaded(FLAT, WRAPPED[wrapper](module), tmp_path)
+    content = WRAPPED[wrapper](module)
+    recwarn.clear()  # what the library says that makes the file
+    encoder = loaded(FLAT, content, tmp_path)
     same(encoder, module if wrapper != "half precision" else module.half().float())
     assert encoder.scale == pytest.approx(np.exp(3.0)) and encoder.image_digest is not None
     assert not [warning for warning in recwarn if issubclass(warning.category, UserWarning)]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_checkpoint_of_lightnings(tmp_path: Path) -> None:
+    module = build()
+    lightning(tmp_path / "it.ckpt", module)
+    content = torch.load(tmp_path / "it.ckpt", weights_only=True)
+    assert "pytorch-lightning_version" in content and "model.positional_embedding" in content["state_dict"]
+    same(clip_lens.load(FLAT, pretrained=str(tmp_path / "it.ckpt")), module)
 
 
 @pytest.mark.parametrize("name", [FLAT, CUSTOM])

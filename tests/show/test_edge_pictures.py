@@ -1,5 +1,6 @@
 """Pictures of edges: the numbers of the table, in the order of the tower, as wide as they are large."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -164,7 +165,10 @@ def test_a_circuit_is_drawn_by_its_own_scores():
     assert largest == 9.0 and middle == pytest.approx(1 + 8 * 0.5) and least == pytest.approx(1 + 8 * 0.25)
     assert figure.layout.annotations[0].text == "a &lt;b&gt;<br>3 edges"
     assert list(figure.layout.yaxis.ticktext) == ["head 0", "head 1", "MLP"]
-    assert len(figure.layout.xaxis.tickvals) == 12
+    assert list(figure.layout.xaxis.ticktext) == ["embed", *map(str, range(12)), "out"]
+    nodes = dict(zip(network(EDGES).data[-1].hovertext, network(EDGES).data[-1].x, strict=True))
+    ticks = dict(zip(figure.layout.xaxis.ticktext, figure.layout.xaxis.tickvals, strict=True))
+    assert ticks["out"] == nodes["out"] and ticks["embed"] == nodes["embed"]
     assert [trace.name for trace in lines(network(circuit, n=1))] == [str(EDGES[3])]
     same = lines(network(list(SCORED), SCORED))
     assert [(trace.name, trace.line.width) for trace in same] == list(widths.items())
@@ -221,11 +225,67 @@ def test_no_edge_runs_through_a_node_of_its_own_line(n):
                 assert np.abs(np.asarray(trace.y)[inside] - y).min() > 0.05
 
 
-def test_more_edges_get_more_room_and_thinner_lines():
-    figures = [network(make(EDGES), n=n, side="foil") for n in (10, 100, 300)]
-    widest = [max(trace.line.width for trace in lines(figure)) for figure in figures]
-    assert figures[0].layout.height < figures[2].layout.height and widest[0] > widest[1] > widest[2] > 1
+def test_the_forty_strongest_are_seen_and_a_slider_shows_the_others():
+    effects = make(EDGES)
+    figure = network(effects, n=100, side="foil")
+    order = effects.where(side="foil").top(100)["place"].tolist()
+    seen = lambda flags: {trace.name for trace, there in zip(figure.data, flags, strict=True) if there}
+    edges = set(order)
+    assert seen([trace.visible for trace in figure.data]) & edges == set(order[:40])
+    (slider,) = figure.layout.sliders
+    assert [step.label for step in slider.steps] == ["10", "20", "40", "80", "all 100"]
+    assert slider.steps[slider.active].label == "40"
+    for step, count in zip(slider.steps, (10, 20, 40, 80, 100), strict=True):
+        flags = step.args[0]["visible"]
+        assert seen(flags) & edges == set(order[:count])
+        drawn = [trace for trace, there in zip(figure.data, flags, strict=True) if there and trace.name == "nodes"]
+        ends = {end for place in order[:count] for end in place.split(" -> ")}
+        heads = {re.sub("^[qkv] ", "head ", end) for end in ends}
+        assert len(drawn) == 1 and set(drawn[0].hovertext) == heads  # the nodes are those of the edges that are seen
+    assert set(figure.frame["place"]) == edges  # the table has all
+    assert not network(effects, n=40, side="foil").layout.sliders
     assert len(lines(network(make(EDGES), side="foil"))) == 100
+
+
+def test_receivers_are_told_apart_by_dashes_of_one_length():
+    edges = [Edge(Site("embed"), Site(kind, 0, 0)) for kind in "qkv"]
+    edges += [Edge(Site("embed"), Site("mlp", 0)), Edge(Site("embed"), Site("out"))]
+    figure = network(edges, {edge: 1.0 + 4 * number for number, edge in enumerate(edges)})
+    drawn = {trace.name.split()[2]: trace.line for trace in lines(figure)}
+    assert len({line.dash for line in drawn.values()}) == 5
+    assert len({line.width for line in drawn.values()}) == 5
+    dashed = [line.dash for kind, line in drawn.items() if kind != "v"]
+    assert all(re.fullmatch(r"\d+px(,\d+px)+", dash) for dash in dashed)  # named dashes grow with the width
+    assert {trace.name: trace.line.dash for trace in figure.data if trace.legendgroup == trace.name} | {
+        "queries": drawn["q"].dash, "keys": drawn["k"].dash, "values": "solid", "into MLPs": drawn["mlp"].dash,
+        "into the output": drawn["out"].dash, "supports (+)": "solid",
+    } == {trace.name: trace.line.dash for trace in figure.data if trace.legendgroup == trace.name}  # fmt: skip
+    symbols = dict(zip(figure.data[-1].text, figure.data[-1].marker.symbol, strict=True))
+    assert symbols["m0"] == "square" and symbols["0.0"] == "circle"
+
+
+def test_edges_run_behind_no_node():
+    senders = [Site("embed"), *(Site("head", layer, unit) for layer in range(6) for unit in range(4))]
+    senders += [Site("mlp", layer) for layer in range(6)]
+    receivers = [Site("v", layer, unit) for layer in range(6) for unit in range(4)]
+    receivers += [*(Site("mlp", layer) for layer in range(6)), Site("out")]
+    every = [Edge(s, r) for s in senders for r in receivers if precedes(s, r)]
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        edges = [every[number] for number in rng.choice(len(every), 40, replace=False)]
+        edges += [Edge(Site("head", 0, 1), Site("v", 5, 1)), Edge(Site("embed"), Site("out"))]
+        figure = network(edges)
+        nodes = figure.data[-1]
+        across = 900 / np.diff(figure.layout.xaxis.range).item()  # pixels; a page is a little less than 1,100 wide
+        down = (figure.layout.height - figure.layout.margin.t - figure.layout.margin.b) / abs(
+            np.diff(figure.layout.yaxis.range).item()
+        )
+        for trace in lines(figure):
+            x, y = (np.interp(np.linspace(0, 24, 500), range(25), points) for points in (trace.x, trace.y))
+            for at, size in zip(zip(nodes.x, nodes.y, strict=True), nodes.marker.size, strict=True):
+                away = np.hypot((x - at[0]) * across, (y - at[1]) * down).min()
+                ends = [(trace.x[end], trace.y[end]) for end in (0, -1)]
+                assert any(np.allclose(at, end) for end in ends) or away > size / 2, (trace.name, at, away)
 
 
 def test_what_cannot_be_drawn_is_named():

@@ -15,7 +15,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 from PIL import Image
-from test_report import EVIL, RECORD, Page, files_of, make, own_part
+from test_report import EVIL, NO_BREAK, RECORD, Page, files_of, make, own_part
 
 import clip_lens.show
 from clip_lens.core import effects as core
@@ -135,7 +135,7 @@ def test_headings_landmarks_and_the_contents(full):
 
 def test_what_is_seen_is_said(full):
     tree = Tree(own_part(full))
-    assert [bool(image["alt"]) for image in tree.all("img")] == [True]
+    assert [bool(image["alt"]) for image in tree.all("img")] == [True, True]
     plots = [element for element in tree.elements if element.get("role") == "img"]
     assert len(plots) == len(tree.all("figure")) == len(tree.all("figcaption")) == 6
     assert plots[0]["aria-label"] == "Bars of two features." and all(plot["aria-label"] for plot in plots)
@@ -237,7 +237,8 @@ def test_warnings_come_before_any_number_and_methods_are_folded(full):
     text = own_part(full)
     assert text.index("The tower is random.") < text.index("In short</h2>")
     tree = Tree(text)
-    assert [e["text"] for e in tree.all("summary") if "section" in e["in"]][-4:-3] == ["Regression"]
+    folded = [e["text"] for e in tree.all("summary") if "figure" not in e["in"] and "section" in e["in"]]
+    assert folded[0] == "Regression"
     assert [e["text"] for e in tree.all("p") if "details" in e["in"]] == ["Least squares.", "Robust errors."]
 
 
@@ -256,7 +257,7 @@ def test_a_section_of_words_alone_makes_a_page(tmp_path):
 def test_what_sections_have_in_common_is_said_once(tmp_path):
     sections = {"one": study(), "two": study(meta={"model": "toy", "seed": "8"}), "three": study(meta={})}
     text = re.sub(r"\s", "", Page(report(sections, tmp_path / "r.html")).text)
-    assert text.count("modeltoy") == 3  # what was run, and the details of the two that have any
+    assert text.count("modeltoy") == 1
     assert "seed7" in text and "seed8" in text
 
 
@@ -337,14 +338,16 @@ def test_warnings_that_follow_from_the_results_are_shown_once(tmp_path):
     few, many = make(record=record), make(n_pairs=40)
     given = [few_pairs(10, "few, again"), "The tower is random."]
     path = report({"few": few, "again": replace(few), "many": many}, tmp_path / "r.html", warnings=given)
-    shown = [e["text"].strip() for e in Tree(own_part(path)).elements if e.get("class") == "warning"]
+    shown = [
+        e["text"].strip().replace(NO_BREAK, " ") for e in Tree(own_part(path)).elements if e.get("class") == "warning"
+    ]
     assert shown == [
         *given,
         "The tower had hooks of yours on, at blocks.1.hook_mlp_out, ln_final: the numbers are those under them.",
         "run in bfloat16",
     ]
     assert not re.search('class="warning"', own_part(report({"many": many}, tmp_path / "m.html")))
-    alone = own_part(report({"few": few}, tmp_path / "a.html", warnings=few_pairs(10)))
+    alone = own_part(report({"few": few}, tmp_path / "a.html", warnings=few_pairs(10))).replace(NO_BREAK, " ")
     assert alone.count("Only 10 pairs: intervals") == 1  # which result is meant need not be said
     three = make(n_pairs=10).where(side="foil", key=["pair-1", "pair-3", "pair-5"])
     text = Page(report({"it": three}, tmp_path / "f.html")).text

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from clip_lens.core.effects import SHOWN, Effects, toy_effects
-from clip_lens.core.grid import SLOTS, one_side, pivot
+from clip_lens.core.grid import one_side, pivot
 from clip_lens.core.record import Record, SourceRecord
+from clip_lens.data.slots import SLOTS
 from clip_lens.methods.registry import LENS
 from clip_lens.model.site import Site
 from clip_lens.show.figures.heatmap import GREY, heatmap, largest

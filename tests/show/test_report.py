@@ -40,6 +40,7 @@ PATHS_OF_HEADS = [
     if precedes(Site("head", layer, unit), receiver)
 ]
 PATHS_OF_TWO_SLOTS = [Edge(Site("embed"), Site("v", 0, unit, slot)) for unit in (0, 1) for slot in ("negator", "eot")]
+NO_BREAK = "\N{NO-BREAK SPACE}"
 EVIL = "<script>alert('x')</script><img src=http://example.org/x.png>"
 
 
@@ -70,7 +71,7 @@ def make(places=None, shares=None, record=RECORD, caption="There is no dog.", n_
 
 
 class Page(HTMLParser):
-    """The tags of a page, with the text of all but scripts and styles."""
+    """The tags of a page, with the text of all but scripts and styles; its no-break spaces are spaces here."""
 
     def __init__(self, path):
         super().__init__()
@@ -86,7 +87,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         if self.open[-1] not in ("script", "style"):
-            self.text += data
+            self.text += data.replace(NO_BREAK, " ")
 
     def all(self, tag):
         return [attributes for name, attributes in self.tags if name == tag]
@@ -144,8 +145,8 @@ def test_data_never_becomes_markup(tmp_path):
 
 def test_the_findings_are_the_numbers(tmp_path):
     text = Page(report({"resid": make()}, tmp_path / "r.html")).text
-    shares = "from layer 0 (100 % [100, 100]) to layer 1 (50 % [50, 50])"
-    words = f'"negator" {shares}, then at "end of text" in layer 2 (100 % [100, 100]).'
+    shares = "from layer 0 (100 %) to layer 1 (50 %)"  # the same in every resample
+    words = f'"negator" {shares}, then at "end of text" in layer 2 (100 %).'
     assert f"Negation in the caption (5 pairs): the largest share of d moves at {words}" in text
     assert f"Negation in the foil (5 pairs): the largest share of d moves at {words}" in text
 
@@ -164,9 +165,9 @@ def test_heads_are_told_by_their_largest_effect(tmp_path):
 def test_another_source_has_effects_and_no_shares(tmp_path, source):
     effects = make(record=replace(RECORD, source=SourceRecord(source)))
     page = Page(report({"it": effects}, tmp_path / "r.html"))
-    assert f"by what the source {source} gives there. Its number is the mean signed effect in logits" in page.text
-    assert "blue lowers the caption's lead over the foil" in page.text
-    assert "the largest mean signed effect in size is that of resid 0 @negator" in page.text
+    assert f"with what the source {source} gives there. The number is the mean signed effect in logits" in page.text
+    assert "Blue lowers the caption's lead over the foil" in page.text
+    assert "the largest mean signed effect in size is that of the stream at layer 0, negator" in page.text
     assert not re.search(r"share|fraction|of d\b", page.text)
     assert "Heat map of the mean signed effect (logits) by slot and layer" in own_part(tmp_path / "r.html")
     cosine = MetricRecord("cosine", oriented=False, unit="cosine")
@@ -257,7 +258,7 @@ def test_what_was_run_pairs_and_drops_are_told(tmp_path):
     assert text.count("mean d") == 1  # the two results have the same pairs
     bare = text.replace(" ", "")
     assert "thecaption1135" in bare and "thefoil1135" in bare  # incorrect, ambiguous, correct, all
-    assert text.count("odd") == 2  # once for each result, in the details
+    assert text.count("odd") == 1  # both results have it: said once
     assert "methodactivationpatching" in bare and "methodattributionpatching" in bare
 
 
@@ -266,7 +267,7 @@ def test_figures_are_one_per_side_with_captions_and_words(tmp_path):
     page = Page(path)
     plots = [tag for tag in page.all("div") if tag.get("role") == "img"]
     assert [plot["id"] for plot in plots] == ["figure-1", "figure-2"]
-    assert "The largest, 1.00, is at resid 0 @negator." in plots[0]["aria-label"]
+    assert "The largest, 1.00, is at the stream at layer\N{NO-BREAK SPACE}0, negator." in plots[0]["aria-label"]
     assert len(page.all("figure")) == len(page.all("figcaption")) == 2
     assert page.all("html")[0]["lang"] == "en" and len(page.all("h1")) == 1
     assert "a slot's tokens together" in page.text
@@ -281,10 +282,10 @@ def test_examples_have_pictures_where_there_are_some(tmp_path, pictures):
     page = Page(report({"resid": effects}, tmp_path / "r.html", pictures=pictures))
     assert len([tag for tag in page.all("li") if tag.get("class") == "example"]) == 9
     shown = page.all("img")
-    assert len(shown) == 8  # 0.png is unreadable, ../secret.png outside of the folder
+    assert len(shown) == 9  # 0.png is unreadable, ../secret.png outside of the folder; one more shows what d is
     assert all(image["alt"] and image["src"].startswith("data:image/jpeg;base64,") for image in shown)
     mapped = Page(report({"resid": effects}, tmp_path / "m.html", pictures={"8.png": pictures / "8.png"}))
-    assert len(mapped.all("img")) == 1
+    assert len(mapped.all("img")) == 2
     assert not Page(report({"resid": effects}, tmp_path / "n.html")).all("img")
 
 

@@ -556,8 +556,9 @@ class Circuit:
     def overlaps(circuits: Mapping[str, Circuit]) -> DataFrame:
         """How much each two circuits share, across methods, seeds or models of one shape: a row per two of them.
 
-        Columns: first, second, edges_first, edges_second, shared, jaccard, and by_chance, the number that two circuits
-        of these sizes drawn at random share on average (`edges_first * edges_second / all edges`).
+        Columns: first, second, edges_first, edges_second, shared, only_first, only_second, jaccard, by_chance, the
+        number that two circuits of these sizes drawn at random share on average (`edges_first * edges_second / all
+        edges`), and p, the probability that they share as many or more (hypergeometric).
 
         Raises:
             ValueError: the circuits are of towers of different shapes.
@@ -568,16 +569,20 @@ class Circuit:
               first second  shared  jaccard
             0   all   none       0      0.0
         """
-        lines = [
-            (a, b, len(one), len(two), len(one & two), one.jaccard(two), one._by_chance(two))
-            for (a, one), (b, two) in combinations(circuits.items(), 2)
-        ]
-        columns = ["first", "second", "edges_first", "edges_second", "shared", "jaccard", "by_chance"]
-        return DataFrame(lines, columns=columns)
+        return DataFrame(
+            [(a, b, *one._overlap(two)) for (a, one), (b, two) in combinations(circuits.items(), 2)],
+            columns=["first", "second", "edges_first", "edges_second", "shared", "only_first", "only_second", "jaccard",
+                     "by_chance", "p"],
+        )  # fmt: skip
 
-    def _by_chance(self, other: Circuit) -> float:
-        """The edges that two circuits of these sizes drawn at random share on average."""
-        return len(self) * len(other) / int(self.graph.edges.sum())
+    def _overlap(self, other: Circuit) -> tuple[float, ...]:
+        """What `overlaps` says of two circuits."""
+        from scipy.stats import hypergeom
+
+        jaccard, shared, every = self.jaccard(other), len(self & other), int(self.graph.edges.sum())
+        one, two = len(self), len(other)
+        p = float(hypergeom.sf(shared - 1, every, one, two))
+        return one, two, shared, one - shared, two - shared, jaccard, one * two / every, p
 
     def scored(self) -> dict[Edge, float]:
         """The score of each edge kept, NaN where there is none.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import pandas as pd
 import torch
@@ -17,9 +17,11 @@ from clip_lens.core.identity import identity_of
 from clip_lens.core.metric import Metric, logit
 from clip_lens.core.record import Record
 from clip_lens.core.setting import Setting
+from clip_lens.core.shard import Shard
 from clip_lens.core.source import Function, Source, counterpart
+from clip_lens.core.spread import Engine, Spread, shared_out
 from clip_lens.core.sweep import Part, swept, unpatched
-from clip_lens.core.table import FEWEST, Draws, divide, sides_of
+from clip_lens.core.table import FEWEST, Draws, divide, sides_of, units_of
 from clip_lens.data.batch import Batch
 from clip_lens.methods.circuits.circuit import Circuit, Graph
 from clip_lens.methods.circuits.removal import Removal, at_once
@@ -43,6 +45,8 @@ def faithfulness(
     metric: Metric = logit,
     rows: int = 256,
     progress: bool = True,
+    jobs: int = 1,
+    executor: Engine | Spread | Shard | None = None,
 ) -> Faithfulness:
     """What each circuit loses in each pair, in units of the metric, with its tables: a `Faithfulness`.
 
@@ -50,6 +54,7 @@ def faithfulness(
     is given; whether it was pruned, its place says. Circuits usually run the caption: `align(..., run="caption")`.
     Circuits by slot count weights, an edge at a slot each; one of edges stands beside them as it is, or counted like
     them as `circuit.at_slots(slots)`.
+    `jobs` and `executor` are those of `patch_effects`.
 
     Raises:
         ValueError: no circuit, one of a tower of another shape, circuits by different slots, hooks of yours on the
@@ -65,8 +70,26 @@ def faithfulness(
         4  every edge  pooled  1.0
         5     nothing  pooled  0.0
     """
-    setting = Setting.of(encoder, batch, source=source, metric=metric, rows=rows, progress=progress)
-    circuits = [circuits] if isinstance(circuits, Circuit) else list(circuits)
+    some = (circuits,) if isinstance(circuits, Circuit) else tuple(circuits)
+    how: dict[str, Any] = {"source": source, "metric": metric, "rows": rows, "progress": progress}
+    return Faithfulness(_lost(encoder, batch, some, jobs=jobs, executor=executor, **how))
+
+
+@shared_out
+def _lost(
+    encoder: HookedTextEncoder,
+    batch: Batch,
+    circuits: tuple[Circuit, ...],
+    *,
+    source: Source | Function,
+    metric: Metric,
+    rows: int,
+    progress: bool,
+    jobs: int = 1,
+    executor: Engine | Spread | Shard | None = None,
+) -> Effects:
+    """What each circuit loses in each pair: a place per circuit, its outside."""
+    setting = Setting.of(encoder, batch, source=source, metric=metric, rows=rows, progress=progress, executor=executor)
     if not circuits:
         raise ValueError("no circuits to judge; top_edges and acdc find some")
     for circuit in circuits:
@@ -84,7 +107,7 @@ def faithfulness(
 
     record = faithfulness_record(setting, circuits)
     rows = len(circuits) * len(batch)
-    return Faithfulness(swept(setting, tuple(map(outside, circuits)), parts, record, rows, what="running circuits"))
+    return swept(setting, tuple(map(outside, circuits)), parts, record, rows, what="running circuits")
 
 
 def faithfulness_record(setting: Setting, circuits: Sequence[Circuit]) -> Record:
@@ -264,8 +287,9 @@ def _f(
     """f of some circuits over one side's pairs, and in each resample of them; NaN where nothing is lost without them
     all."""
     columns = (effects.pairs["side"] == side).to_numpy() | (side == "pooled")
-    codes, keys = pd.factorize(effects.pairs["key"][columns])
-    weight = draws.counts(side, len(keys))[torch.from_numpy(codes)]
+    pairs = effects.pairs[columns]
+    units, n_units = units_of(pairs)
+    weight = draws.counts(side, units, n_units)
     chosen = torch.from_numpy(columns)
     total = (effects.total * effects.orientation).double()[chosen]
     values = effects.signed().double()[rows][:, chosen]
@@ -273,7 +297,9 @@ def _f(
     values, total, weight = values[:, known], total[known], weight[known]
     whole = torch.ones(len(total), 1, dtype=torch.float64)
     f, drawn = (1 - divide(values @ w, total @ w) for w in (whole, weight))
-    return f, drawn, len(set(codes[known.numpy()]))
+    if len(set(units[known.numpy()])) < FEWEST:
+        drawn = torch.full_like(drawn, torch.nan)
+    return f, drawn, pairs["key"][known.numpy()].nunique()
 
 
 @dataclass(frozen=True)

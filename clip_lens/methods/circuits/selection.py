@@ -11,7 +11,6 @@ from itertools import combinations
 from typing import Literal, get_args
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from pandas import DataFrame
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from clip_lens.core.effects import Effects
 from clip_lens.core.record import Record
-from clip_lens.core.table import Draws
+from clip_lens.core.table import Draws, units_of
 from clip_lens.methods.circuits.circuit import Circuit, Graph, Ranking, Rule, Selection, Slots, random_circuit
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Edge, Site, at_slot
@@ -144,8 +143,7 @@ def _only_certain(effects: Effects, scores: EdgeScores, certain: float, select: 
 
 def _resamples(effects: Effects, resamples: int, seed: int) -> Float[Tensor, "pair draw"]:
     """How often each pair is in each resample."""
-    codes, keys = pd.factorize(effects.pairs["key"])
-    return Draws(0.95, resamples, seed).counts("pooled", len(keys))[torch.from_numpy(codes)]
+    return Draws(0.95, resamples, seed).counts("pooled", *units_of(effects.pairs))
 
 
 def _ranking(signed: bool) -> Ranking:

@@ -36,6 +36,7 @@ def probe(
     seed: int = 0,
     test_share: float = 0.5,
     interval: float = 0.95,
+    metric: Metric = logit,
 ) -> DataFrame:
     """One row per layer: can the negation be read from the stream at the pooled position, and is it used?
 
@@ -67,8 +68,8 @@ def probe(
     1 = all that separates the texts, and used where the interval clears what random directions do *on both sides*.
     One direction for all pairs knows neither subject nor image: shares of opposite sign on the two sides mean that it
     raises or lowers the score of every image alike, not that it negates. Where the texts of each pair are of equal
-    length, layer 0 holds nothing; where not, it says what length alone tells. `note` says what did not work, `attrs`
-    how it came about.
+    length, layer 0 holds nothing; where not, it says what length alone tells. `metric=cosine` takes shares of the way
+    to the other text instead of d, and needs no image. `note` says what did not work, `attrs` how it came about.
 
     Raises:
         ValueError: runs with the negation are mixed with runs without, pairs without a side, too few texts that differ,
@@ -86,10 +87,10 @@ def probe(
     split = split_texts(encoder, batch, layers, seed, test_share)
     table = DataFrame({"layer": list(split.layers)})
     table = table.join(_readable(encoder, split, seed, interval))
-    table = table.assign(**patched_shares(encoder, split))
+    table = table.assign(**patched_shares(encoder, split, metric))
     for how in get_args(How):
-        effects = steer(encoder, run_of(split, how), **steering_of(split, how, split.directions))
-        table = table.assign(**used_shares(encoder, split, effects, how, seed, interval))
+        effects = steer(encoder, run_of(split, how), metric=metric, **steering_of(split, how, split.directions))
+        table = table.assign(**used_shares(encoder, split, effects, how, seed, interval, metric))
     table["note"] = table.pop("note")
     table.attrs = {**effects.meta, **_meta(split, seed, test_share), **_probe_meta(interval)}
     return table

@@ -12,6 +12,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from clip_lens.core.effects import Effects
+from clip_lens.core.metric import Metric, logit
 from clip_lens.core.source import How, steered
 from clip_lens.data.batch import Batch
 from clip_lens.methods.patching import patch_effects
@@ -36,18 +37,24 @@ def steering_of(split: Split, how: How, directions: Float[Tensor, "layer d_model
     return {"directions": dict(zip(split.places, directions, strict=True)), "how": how, "origin": origin}
 
 
-def patched_shares(encoder: HookedTextEncoder, split: Split) -> Columns:
+def patched_shares(encoder: HookedTextEncoder, split: Split, metric: Metric = logit) -> Columns:
     """The columns on what the whole stream at the pooled position carries, patched from the text with the negation."""
-    shares = patch_effects(encoder, run_of(split, "add"), split.places).fraction().groupby("side")
+    shares = patch_effects(encoder, run_of(split, "add"), split.places, metric=metric).fraction().groupby("side")
     names = {"n": "n", "fraction": "patched"}
     return {f"{names[name]}_{side}": rows[name].to_numpy() for side, rows in shares for name in names}
 
 
 def used_shares(
-    encoder: HookedTextEncoder, split: Split, effects: Effects, how: How, seed: int, interval: float
+    encoder: HookedTextEncoder,
+    split: Split,
+    effects: Effects,
+    how: How,
+    seed: int,
+    interval: float,
+    metric: Metric = logit,
 ) -> Columns:
     """The columns of one intervention, by name."""
-    table = effects.table(interval, seed=seed).assign(random=random_share(encoder, split, effects, how, seed))
+    table = effects.table(interval, seed=seed).assign(random=random_share(encoder, split, effects, how, seed, metric))
     suffixes = {"fraction": "", "lower": "_lower", "upper": "_upper", "random": "_random"}
     columns: Columns = {}
     for side, rows in table.groupby("side"):
@@ -56,13 +63,13 @@ def used_shares(
 
 
 def random_share(
-    encoder: HookedTextEncoder, split: Split, effects: Effects, how: How, seed: int
+    encoder: HookedTextEncoder, split: Split, effects: Effects, how: How, seed: int, metric: Metric = logit
 ) -> Float[ndarray, "place_and_side"]:
     """The largest |share| that one of some random directions moves, for each row of the effects' table."""
     shares = []
     for draw in range(RANDOM_DIRECTIONS):
         source = steered(**steering_of(split, how, _random_like(split, (seed, draw))))
-        moved = patch_effects(encoder, run_of(split, how), split.places, source=source)
+        moved = patch_effects(encoder, run_of(split, how), split.places, source=source, metric=metric)
         shares.append(replace(moved, total=effects.total).fraction()["fraction"].abs())
     return np.max(shares, axis=0)
 

@@ -1,5 +1,8 @@
 // The page's side of `explore`: it says what was chosen and shows the panels that come back. It loads nothing.
 
+// What another pair brings or gives up.
+const OF_A_PAIR = ["caption", "foil", "image", "query", "together"];
+
 function make(tag, attributes = {}, ...children) {
   const node = Object.assign(document.createElement(tag), attributes);
   node.append(...children);
@@ -22,11 +25,12 @@ function controls(choices) {
     for (let head = 0; head < choices.heads; head++) heads.push([`${layer}.${head}`, `${layer}.${head}`]);
   const images = make("datalist", { id: `cl-images-${Math.random().toString(36).slice(2)}` });
   for (const name of choices.image) images.append(make("option", { value: name }));
+  const hint = choices.image.length ? "none: the text by itself" : "none known";
   const fields = {
     pair: select(choices.pair.map((text, row) => [row, text])),
-    image: make("input", { type: "text", spellcheck: false }),
+    image: make("input", { type: "text", spellcheck: false, placeholder: hint }),
     caption: make("input", { type: "text" }),
-    foil: make("input", { type: "text" }),
+    foil: make("input", { type: "text", placeholder: "none: the caption alone" }),
     kind: select(Object.entries(choices.kind)),
     source: select(Object.entries(choices.source)),
     run: select(Object.entries(choices.run)),
@@ -44,9 +48,11 @@ function controls(choices) {
   const box = make(
     "div",
     { className: "cl-controls" },
-    make("label", { className: "wide" }, about, fields.pair),
-    make("div", { className: "cl-steps" }, step(-1, "◀", "pair before"), step(1, "▶", "next pair")),
-    labelled("Image", fields.image, "third"),
+    ...(choices.pairs ? [
+      make("label", { className: "wide" }, about, fields.pair),
+      make("div", { className: "cl-steps" }, step(-1, "◀", "pair before"), step(1, "▶", "next pair")),
+    ] : []),
+    labelled("Image", fields.image, "third image"),
     labelled("Caption", fields.caption, "half"),
     labelled("Foil", fields.foil, "half"),
     labelled("Patch", fields.kind, "third"),
@@ -87,26 +93,82 @@ function lines(grid) {
   return rows.map((row) => [...row.querySelectorAll("button.cl-cell")]);
 }
 
+// A picture of the panels as a PNG; what a browser can't draw that way is saved as a page.
+async function save(panels, style) {
+  const dark = panels.closest('[data-jp-theme-light="false"], .vscode-dark, .theme-dark') !== null;
+  const paper = dark ? "#1b1b1b" : "#ffffff";
+  const inner = make("div", { className: "clip-lens-explore" }, make("style", { textContent: style }), panels.cloneNode(true));
+  for (const node of inner.querySelectorAll(".cl-actions, details, .cl-chip button, .cl-plain")) node.remove();
+  for (const node of inner.querySelectorAll(".cl-scroll")) node.style.overflow = "visible";
+  const sheet = make("div", {}, inner);
+  sheet.dataset.jpThemeLight = String(!dark);
+  // What a notebook sets around it is not there in the picture, nor must it be while the picture is measured.
+  const clear = "--jp-ui-font-color0:initial;--vscode-editor-foreground:initial;--jp-ui-font-family:initial";
+  sheet.style.cssText = `position:absolute;left:-9999px;top:0;width:max-content;min-width:900px;padding:12px;background:${paper};${clear}`;
+  panels.append(sheet);
+  const [width, height] = [Math.ceil(sheet.scrollWidth), Math.ceil(sheet.scrollHeight)];
+  sheet.remove();
+  sheet.style.cssText = `box-sizing:border-box;width:${width}px;height:${height}px;padding:12px;background:${paper}`;
+  try {
+    const frame = make("div", { innerHTML: `<svg width="${width}" height="${height}"><foreignObject width="100%" height="100%" /></svg>` });
+    frame.querySelector("foreignObject").append(sheet);
+    const drawing = new XMLSerializer().serializeToString(frame.firstChild);
+    const image = new Image();
+    image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(drawing)}`;
+    await image.decode();
+    const canvas = make("canvas", { width: 2 * width, height: 2 * height });
+    canvas.getContext("2d").drawImage(image, 0, 0, 2 * width, 2 * height);
+    const made = await new Promise((done, failed) => canvas.toBlob((blob) => (blob ? done(blob) : failed()), "image/png"));
+    download(made, "explore.png");
+  } catch {
+    download(new Blob([`<!doctype html><meta charset="utf-8">${sheet.outerHTML}`], { type: "text/html" }), "explore.html");
+  }
+}
+
+function download(blob, name) {
+  const address = URL.createObjectURL(blob);
+  make("a", { href: address, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(address), 60000);
+}
+
 function render({ model, el }) {
   const { box, fields, about } = controls(model.get("choices"));
   const panels = make("div", { className: "cl-panels" });
-  const root = make("div", { className: "clip-lens-explore" }, box, panels);
+  const busy = make("div", { className: "cl-busy" }, make("span", { textContent: "computing" }));
+  const root = make("div", { className: "clip-lens-explore" }, box, busy, panels);
+  busy.setAttribute("role", "status");
   let open = false;
   let focused = null;
+  let asked = null; // what the kernel is computing
+  let queued = null; // what was chosen meanwhile: one answer for all of it
 
   const send = (change) => {
+    if (asked) {
+      if ("pair" in change) for (const name of OF_A_PAIR) delete queued?.[name];
+      queued = { ...queued, ...change };
+      return;
+    }
+    asked = change;
     panels.classList.add("busy");
+    root.classList.add("waiting");
+    panels.setAttribute("aria-busy", "true");
     model.send({ change });
   };
+  // A field as it will be when all that was chosen is answered.
+  const wanted = (name) => queued?.[name] ?? asked?.[name] ?? model.get("state").view[name];
 
   const draw = () => {
-    const { view, html } = model.get("state");
+    const { view, html, offers } = model.get("state");
     for (const [name, field] of Object.entries(fields)) if (document.activeElement !== field || field.tagName === "SELECT") field.value = view[name];
     fields.pair.selectedIndex = view.pair;
+    for (const [name, names] of Object.entries(offers))
+      for (const option of fields[name].options) option.disabled = option.hidden = !names.includes(option.value);
     about.textContent = `Pair of the batch (${model.get("choices").pairs})${view.typed ? ": other texts were typed, below" : ""}`;
-    fields.rows.disabled = ["head", "q", "k", "v", "pattern"].includes(view.kind);
     panels.innerHTML = html;
     panels.classList.remove("busy");
+    root.classList.remove("waiting");
+    panels.removeAttribute("aria-busy");
+    asked = null;
     panels.querySelector("details")?.toggleAttribute("open", open);
     for (const grid of panels.querySelectorAll("[data-grid]")) {
       const cells = lines(grid).flat();
@@ -119,6 +181,11 @@ function render({ model, el }) {
       grid && [...grid.querySelectorAll("button.cl-cell")].find((cell) => cell.dataset.set === focused.set)?.focus();
       focused = null;
     }
+    if (queued) {
+      const next = queued;
+      queued = null;
+      send(next);
+    }
   };
 
   box.addEventListener("change", (event) => {
@@ -127,20 +194,31 @@ function render({ model, el }) {
   });
   box.addEventListener("click", (event) => {
     const by = Number(event.target.dataset.step);
-    const pair = model.get("state").view.pair + by;
+    const pair = wanted("pair") + by;
     if (by && pair >= 0 && pair < model.get("choices").pairs) send({ pair });
   });
   panels.addEventListener("click", (event) => {
     const cell = event.target.closest("button.cl-cell");
     if (cell) {
       focused = { grid: cell.closest("[data-grid]").dataset.grid, set: cell.dataset.set };
-      send(JSON.parse(cell.dataset.set));
+      send(cell.dataset.site && (event.ctrlKey || event.metaKey) ? toggled(cell.dataset.site) : JSON.parse(cell.dataset.set));
     }
+    const setting = event.target.closest(".cl-set");
+    if (setting) send(JSON.parse(setting.dataset.set));
     if (event.target.closest(".cl-copy")) copy(event.target);
+    if (event.target.closest(".cl-save")) save(panels, model.get("choices").style);
   });
   panels.addEventListener("toggle", (event) => (open = event.target.open), true);
   panels.addEventListener("keydown", (event) => walk(event, panels));
   root.addEventListener("keydown", (event) => event.stopPropagation());
+
+  // The places that are patched together, with this one among them or no longer.
+  function toggled(site) {
+    const name = ({ kind, layer, unit, slot }) => JSON.stringify([kind, layer, unit, slot]);
+    const one = JSON.parse(site);
+    const others = wanted("together").filter((other) => name(other) !== name(one));
+    return { together: others.length < wanted("together").length ? others : [...others, one] };
+  }
 
   async function copy(button) {
     const text = model.get("state").code;

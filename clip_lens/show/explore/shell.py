@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import re
+from dataclasses import asdict
 from html import escape
 from importlib.util import find_spec
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any
 
 from clip_lens.core.effects import Effects
 from clip_lens.core.record import RUNS
-from clip_lens.data.batch import Batch, Run
+from clip_lens.data.batch import Batch
 from clip_lens.data.images import ImageStore, UnknownImage
+from clip_lens.files import written_whole
 from clip_lens.model.encoder import HookedTextEncoder
-from clip_lens.show.explore.page import KIND_NAMES, SOURCE_NAMES, data_uri, render, style
-from clip_lens.show.explore.view import KINDS, Desk, Panels, View, code
+from clip_lens.show.explore.code import code
+from clip_lens.show.explore.desk import Desk
+from clip_lens.show.explore.page import KIND_NAMES, SOURCE_NAMES, data_uri, render, style, whole_page
+from clip_lens.show.explore.view import KINDS, Panels, View
+from clip_lens.show.figures.export import save_figure
+from clip_lens.show.figures.figure import Figure
+from clip_lens.show.figures.heatmap import heatmap
 from clip_lens.show.figures.thumbnails import Pictures, picture_file, thumbnail
 
 NEEDS = ("ipywidgets", "anywidget")
@@ -26,20 +35,28 @@ LISTED = 3000
 
 
 def explore(
-    encoder: HookedTextEncoder, batch: Batch, *, images: ImageStore | None = None, pictures: Pictures = None
+    encoder: HookedTextEncoder,
+    what: Batch | str | tuple[str, str],
+    *,
+    images: ImageStore | None = None,
+    pictures: Pictures = None,
 ) -> Explorer:
-    """A view of one pair to play with, as a notebook shows it: an `Explorer`.
+    """A view of one pair or one text to play with, as a notebook shows it: an `Explorer`.
 
-    Pick a pair of the batch or type a caption and a foil, pick an image, the kind of site, the source and the text that
-    is run; the heatmap (the part of d that each patch moves, in logits), a head's attention over the tokens of both
-    texts and its direct contribution to d, and the logits with the image follow. Click a cell, a token or a head.
+    `what` is a batch, whose pairs can be picked, or a text of one's own, or a caption and its foil. Pick a pair or type
+    texts, pick an image, the kind of site, the source and the text that is run; the heat map (the part of d that goes
+    when a place is patched, in logits), the attention of every head in both texts and after the patch, what heads add
+    to d directly, in all and by the token that they read, the logit lens, and the logits with the image follow. Click a
+    cell, a token or a head; cells clicked with Ctrl or Cmd held are patched together. With the foil empty the caption
+    is looked at alone, and with the image empty by its own embedding.
 
     `images` has further images than the batch's own. `pictures`, a folder that holds the image ids or a mapping from id
     to file, shows the image; those of the embedded model are there. A widget in JupyterLab and Notebook 7, which needs
     no network; where no widgets run it is a picture.
 
     Raises:
-        ValueError: the batch is empty, or judged along something else than its images.
+        ValueError: the batch is empty, or judged along something else than its images; or a text of one's own can't be
+            read.
 
     Example:
         >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
@@ -49,27 +66,38 @@ def explore(
         Explorer('We can see a star.' / 'We can see no star.', head from counterpart)
         >>> explorer.effects.values.shape
         torch.Size([24, 1])
+        >>> explore(encoder, "There is a star.")
+        Explorer('There is a star.', resid from zeros)
     """
-    return Explorer(Desk(encoder, batch, images), pictures)
+    if isinstance(what, Batch):
+        return Explorer(Desk(encoder, what, images), pictures)
+    caption, foil = (what, "") if isinstance(what, str) else what
+    image = images.ids[0] if images is not None and foil else ""
+    desk = Desk(encoder, None, images)
+    explorer = Explorer(desk, pictures, View(caption, foil, image, layer=encoder.n_layers // 2))
+    explorer.panels_or_raise()
+    return explorer
 
 
 class Explorer:
     """A view, what is to be seen of it, and the widget that shows it.
 
-    `view` is what is looked at, `panels` its numbers (None while it can't be computed), `message` why not, `notes` what
-    must be known of its texts, such as words that the model never saw.
+    `view` is what was asked for, `panels` the numbers of the last view that could be computed; their `view` is what is
+    shown. `message` says why the one asked for could not be, "" = it is shown. `notes` is what must be known of the
+    texts, such as words that the model never saw.
     """
 
-    def __init__(self, desk: Desk, pictures: Pictures = None):
+    def __init__(self, desk: Desk, pictures: Pictures = None, view: View | None = None):
         self.desk, self.pictures = desk, pictures
-        self.view: View = desk.start()
+        self.view = desk.start() if view is None else view
         self.panels: Panels | None = None
         self.message = ""
         self._widget: Any = None
         self.show()
 
     def show(self, **changes: Any) -> Explorer:
-        """The explorer, at a view with some fields of `View` changed. What can't be shown is said in `message`.
+        """The explorer, at a view with some fields of `View` changed. What can't be shown is said in `message`, and the
+        last picture stays.
 
         Example:
             >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
@@ -80,10 +108,9 @@ class Explorer:
             'caption and foil are the same tokens; change one of them'
         """
         try:
-            self.view, self.panels, self.message = self.desk.change(self.view, **changes), None, ""
-            self.panels = self.desk.look(self.view)
-            self.view = self.panels.view
-        except (ValueError, UnknownImage) as error:
+            self.view = self.desk.change(self.view, **changes)
+            self.panels, self.message = self.desk.look(self.view), ""
+        except (ValueError, TypeError, UnknownImage) as error:
             self.message = str(error)
         if self._widget is not None:
             self._widget.follow()
@@ -96,12 +123,12 @@ class Explorer:
 
     @property
     def effects(self) -> Effects:
-        """The result behind the heatmap.
+        """The result behind the heat map.
 
         Raises:
             ValueError: the view can't be computed; the message says why.
         """
-        return self._panels().effects
+        return self.panels_or_raise().effects
 
     @property
     def code(self) -> str:
@@ -110,11 +137,48 @@ class Explorer:
         Raises:
             ValueError: the view can't be computed; the message says why.
         """
-        self._panels()
-        return code(self.desk, self.view)
+        return code(self.desk, self.panels_or_raise())
 
-    def _panels(self) -> Panels:
-        if self.panels is None:
+    @property
+    def figure(self) -> Figure:
+        """The heat map as a plotly figure.
+
+        Raises:
+            ValueError: the view can't be computed; the message says why.
+        """
+        view = self.panels_or_raise().view
+        columns = "unit" if view.one_block else "layer"
+        return heatmap(self.effects, rows="unit" if view.by_head else "slot", columns=columns, value="effect")
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """The path of the file that the picture was written to.
+
+        `.html` is a page with all panels, by itself; other endings are those of `save_figure`, with the heat map alone.
+
+        Raises:
+            ValueError: the view can't be computed, or another ending.
+
+        Example:
+            >>> explorer = explore(clip_lens.load(), "There is a star.")
+            >>> explorer.save(getfixture("tmp_path") / "star.html").name
+            'star.html'
+        """
+        file = Path(path)
+        if file.suffix.lower() != ".html":
+            return save_figure(self.figure, file)
+        self.panels_or_raise()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(file) as temporary:
+            temporary.write_text(whole_page(self.html(), repr(self)), encoding="utf-8")
+        return file
+
+    def panels_or_raise(self) -> Panels:
+        """The panels of the view that was asked for.
+
+        Raises:
+            ValueError: it can't be computed; the message says why.
+        """
+        if self.panels is None or self.message:
             raise ValueError(f"there is nothing to show: {self.message}")
         return self.panels
 
@@ -136,37 +200,56 @@ class Explorer:
         said = [{"kind": "note", "text": note} for note in self.notes]
         if self.message:
             said = [{"kind": "error", "text": self.message}]
-        shown = self.panels is not None
-        text, picture = (self.code, self._picture()) if shown else ("", None)
+            last = f"below is still the last picture: {_texts(self.panels.view)}" if self.panels else ""
+            said += [{"kind": "note", "text": last}] if last else []
+        text, picture = (code(self.desk, self.panels), self._picture(self.panels.view)) if self.panels else ("", None)
         return render(self.panels, said=said, code=text, picture=picture, live=live, opened=opened)
+
+    def state(self) -> dict[str, Any]:
+        """What the page draws: the fields of the view as they are shown, what each can be set to, and the panels."""
+        view = self.view if self.message or self.panels is None else self.panels.view
+        at = f"{min(view.layer, self.desk.encoder.n_layers - 1)}.{view.head}"
+        return {
+            "view": {**asdict(view), "at": at, "typed": self.desk.typed(view)},
+            "offers": self.desk.offers(view),
+            "html": self.html(live=True),
+            "code": code(self.desk, self.panels) if self.panels else "",
+        }
 
     def choices(self) -> dict[str, Any]:
         """What there is to choose from, by field of `View`."""
-        pairs = self.desk.batch.pairs
-        texts = zip(pairs.key, pairs.caption, pairs.foil, strict=True)
-        listed = [f"{key}: {caption} / {foil}" for key, caption, foil in texts]
         return {
-            "pair": listed[:LISTED],
-            "pairs": len(listed),
-            "image": list(self.desk.images.ids[:LISTED]),
+            **self._batch_choices(),
+            "image": [] if self.desk.images is None else list(self.desk.images.ids[:LISTED]),
             "kind": {kind: KIND_NAMES[kind] for kind in KINDS},
             "source": SOURCE_NAMES,
-            "run": {run: RUNS.get(run, f"the {run}") for run in _runs(pairs.side)},
-            "rows": {"token": "by token", "slot": "by slot"},
+            "rows": {"token": "by token", "slot": "by slot", "head": "by head"},
             "layers": self.desk.encoder.n_layers,
             "heads": self.desk.encoder.n_heads,
+            "style": style(),
         }
 
-    def _picture(self) -> str | None:
-        image = self.view.image
+    def _batch_choices(self) -> dict[str, Any]:
+        """The pairs to choose from, and which of their texts may be run."""
+        if self.desk.batch is None:
+            return {"pair": [], "pairs": 0, "run": RUNS}
+        pairs = self.desk.batch.pairs
+        listed = [
+            f"{key}: {caption} / {foil}" if foil else f"{key}: {caption}"
+            for key, caption, foil in zip(pairs.key[:LISTED], pairs.caption, pairs.foil, strict=False)
+        ]
+        return {"pair": listed, "pairs": len(pairs), "run": RUNS}
+
+    def _picture(self, view: View) -> str | None:
+        if not view.image:
+            return None
         if self.pictures is not None:
-            return thumbnail(picture_file(image, self.pictures))
-        scene = re.fullmatch(r"scene-(\d+)\.png", image)
+            return thumbnail(picture_file(view.image, self.pictures))
+        scene = re.fullmatch(r"scene-(\d+)\.png", view.image)
         return _scene(int(scene[1])) if scene and self.desk.encoder.name == "tiny" else None
 
     def __repr__(self) -> str:
-        view = self.view
-        return f"Explorer({view.caption!r} / {view.foil!r}, {view.kind} from {view.source})"
+        return f"Explorer({_titled(self.view if self.panels is None else self.panels.view)})"
 
     def _repr_html_(self) -> str:
         note = f'<p class="cl-soft">{escape(INSTALL)}</p>'
@@ -181,8 +264,12 @@ class Explorer:
         return bundle, metadata
 
 
-def _runs(sides: tuple[str, ...]) -> tuple[Run, ...]:
-    return get_args(Run) if set(sides) != {"none"} else ("caption", "foil")
+def _titled(view: View) -> str:
+    return f"{_texts(view)}, {view.kind} from {view.source}"
+
+
+def _texts(view: View) -> str:
+    return repr(view.caption) if view.alone else f"{view.caption!r} / {view.foil!r}"
 
 
 def _scene(seed: int) -> str:

@@ -32,7 +32,7 @@ class ExploreWidget(anywidget.AnyWidget):
         try:
             self._explorer.show(**content["change"])
         except Exception as error:
-            self._explorer.panels, self._explorer.message = None, f"{type(error).__name__}: {error}"
+            self._explorer.message = f"{type(error).__name__}: {error}"
             self.follow()
             raise
 
@@ -42,13 +42,4 @@ class ExploreWidget(anywidget.AnyWidget):
 
     def _drawn(self) -> dict[str, Any]:
         self._number += 1  # so that the page hears of every answer, also of one that is as the one before
-        explorer = self._explorer
-        fields = {name: getattr(explorer.view, name) for name in explorer.view.__dataclass_fields__}
-        layer = min(explorer.view.layer, explorer.desk.encoder.n_layers - 1)
-        code = explorer.code if explorer.panels else ""
-        return {
-            "number": self._number,
-            "view": {**fields, "at": f"{layer}.{explorer.view.head}", "typed": explorer.desk.typed(explorer.view)},
-            "html": explorer.html(live=True),
-            "code": code,
-        }
+        return {"number": self._number, **self._explorer.state()}

@@ -20,6 +20,7 @@ from clip_lens.words import counted
 
 LINE, HEAD, FOOT = 20, 40, 52  # pixels: of a bar, of a panel's heading, of the axis below
 LABEL = "__label"
+ARROW = "\N{RIGHTWARDS ARROW}"
 LONG = 24  # characters of a label; of a longer one the middle is left out
 
 
@@ -186,9 +187,13 @@ def _hovers(part: DataFrame, columns: _Columns, effects: Effects | DataFrame) ->
 
 def _labels(labels: Series) -> dict[str, Any]:
     return {
-        "tickvals": list(range(len(labels))), "ticktext": [shortened(label) for label in labels],
+        "tickvals": list(range(len(labels))), "ticktext": [_short(label) for label in labels],
         "tickfont": {"size": SMALL}, "range": [len(labels) - 0.5, -0.5], "showgrid": False,
     }  # fmt: skip
+
+
+def _short(label: str) -> str:
+    return shortened(label.replace("-&gt;", ARROW))
 
 
 def _reach(parts: Sequence[tuple[str, DataFrame]], columns: _Columns) -> list[float]:

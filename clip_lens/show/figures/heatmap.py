@@ -125,9 +125,9 @@ def _panels(
         return [Panel("", effects, _long(effects, value))]
     if not effects.places:
         raise ValueError(f"nothing to draw: the result has no places, {effects!r}")
-    table, ends = effects.table(**how), effects.ends()
+    table, axes = effects.table(**how), effects.axes()
     parts = {name: one_side(table, name) for name in (dict.fromkeys(table["side"]) if side is None else [side])}
-    return [laid_out(name, part, rows, columns, value, effects, ends) for name, part in parts.items()]
+    return [laid_out(name, part, rows, columns, value, effects, axes) for name, part in parts.items()]
 
 
 def laid_out(

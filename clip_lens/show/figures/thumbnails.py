@@ -31,8 +31,8 @@ def picture_file(image: str, pictures: Pictures) -> Path | None:
     return file if file is not None and file.is_file() else None
 
 
-def thumbnail(file: Path | None) -> str | None:
-    """A small copy of a picture as a data URI of JPEG; None without a readable file.
+def thumbnail(file: Path | None, edge: int = EDGE) -> str | None:
+    """A small copy of a picture as a data URI of JPEG, its longer edge so many pixels; None without a readable file.
 
     Example:
         >>> thumbnail(Path("no such file")) is None
@@ -44,7 +44,7 @@ def thumbnail(file: Path | None) -> str | None:
         return None
     try:
         with Image.open(file) as opened:
-            opened.thumbnail((EDGE, EDGE))
+            opened.thumbnail((edge, edge))
             buffer = io.BytesIO()
             opened.convert("RGB").save(buffer, "JPEG", quality=85)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):

@@ -11,6 +11,7 @@ from pandas import DataFrame
 
 from clip_lens.core.effects import SHOWN, Effects
 from clip_lens.core.record import Record
+from clip_lens.model.site import Edge, Place, Site, label
 from clip_lens.words import counted, interval
 
 SLOT_NAMES = {
@@ -26,6 +27,16 @@ SIDE_NAMES = {
     "none": "no negation side",
     "pooled": "both sides pooled",
 }
+COLUMN_NAMES = {"n": "pairs", "jaccard": "Jaccard overlap", "r2": "R\N{SUPERSCRIPT TWO}"}
+"""Columns of tables whose names are no words."""
+SITE_NAMES = {
+    "embed": "the embedding", "token": "the token embedding", "position": "the position embedding", "out": "the output",
+    "constant": "the constant", "resid": "the stream at layer {where}", "mid": "the stream inside block {where}",
+    "attn": "the attention of block {where}", "attn_bias": "the attention bias of block {where}", "mlp": "MLP {where}",
+    "mlp_bias": "the bias of MLP {where}", "q": "queries of head {where}", "k": "keys of head {where}",
+    "v": "values of head {where}", "pattern": "the pattern of head {where}",
+}  # fmt: skip
+"""What a place of each kind is called; others by their kind."""
 SHARES = ("fraction", "lower", "upper")
 BOUNDS = {"fraction": ("lower", "upper"), "effect": ("effect_lower", "effect_upper")}
 """The columns of a table that bound another one."""
@@ -41,6 +52,45 @@ def slot_name(slot: str | int | None) -> str:
     if slot is None or slot is pd.NA:
         return "all tokens"
     return SLOT_NAMES.get(slot, slot) if isinstance(slot, str) else f"position {slot}"
+
+
+def place_name(place: Place | None) -> str:
+    """A place as a sentence names it.
+
+    Example:
+        >>> from clip_lens.model.site import Edge, Site
+        >>> place_name(Site("resid", 2, slot="eot")), place_name(Edge(Site("embed"), Site("v", 0, 1)))
+        ('the stream at layer 2, end of text', 'embedding \N{RIGHTWARDS ARROW} values of head 0.1')
+    """
+    if isinstance(place, Edge):
+        return f"{_end_name(place.sender)} \N{RIGHTWARDS ARROW} {_end_name(place.receiver)}"
+    if isinstance(place, Site):
+        return _site_name(place)
+    return label(place) if place is None else " + ".join(map(place_name, place))
+
+
+def _site_name(site: Site) -> str:
+    where = str(site.layer) if site.unit is None else f"{site.layer}.{site.unit}"
+    name = SITE_NAMES.get(site.kind, "{kind} {where}").format(kind=site.kind, where=where)
+    return name if site.slot is None else f"{name}, {slot_name(site.slot)}"
+
+
+def _end_name(site: Site) -> str:
+    """The end of an edge, in one word less."""
+    return _site_name(site).removeprefix("the ")
+
+
+def column_name(column: object) -> str:
+    """A column of a table as a page or an axis names it: in words.
+
+    Example:
+        >>> column_name("effect_lower"), column_name("on_path"), column_name("mean_d"), column_name(3)
+        ('effect, lower', 'on path', 'mean d', '3')
+    """
+    text = str(column)
+    for bound in ("lower", "upper"):
+        text = text.removesuffix(f"_{bound}") + (f", {bound}" if text.endswith(f"_{bound}") else "")
+    return COLUMN_NAMES.get(text, text.replace("_", " "))
 
 
 def record_of(drawn: Effects | DataFrame | None) -> Record:

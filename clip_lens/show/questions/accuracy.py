@@ -47,11 +47,20 @@ def scored(table: DataFrame) -> str:
         >>> scored(DataFrame({"side": ["overall"], "accuracy": [0.5], "lower": [0.15], "upper": [0.85], "n": [4]}))
         'The caption beats the foil in 50.0 % [15.0, 85.0] of all 4 pairs.'
     """
-    shares = {row["side"]: (percentage(row, "accuracy", digits=1), row["n"]) for _, row in table.iterrows()}
+    questions = table[table["by"] == "question"] if "by" in table else table[:0]
+    shares = {
+        row["side"]: (percentage(row, "accuracy", digits=1), row["n"])
+        for _, row in table.drop(index=questions.index).iterrows()
+    }
     share, n = shares.pop("overall")
     of = {side: "without a side" if side == "none" else f"with {SIDE_WORDS[side]}" for side in shares}
     parts = ", ".join(f"{own} of {count} {of[side]}" for side, (own, count) in shares.items())
-    return f"The caption beats the foil in {share} of all {counted(n, 'pair')}{': ' if parts else ''}{parts}."
+    asked = "".join(
+        f" All foils of a question are beaten in {percentage(row, 'accuracy', digits=1)} of "
+        f"{counted(row['n'], 'question')}."
+        for _, row in questions.iterrows()
+    )
+    return f"The caption beats the foil in {share} of all {counted(n, 'pair')}{': ' if parts else ''}{parts}.{asked}"
 
 
 def _histogram(pairs: DataFrame) -> Figure:

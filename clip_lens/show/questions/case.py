@@ -71,13 +71,8 @@ class Case:
 
 
 class Question(NamedTuple):
-    """A question of the study: its name in the page's contents, what answers it, and how that is defined.
-
-    `asked` is how the page's summary asks it, "" where it does not; `answers` are the findings that answer it there.
-    """
+    """A question of the study: its name in the page's contents, what answers it, and how that is defined."""
 
     name: str
     answer: Callable[[Case], Section]
     methods: tuple[tuple[str, str], ...] = ()
-    asked: str = ""
-    answers: slice = slice(1)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from pandas import DataFrame, Series
 
@@ -23,6 +24,7 @@ from clip_lens.show.figures.curves import curve, scatter
 from clip_lens.show.figures.figure import Figure
 from clip_lens.show.figures.heatmap import heatmap
 from clip_lens.show.figures.network import network
+from clip_lens.show.figures.style import LIGHT, SMALL
 from clip_lens.show.figures.thumbnails import Pictures
 from clip_lens.show.questions.sentences import SIDE_WORDS, by_side, estimate, opening
 from clip_lens.show.report.report import report
@@ -38,6 +40,8 @@ GOOD = 0.9
 """Pearson's r from which an estimate stands for exact scores."""
 NAMED = 5
 """Edges that a sentence names."""
+SHADED = {"absolute": 1.0, "signed": 0.0}
+"""From where the area is measured, by ranking: CMD is that between f and 1, CPR that between f and 0."""
 RANKED = {"absolute": "the largest scores kept", "signed": "the most supporting edges kept"}
 """Which edges a circuit of some size keeps, by ranking."""
 
@@ -45,61 +49,68 @@ TEXT = (
     "A text tower is a network: the embedding, every attention head and every MLP write into a stream that all later "
     "parts read. An edge is the direct way from one sender to one receiver; a head receives three times, for its "
     "queries (q), keys (k) and values (v). A circuit is a choice of edges. It is run by cutting the others: along a "
-    "cut edge the receiver gets what the source sends instead of what this text sends. If the circuit is what makes "
-    "the model prefer the caption, d stays as it is; with every edge cut, nothing of it stays."
+    "cut edge, the receiver gets what the source sends instead of what this text sends. If the circuit is what makes "
+    "the model prefer the caption, d stays as it is; with every edge cut, nothing of it is left."
+)
+IS = (
+    "The picture shows which connections between the model's parts make d: with all others cut, and what they carry "
+    "replaced, as much of d is left as stands below it."
 )
 NETWORK = (
-    "The edges of the circuit that lie on a path from the embedding to the output, blocks from left to right. An edge "
-    "is as wide as its mean score is large: blue supports the model's own d, red works against it, grey has no score. "
-    "Hovering tells the numbers; a click in the legend hides a kind of edges."
+    "The edges of the circuit that lie on a path from the embedding to the output, with the blocks from left to right; "
+    "circles are heads, squares MLPs. The wider an edge, the larger its mean score: blue supports the model's own d, "
+    "red works against it, grey has no score. Dashes tell what an edge goes into. The 40 strongest are shown at first; "
+    "the slider shows fewer or all, and a click in the legend hides one kind."
 )
 STRONGEST = (
     "The largest mean scores of the circuit's edges, in logits of d, on the pairs on which the circuit was found, "
-    "with 95 % bootstrap intervals over pairs. What is to the right of 0 supports d."
+    "with 95 % bootstrap intervals over pairs. q, k and v are the queries, keys and values of a head; what is to the "
+    "right of 0 supports d."
 )
 SEARCHED = (
-    "The largest changes of the mean metric when an edge of the circuit is taken away as well, given what the search "
-    "had taken away before it. What is to the right of 0 supports d."
+    "The largest changes of the mean metric when an edge of the circuit is removed too, given what the search had "
+    "removed before it. q, k and v are the queries, keys and values of a head; what is to the right of 0 supports d."
 )
 CURVES = {
-    "absolute": "How much of d is left (f, upwards) when only a share of the edges is kept (to the right, a "
-    "logarithmic axis): those of the largest scores by size, pruned. 1 is what the whole model does, 0 what is left "
-    "with no edge; the band is a 95 % bootstrap interval over pairs. The random line is the mean of "
-    f"{BASELINES} random choices of that many edges, its band goes from the smallest to the largest of them. The "
-    "closer to 1, the better: the area between a line and 1 is CMD.",
-    "signed": "The same, with the edges that support d the most: none that works against d comes before those that "
-    "support it, so that f can rise above 1. The higher the better: the area below a line is CPR.",
+    "absolute": "How much of d is left (f, upwards) when only a share of the edges is kept (to the right): those of "
+    "the largest scores by size, pruned. 1 is what the whole model does, 0 what is left with no edge; bands are 95 % "
+    f"bootstrap intervals over pairs. The random line is the mean of {BASELINES} random choices of that many edges, "
+    "its band goes from the smallest to the largest of them. The hatched area between the line and 1 is CMD: the "
+    "smaller, the better. On the logarithmic axis small circuits can be told apart, but areas mean nothing.",
+    "signed": "The same, with the edges that support d the most: those that work against d come last, so f can rise "
+    "above 1. The hatched area below the line is CPR: the larger, the better.",
 }
 JUDGED = (
-    f"f of the circuit with a 95 % bootstrap interval, and the mean f of {BASELINES} random circuits of as many edges, "
-    "on the held-out pairs, each as it was selected and pruned of the edges on no path. The two forms do the same only "
-    "where the source is a run on texts of equal length. Of random circuits few edges lie on a path. verdict.csv has "
-    "every circuit by itself."
+    f"f of the circuit with a 95 % bootstrap interval, and the mean f of {BASELINES} random circuits with as many "
+    "edges, on the held-out pairs: as selected, and pruned of the edges that lie on no path. The two forms do the same "
+    "only where the source is a run on texts of equal length. Few edges of random circuits lie on a path. verdict.csv "
+    "lists every circuit."
 )
 AREAS = (
     "CPR is the area below f over the kept share of edges, from .001 to 1 on a linear axis: larger is better. CMD is "
-    "the area between f and 1: smaller is better, 0 is a circuit that does at every size just what the model does. In "
-    "brackets 95 % bootstrap intervals over pairs; of random circuits it is the mean."
+    "the area between f and 1: smaller is better, and 0 is a circuit that does just what the model does at every size. "
+    "Intervals are 95 % bootstrap intervals over pairs; for random circuits the mean is given."
 )
 AGREES = (
-    "A point is an edge: to the right what patching it alone moves on the held-out pairs, upwards the method's score "
-    "on the pairs of the other split, both means in logits of d. On the thin line both are equal. Pearson's r is 1 "
-    "when the points lie on some straight line upwards."
+    "Each point is an edge: to the right, what patching it alone moves on the held-out pairs; upwards, the method's "
+    "score on the pairs of the other part, both means in logits of d. On the thin line the two are equal. Pearson's r "
+    "is 1 when the points lie on any rising straight line."
 )
 STABLE = (
-    "The pairs were drawn anew with replacement and the circuit chosen again. jaccard: of the edges in either of the "
-    "two circuits, the share in both, mean over resamples and 95 % interval; certain: edges that every resample "
-    "chose. Nothing is run again for it."
+    "The pairs are drawn anew, with replacement, and the circuit is chosen again. The Jaccard overlap is the share of "
+    "edges in both circuits among those in either, as a mean over resamples with a 95 % interval; certain edges are "
+    "those that every resample chose. Nothing is run again for this."
 )
 COMPARED = (
-    "The share of edges in both of two circuits among those in either, for circuits of towers of one shape; by_chance "
-    "is how many edges two circuits of these sizes drawn at random have in common on average."
+    "The share of edges in both of two circuits among those in either, for circuits of models of one shape; by chance "
+    "is how many edges two random circuits of these sizes have in common on average."
 )
 OVERLAP = "Each cell is the Jaccard overlap of two circuits, edges in both over edges in either: 1 is the same circuit."
 SUMMARY = (
-    "A row per run and side. f of the circuit as selected and pruned, CPR, CMD on held-out pairs, beside the mean of "
-    "random circuits; r: Pearson's correlation of the scores with exact ones of the held-out pairs, where these were "
-    "computed; jaccard: the stability of the circuit; repeated: judged pairs with a text that the circuit was found on."
+    "One row for each run and side: f of the circuit as selected and pruned, CPR and CMD on held-out pairs, beside the "
+    "mean of random circuits. r is Pearson's correlation of the scores with exact ones on the held-out pairs, where "
+    "these were computed; the Jaccard overlap is the stability of the circuit; repeated are judged pairs with a text "
+    "that the circuit was found on."
 )
 
 EXACT = (
@@ -178,11 +189,13 @@ def circuit_report(
     """
     sections = circuit_sections(discovery, others)
     record = discovery.judged.effects.record
+    data = "" if record.data == record.model else f": {record.data}"
     return report(
         sections,
         Path(out),
-        title=title or f"The circuit behind the logit difference of {record.model}: {record.data}",
-        summary=" ".join([sections["Circuit"].findings[0], *kept(discovery), held_out(discovery)]),
+        title=title or f"The circuit behind the logit difference of {record.model}{data}",
+        summary=IS,
+        points=points(discovery),
         pictures=pictures,
         warnings=warnings,
         methods=methods([discovery, *others]),
@@ -276,6 +289,34 @@ def methods(discoveries: Iterable[Discovery]) -> list[tuple[str, str]]:
 # What is found, in sentences
 
 
+def points(discovery: Discovery) -> list[str]:
+    """How large the circuit is, how much of d it keeps on new pairs, and how sure its edges are: for a page's head."""
+    pruned, n_edges = discovery.circuit.pruned(), int(discovery.circuit.graph.edges.sum())
+    rows = {side: part.iloc[0] for side, part in by_side(discovery.summary)}
+    whole = rows.get("pooled", next(iter(rows.values())))
+    shares = {side: minus(decimals(100 * row["f_pruned"], 0)) for side, row in rows.items() if row is not whole}
+    sides = f" ({'; '.join(f'{share} % with {SIDE_WORDS[side]}' for side, share in shares.items())})" if shares else ""
+    return [
+        f"{discovery.name} found a circuit of {len(pruned)} of the model's {n_edges} edges, on "
+        f"{counted(discovery.found_on, 'pair')}.",
+        f"By itself it keeps {minus(decimals(100 * whole['f_pruned'], 0))} % of d{sides} on "
+        f"{counted(whole['pairs'], 'other pair')}; random circuits as large keep "
+        f"{minus(decimals(100 * whole['random_f_pruned'], 0))} %.",
+        *_sure(discovery),
+    ]
+
+
+def _sure(discovery: Discovery) -> Iterator[str]:
+    """How much of the circuit other pairs would give too."""
+    table = discovery.stability
+    same = table if table.empty else table[table["edges"] == len(discovery.circuit)]
+    for row in same.astype(object).itertuples():
+        yield (
+            f"Found on a fresh draw of such pairs, the circuit overlaps with this one by {decimals(row.jaccard)} (the "
+            f"edges in both over those in either); {row.certain} of {row.edges} edges are chosen every time."
+        )
+
+
 def kept(discovery: Discovery) -> list[str]:
     """How much of d the circuit keeps on held-out pairs, as selected and pruned, per side."""
     said = []
@@ -283,11 +324,11 @@ def kept(discovery: Discovery) -> list[str]:
         row = rows.iloc[0]
         forms = [
             f"{form} ({counted(row[f'edges{end}'], 'edge')}) f = "
-            f"{estimate(row, f'f{end}', f'lower{end}', f'upper{end}', sign=False)} of d, random circuits "
+            f"{estimate(row, f'f{end}', f'lower{end}', f'upper{end}', sign=False)}, random circuits "
             f"{minus(decimals(row[f'random_f{end}']))}"
             for form, end in {"as selected": "", "pruned": "_pruned"}.items()
         ]
-        said.append(f"{_held(side, row['pairs'])}the circuit keeps {'; '.join(forms)}.")
+        said.append(f"{_held(side, row['pairs'])}the share of d that the circuit keeps is {'; '.join(forms)}.")
     return said
 
 
@@ -365,7 +406,7 @@ def _best(discoveries: Sequence[Discovery]) -> list[str]:
             known = part.dropna(subset=measure).sort_values(measure, ascending=better == "smallest")
             if len(known):
                 best, area = known["circuit"].iloc[0], _area(known.iloc[0], by_chance, measure)
-                said.append(f"{opening(side)}the {better} {measure} has {best}: {area}.")
+                said.append(f"{opening(side)}{best} has the {better} {measure}: {area}.")
     return said
 
 
@@ -381,7 +422,10 @@ def _circuit(discovery: Discovery) -> Section:
         f"{counted(len(circuit), 'edge')} lie on a path from the embedding to the output; they join "
         f"{len(pruned.nodes())} of {len(circuit.graph.senders) + 1} nodes."
     )
-    said = "Strongest first; the score is the mean over the pairs it was found on. on_path: what pruning leaves."
+    said = (
+        "The strongest come first; the score is the mean over the pairs on which the circuit was found. Edges that are "
+        "not on a path are the ones that pruning removes."
+    )
     effects, own = discovery.judged.effects, _scored(discovery)
     return Section(
         "The circuit",
@@ -407,7 +451,7 @@ def _scored(discovery: Discovery) -> Effects | None:
 def _network(pruned: Circuit) -> Iterator[Picture]:
     if len(pruned):
         figure = network(pruned, n=DRAWN if len(pruned) > DRAWN and pruned.scores is not None else None)
-        yield Picture(figure, "The circuit as a network", NETWORK, data="circuit.csv", wide=True)
+        yield Picture(figure, "The circuit as a network", NETWORK, data="circuit.csv", wide=True, main=True)
 
 
 def _strongest(scores: Effects | None, circuit: Circuit) -> Iterator[Picture]:
@@ -435,11 +479,43 @@ def _faithfulness(discoveries: Sequence[Discovery]) -> Section:
 
 
 def _curve(lines: DataFrame, ranking: str, side: str) -> Picture:
-    figure = curve(lines, "share", "f", lower="lower", upper="upper", by="method", log=True)
-    figure.update_xaxes(title_text="kept share of all edges, before pruning")
+    figure = curve(lines, "share", "f", lower="lower", upper="upper", by="method")
+    figure.update_xaxes(title_text="kept share of all edges, before pruning", range=[0, 1], autorange=False)
     figure.update_yaxes(title_text="f, share of d that is kept")
-    title = f"f over size, {RANKED[ranking]}: {SIDE_WORDS[side]}"
-    return Picture(figure, title, CURVES[ranking], data="faithfulness.csv", numbers=lines)
+    shade(figure, lines[lines["method"] == lines["method"].iloc[0]], MEASURES[ranking], SHADED[ranking])
+    title = f"{capital(RANKED[ranking])}: {SIDE_WORDS[side]}"
+    return Picture(figure, title, CURVES[ranking], data="faithfulness.csv", numbers=lines, pair=ranking)
+
+
+def shade(figure: Figure, line: DataFrame, measure: str, level: float) -> None:
+    """Hatches the area between a line of f and a level, on the linear axis on which it is computed; buttons show the
+    logarithmic axis, without it."""
+    rows = line.sort_values("share")
+    share, f = rows["share"].to_numpy(dtype=float), rows["f"].to_numpy(dtype=float)
+    figure.add_scatter(
+        x=[*share, *share[::-1]], y=[*f, *([level] * len(f))], mode="lines", line_width=0, fill="toself", name=measure,
+        fillcolor="rgba(0,0,0,0)", hoverinfo="skip",
+        fillpattern={"shape": "/", "size": 7, "solidity": 0.15, "fgcolor": LIGHT.soft},
+    )  # fmt: skip
+    figure.add_hline(y=level, line={"color": LIGHT.soft, "width": 1})
+    n, low = len(figure.data), float(np.log10(share.min()))
+    axes = {
+        "linear axis": [{"visible": [True] * n}, {"xaxis.type": "linear", "xaxis.range": [0, 1]}],
+        "logarithmic axis": [
+            {"visible": [True] * (n - 1) + [False]}, {"xaxis.type": "log", "xaxis.range": [low - 0.1, 0.05]}
+        ],
+    }  # fmt: skip
+    figure.update_layout(
+        margin_t=52,
+        updatemenus=[
+            {
+                "type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom",
+                "showactive": False, "font": {"size": SMALL}, "bgcolor": LIGHT.fill, "bordercolor": LIGHT.gap,
+                "pad": {"t": 0, "b": 4},
+                "buttons": [{"label": name, "method": "update", "args": args} for name, args in axes.items()],
+            }
+        ],
+    )  # fmt: skip
 
 
 def _lines(discoveries: Sequence[Discovery], side: str, ranking: str) -> DataFrame:

@@ -47,7 +47,7 @@ def what_confounds(case: Case) -> Section:
     of = {"pairs": "of", "n": "pairs"}
     accuracy = "Accuracy with and without the most frequent caption" if found.most_frequent else "Accuracy"
     return Section(
-        "What in the data goes along with the score?",
+        "What confounds the score?",
         findings=[*confounded(along), regressed(model)],
         pictures=[*_correlations(along, found), *_sizes(tables["sizes"])],
         tables=[
@@ -59,7 +59,7 @@ def what_confounds(case: Case) -> Section:
     )
 
 
-CONFOUNDS = Question("Confounds", what_confounds, (), "What confounds the score?", slice(-1, None))
+CONFOUNDS = Question("Confounds", what_confounds)
 
 
 def confounded(correlations: DataFrame) -> list[str]:

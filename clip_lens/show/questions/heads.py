@@ -16,9 +16,10 @@ from clip_lens.show.figures.curves import curve
 from clip_lens.show.figures.heatmap import heatmap
 from clip_lens.show.figures.words import SIDE_NAMES
 from clip_lens.show.questions.case import Case, Question
-from clip_lens.show.questions.sentences import SIDE_WORDS, by_side, clear, estimate, listed, opening
+from clip_lens.show.questions.sentences import SIDE_WORDS, by_side, clear, estimate, opening
 from clip_lens.show.report.effects_section import section_of
 from clip_lens.show.report.section import Picture, Section, Table
+from clip_lens.words import listed
 
 SELECTIVE = 0.6
 """A head counts as selective when its mean selectivity is at least this."""
@@ -28,11 +29,11 @@ MOST = 10
 SELECTIVITY = (
     "How much more a head attends to the negator, in the text with the negation, than to the word in its place in "
     "the text without: the largest difference over the later positions (Quantmeyer et al. 2024), averaged over the "
-    "pairs of a side. 0: no more; 1: all of its attention."
+    "pairs of a side. 0 means no more, 1 means with all of its attention."
 )
 BY_QUERY = (
-    "The same difference at one slot that looks back (rows) for each head (columns): which words attend to the "
-    "negator. A slot of several tokens counts with the largest."
+    "The same difference for each slot that looks back (rows) and each head of the block (columns): it shows which "
+    "words attend to the negator. Of a slot with several tokens, the largest counts."
 )
 BLOCKS = "The mean over the heads of a block of the numbers above, with 95 % bootstrap intervals over pairs."
 CORRELATED = (
@@ -41,8 +42,9 @@ CORRELATED = (
 )
 TOP = "Mean over the pairs of each side, with 95 % bootstrap intervals."
 MOVED = (
-    "Here each head's output, at every position, is taken from the text with the negation, and everything behind it "
-    "computes on. Heads that share the work show less than they do: effects of single heads need not add up."
+    "Here each head's output, at every position, is taken from the text with the negation, and everything after it is "
+    "computed from there. Where heads share the work, each shows less than its part: effects of single heads need not "
+    "add up."
 )
 
 
@@ -63,6 +65,7 @@ def heads_that_look(case: Case) -> Section:
         findings=[*selective(table), of_each_block(blocks), *along_with_d(along)],
         pictures=[*_selectivity(whole, blocks), *_by_query(at, blocks), *_correlated(along)],
         tables=[Table(_top(table), "The most selective heads", TOP)],
+        headline=headline(table),
         meta=whole.meta,
         data={
             "selectivity.csv": table, "selectivity-by-block.csv": blocks, "selectivity-by-slot.csv": at.table(),
@@ -81,7 +84,7 @@ def heads_that_move(case: Case) -> Section:
     return replace(section, title="Which heads move it?", text=MOVED, pictures=pictures, pairs=None)
 
 
-LOOK = Question("Heads that look", heads_that_look, (registry.SELECTIVITY.definition,), "Which heads?", slice(2))
+LOOK = Question("Heads that look", heads_that_look, (registry.SELECTIVITY.definition,))
 MOVE = Question("Heads that move", heads_that_move)
 
 
@@ -90,6 +93,15 @@ def of_blocks(effects: Effects) -> Effects:
     layers = sorted(set(effects.index["layer"]))
     values = effects.values.unflatten(0, (len(layers), -1)).mean(1)
     return replace(effects, values=values, places=tuple(Site("pattern", layer) for layer in layers))
+
+
+def headline(table: DataFrame) -> str:
+    """How many heads look at the negator, and which most, on each side, for the head of a page."""
+    parts = []
+    for side, part in by_side(table):
+        chosen, top = part["fraction"] >= SELECTIVE, part.loc[part["fraction"].idxmax()]
+        parts.append(f"{int(chosen.sum())} of {len(part)}, head {head(top)} the most ({SIDE_WORDS[side]})")
+    return f"Which heads? Clearly looking at the negator (selectivity of {SELECTIVE} or more) are {'; '.join(parts)}."
 
 
 def selective(table: DataFrame) -> list[str]:
@@ -112,7 +124,7 @@ def of_each_block(table: DataFrame) -> str:
     """The block with the largest mean over its heads, on each side."""
     best = {side: part.loc[part["fraction"].idxmax()] for side, part in by_side(table)}
     parts = [f"block {row['layer']} with {_share(row)} for {SIDE_WORDS[side]}" for side, row in best.items()]
-    return f"The largest mean selectivity over the heads of a block has {listed(parts)}."
+    return f"Averaged over the heads of a block, selectivity is largest in {listed(parts)}."
 
 
 def along_with_d(table: DataFrame) -> list[str]:
@@ -157,11 +169,13 @@ def _top(table: DataFrame) -> DataFrame:
 
 
 def _selectivity(whole: Effects, blocks: DataFrame) -> Iterator[Picture]:
-    figure = heatmap(whole, "unit", "layer", title="", limit=1.0)
-    yield Picture(figure, "Selectivity of every head", SELECTIVITY, data="selectivity.csv", wide=True)
+    for side in dict.fromkeys(whole.pairs["side"]):
+        figure = heatmap(whole, "unit", "layer", side=side, title="", limit=1.0)
+        title = f"Selectivity of every head: {SIDE_NAMES[side]}"
+        yield Picture(figure, title, SELECTIVITY, data="selectivity.csv", pair="heads")
     lines = curve(blocks, "layer", "fraction", lower="lower", upper="upper", by="side")
     lines.update_xaxes(title_text="block, counted from 0").update_yaxes(title_text="mean selectivity")
-    yield Picture(lines, "Mean selectivity of each block", BLOCKS, data="selectivity-by-block.csv")
+    yield Picture(lines, "Mean selectivity of each block", BLOCKS, data="selectivity-by-block.csv", wide=True)
 
 
 def _by_query(at: Effects, blocks: DataFrame) -> Iterator[Picture]:
@@ -169,11 +183,12 @@ def _by_query(at: Effects, blocks: DataFrame) -> Iterator[Picture]:
         best = int(part.loc[part["fraction"].idxmax(), "layer"])
         figure = heatmap(at.where(side=side, layer=best), "slot", "unit", title="", limit=1.0)
         title = f"The heads of block {best}, by the slot that looks: {SIDE_NAMES[side]}"
-        yield Picture(figure, title, BY_QUERY, data="selectivity-by-slot.csv")
+        yield Picture(figure, title, BY_QUERY, data="selectivity-by-slot.csv", pair="slots")
 
 
 def _correlated(along: DataFrame) -> Iterator[Picture]:
     for side, part in by_side(along):
         grid = part.pivot(index="unit", columns="layer", values="r")
         figure = heatmap(grid.rename_axis(index="head", columns="block"), value="r", title="", limit=1.0)
-        yield Picture(figure, f"Selectivity and the score: {SIDE_NAMES[side]}", CORRELATED, data="correlations.csv")
+        title = f"Selectivity and the score: {SIDE_NAMES[side]}"
+        yield Picture(figure, title, CORRELATED, data="correlations.csv", pair="correlations")

@@ -16,9 +16,9 @@ from clip_lens.methods.registry import PROBE
 from clip_lens.show.figures.curves import curve
 from clip_lens.show.figures.words import SIDE_NAMES
 from clip_lens.show.questions.case import Case, Question
-from clip_lens.show.questions.sentences import SIDE_WORDS, estimate, listed, opening, percentage
+from clip_lens.show.questions.sentences import SIDE_WORDS, estimate, opening, percentage
 from clip_lens.show.report.section import Picture, Section, Table
-from clip_lens.words import decimals
+from clip_lens.words import decimals, listed
 
 TITLE = "Is the direction of negation there, and is it used?"
 STEERED = ("caption", "foil")
@@ -61,13 +61,31 @@ def read_and_used(case: Case) -> Section:
     return Section(
         TITLE,
         findings=[*used(table), read(table)],
+        headline=headline(table),
         pictures=list(_pictures(table)),
         tables=[Table(table, "Probe and causal test by layer", "The rows of `clip_lens.probe`.")],
         notes=sorted({f"Layer {row.layer}: {row.note}." for row in table.itertuples() if row.note}),
     )
 
 
-USE = Question("Read and used", read_and_used, METHODS, "Is what can be read used?")
+USE = Question("Read and used", read_and_used, METHODS)
+
+
+def headline(table: DataFrame) -> str:
+    """Whether the direction of negation is used where it can be read, for the head of a page; "" where none is told."""
+    sides = [side for side in STEERED if table.get(f"removed_{side}", Series(np.nan)).notna().any()]
+    if not sides:
+        return ""
+    moves = DataFrame({side: _moves(table, side) for side in sides})
+    together = (moves == 1).all(axis=1)
+    if together.any():
+        return f"Is what can be read used? Yes, at {_at(table, together)}: without the direction of negation d shrinks."
+    if ((moves == 1).any(axis=1) & (moves == -1).any(axis=1)).any():
+        return (
+            "Is what can be read used? Not as negation: removing its direction lowers d on one side and raises it on "
+            "the other."
+        )
+    return "Is what can be read used? Removing its direction moves no more of d than random directions do."
 
 
 def read(table: DataFrame) -> str:
@@ -188,11 +206,13 @@ def _from(table: DataFrame, there: Series) -> str:
 
 
 def _pictures(table: DataFrame) -> Iterator[Picture]:
-    yield Picture(_lines(table, READABLE), "Can the negation be read at the end of text?", READ, numbers=table)
+    yield Picture(
+        _lines(table, READABLE), "Can the negation be read at the end of text?", READ, numbers=table, wide=True
+    )
     for side in STEERED:
         if table.get(f"added_{side}", Series(np.nan)).notna().any():
             asked = f"Is the direction used? {SIDE_NAMES[side].capitalize()}"
-            yield Picture(_lines(table, _tested(side)), asked, USED, numbers=table)
+            yield Picture(_lines(table, _tested(side)), asked, USED, numbers=table, pair="used")
 
 
 def _tested(side: str) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from pandas import DataFrame, Series
 
@@ -37,17 +37,6 @@ def opening(side: str, pairs: int | None = None) -> str:
     """
     count = "" if pairs is None else f" ({counted(pairs, 'pair')})"
     return f"{capital(SIDE_WORDS[side])}{count}: "
-
-
-def listed(words: Sequence[str]) -> str:
-    """Words as a list in a sentence.
-
-    Example:
-        >>> listed(["1"]), listed(["1", "2", "3"])
-        ('1', '1, 2 and 3')
-    """
-    *first, last = words
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 def estimate(row: Series, name: str, lower: str = "lower", upper: str = "upper", *, sign: bool = True) -> str:

@@ -7,7 +7,7 @@ Each question has a file of its own; here is their order, and the page's head.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,7 +102,7 @@ def study(
         page_in(out, name),
         name=name,
         title=f"How {encoder.full_name} processes negation{data}",
-        summary=_summary(sections),
+        summary=" ".join(sections[ACCURACY.name].findings),
         pictures=pictures,
         warnings=[*cautions(encoder, batch), *fallback],
         methods=[
@@ -121,12 +121,6 @@ def _traced(case: Case) -> tuple[Case, list[str]]:
         return case, []
     found = ", ".join(f"{count} {name}" for name, count in counts.items())
     return replace(case, segment="all"), [f"No pair is {segment} ({found}): all pairs are traced instead."]
-
-
-def _summary(sections: Mapping[str, Section]) -> str:
-    """The questions of the study, each with the findings that answer it."""
-    asked = [question for question in QUESTIONS if question.asked]
-    return " ".join(" ".join([each.asked, *sections[each.name].findings[each.answers]]) for each in asked)
 
 
 def _this_run(case: Case) -> str:

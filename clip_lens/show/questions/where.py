@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import pandas as pd
 from pandas import DataFrame
@@ -12,11 +12,12 @@ from pandas import DataFrame
 from clip_lens.core.effects import SEGMENTS, Effects, Of
 from clip_lens.show.figures.curves import curve
 from clip_lens.show.figures.heatmap import heatmap
-from clip_lens.show.figures.words import SIDE_NAMES
+from clip_lens.show.figures.words import SIDE_NAMES, slot_name
 from clip_lens.show.questions.case import Case, Question
-from clip_lens.show.questions.sentences import by_side, estimate, opening
-from clip_lens.show.report.effects_section import section_of
+from clip_lens.show.questions.sentences import SIDE_WORDS, by_side, estimate, opening
+from clip_lens.show.report.effects_section import moving, section_of, slots_by_layer
 from clip_lens.show.report.section import Picture, Section, Table
+from clip_lens.words import counted, decimals, listed
 
 FEW = 10
 """Pairs of a side and segment below which its line would be noise."""
@@ -27,20 +28,23 @@ PAPER = "correct"
 
 TRACING = (
     "The text without negation is run; at one layer and one slot its residual stream is replaced by that of the text "
-    "with the negation, and the rest of the tower computes on. The number is the share of d that this moves. "
-    "Patching a slot whole moves all its tokens together; single tokens are patched one by one and averaged. "
-    "Both are ratios of means over pairs; the paper's mean of the ratios of single pairs stands beside them."
+    "with the negation, and the rest of the model is computed from there. The number is the share of d that this "
+    "moves. Whole slots are patched with all their tokens together; single tokens are patched one by one and averaged. "
+    "Both are ratios of means over pairs; the paper's own number, a mean of ratios, is shown for comparison."
+)
+BY_TOKEN = (
+    "The same, but tokens are patched one by one: the share is averaged over the pairs and over the tokens of a slot."
 )
 AS_IN_THE_PAPER = (
-    "The paper's causal tracing effect: of each correct pair the share of its own d that patching one token moves, "
-    "and the mean of these shares over pairs and the slot's tokens. Small d's weigh as much as large ones here; in the "
-    "figures above a pair weighs by its d. Layer 0 is the embedding, layer l the stream after l blocks."
+    "The paper's causal tracing effect: for each correct pair, the share of its own d that patching one token moves, "
+    "averaged over the pairs and over the slot's tokens. Every pair has the same weight here; in the other maps a pair "
+    "weighs by its d. Layer 0 is the embedding; layer l is the stream after l blocks."
 )
 LOCALISATION = (
-    "The standard deviation (ddof 0) of the slots' shares of d, from the negator to the end of text, single tokens "
-    "averaged by slot: high where one slot has everything, low where it is spread. In brackets the number of pairs, "
-    "bands are 95 % bootstrap intervals; segments with fewer than ten pairs on a side, or with a mean d below 1 logit "
-    "(of which no share can be told), are in the table only."
+    "The standard deviation (ddof 0) of the slots' shares of d, from the negator to the end of text, with single "
+    "tokens averaged by slot: high where one slot has everything, low where it is spread out. The numbers of pairs are "
+    "in brackets; bands are 95 % bootstrap intervals. Segments with fewer than ten pairs on a side, or with a mean d "
+    "below 1 logit, of which shares mean little, are only in the table."
 )
 METHODS = (
     (
@@ -65,7 +69,8 @@ def where(case: Case) -> Section:
     whole = case.patched("resid-slots", case.encoder.sites("resid", slots=case.batch.occurring))
     every = case.encoder.sites("resid", slots=range(int(case.batch.length.max())))
     single = case.patched("resid-positions", every)
-    by_slot = section_of("slots", case.chosen(whole))
+    chosen = case.chosen(whole)
+    by_slot = section_of("slots", chosen)
     by_token = section_of("tokens", case.chosen(single).by_slot(case.batch))
     paper = _of_segment(single, PAPER)
     mapped = None if paper is None else paper.by_slot(case.batch)
@@ -76,17 +81,83 @@ def where(case: Case) -> Section:
         findings=[*by_slot.findings, *localised(spread[spread["segment"] == case.segment])],
         text=TRACING,
         pictures=[
-            *_renamed(by_slot, "Whole slots"), *_renamed(by_token, "Single tokens"), *_as_in_the_paper(mapped),
-            *_localisation_picture(spread),
+            *_renamed(by_slot, "Whole slots", main=True),
+            *_renamed(by_token, "Single tokens", caption=BY_TOKEN, pair="tokens"),
+            *_as_in_the_paper(mapped), *_localisation_picture(spread),
         ],
         tables=[*by_slot.tables, Table(_by_layer(spread), "Localisation by segment and layer", LOCALISATION)],
         meta=by_slot.meta,
         notes=[] if mapped is not None else ["No pair is correct: there is no map as in the paper."],
         data={**by_slot.data, **by_token.data, **data},
+        headline=headline(chosen.table()),
     )  # fmt: skip
 
 
-WHERE = Question("Where", where, METHODS, "Where?", slice(2))
+WHERE = Question("Where", where, METHODS)
+
+
+def headline(table: DataFrame) -> str:
+    """Where the largest share of d moves, from layer to layer, on each side.
+
+    Example:
+        >>> from clip_lens.core.effects import toy_effects
+        >>> headline(toy_effects().where(side="foil").table())
+        'Where? The largest share of d moves at the negator in layer 0, then at the end of text in layer 1 (negation
+        in the foil).'
+    """
+    parts = []
+    for side, part in by_side(table):
+        steps = [f"the {slot_name(slot)} {_layers(rows)}" for slot, rows in slots_by_layer(part)]
+        parts.append(f"at {', then at '.join(steps)} ({SIDE_WORDS[side]})")
+    return f"Where? The largest share of d moves {'; '.join(parts)}."
+
+
+def _layers(rows: list[Any]) -> str:
+    first, last = rows[0].layer, rows[-1].layer
+    return f"in layer {first}" if first == last else f"in layers {first} to {last}"
+
+
+SAME = 0.02
+"""Shares that differ by no more look the same on a map."""
+
+
+def apart(one: Effects, other: Effects) -> float:
+    """The largest difference between the shares of two results; infinite where they have other places, or values.
+
+    Example:
+        >>> from clip_lens.core.effects import toy_effects
+        >>> apart(toy_effects(), toy_effects()), apart(toy_effects(), toy_effects().where(slot="eot"))
+        (0.0, inf)
+    """
+    first, second = (effects.fraction().set_index(["place", "side"])["fraction"] for effects in (one, other))
+    if set(first.index) != set(second.index):
+        return float("inf")
+    second = second.loc[first.index]
+    return float((first - second).abs().max()) if first.isna().equals(second.isna()) else float("inf")
+
+
+WHAT_MAPS_SHOW = (
+    "The maps show where in the text, and how deep in the model, d is decided: at each place, what one text computes "
+    "is replaced with what the other computes there."
+)
+
+
+def right(every: DataFrame, traced: DataFrame, apart: float = float("inf")) -> str:
+    """How often the model is right on all pairs, and how many are traced; `apart` is how far the shares of slots and
+    of tokens lie apart, said where that is too little to be seen.
+
+    Example:
+        >>> from clip_lens.core.effects import toy_effects
+        >>> pairs = toy_effects().pairs
+        >>> right(pairs, pairs[:2])
+        'The model prefers the caption in 100 % of all 3 pairs; the 2 correct ones are traced.'
+    """
+    every, traced = every.drop_duplicates("key"), traced.drop_duplicates("key")
+    kinds = listed(list(map(str, dict.fromkeys(traced["segment"]))))
+    chosen = "all of them" if len(traced) == len(every) else f"the {len(traced)} {kinds} ones"
+    share = f"{decimals(100 * (every['d'] > 0).mean(), 0)} % of all {counted(len(every), 'pair')}"
+    same = f" Token by token instead of slot by slot, no share differs by more than {decimals(apart)}."
+    return f"The model prefers the caption in {share}; {chosen} are traced.{same if apart <= SAME else ''}"
 
 
 def localised(spread: DataFrame) -> list[str]:
@@ -103,7 +174,7 @@ def localised(spread: DataFrame) -> list[str]:
         if len(inner):
             least = inner.loc[inner["localisation"].idxmin()]
             said.append(
-                f"{opening(side, part['pairs'].iloc[0])}the effect is spread most evenly over the slots behind block "
+                f"{opening(side, part['pairs'].iloc[0])}the effect is spread most evenly over the slots after block "
                 f"{least['layer'] - 1} (localisation {estimate(least, 'localisation', sign=False)}; at the embedding "
                 f"{estimate(part.iloc[0], 'localisation', sign=False)})."
             )
@@ -117,15 +188,18 @@ def _of_segment(effects: Effects, segment: str) -> Effects | None:
     return effects.where(segment=segment) if segment in set(effects.pairs["segment"]) else None
 
 
-def _renamed(section: Section, what: str) -> Iterator[Picture]:
+def _renamed(section: Section, what: str, **changes: Any) -> Iterator[Picture]:
     for picture in section.pictures:
-        yield replace(picture, title=f"{what}: {picture.title[:1].lower()}{picture.title[1:]}")
+        yield replace(picture, title=f"{what}: {picture.title[:1].lower()}{picture.title[1:]}", **changes)
 
 
 def _as_in_the_paper(mapped: Effects | None) -> Iterator[Picture]:
     if mapped is not None:
-        figure = heatmap(mapped, title="", limit=1.0, of="ratios")
-        yield Picture(figure, "As in the paper", AS_IN_THE_PAPER, data="as-in-the-paper.csv", wide=True)
+        shown = moving(mapped, "slot")
+        for side in dict.fromkeys(mapped.pairs["side"]):
+            figure = heatmap(shown, title="", limit=1.0, side=side, of="ratios")
+            title = f"As in the paper: {SIDE_NAMES[side]}"
+            yield Picture(figure, title, AS_IN_THE_PAPER, data="as-in-the-paper.csv", pair="paper")
 
 
 def _localisation(case: Case, single: Effects) -> DataFrame:

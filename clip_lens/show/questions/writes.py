@@ -63,7 +63,9 @@ def writes(case: Case) -> Section:
             Picture(bars(chosen, 14), "The parts that write most of d", PARTS, data="direct.csv", wide=True),
             Picture(by_head, "Every head's direct part of d", HEADS, data="direct.csv", wide=True),
             *(
-                Picture(curve(lens), f"The logit lens, norms {norms}", LENS[norms], data=f"lens-{norms}.csv")
+                Picture(
+                    curve(lens), f"The logit lens, norms {norms}", LENS[norms], data=f"lens-{norms}.csv", pair="lens"
+                )
                 for norms, lens in lenses.items()
             ),
         ],
@@ -116,5 +118,6 @@ def _labels(case: Case, heads: Effects) -> Iterator[Table]:
         case.encoder, places, images=case.images, texts=bank, batch=case.batch, n=3, any_store=True
     )
     found = case.table("labels", compute, places=", ".join(map(str, places)), images=repr(case.images))
-    shown, title = found.drop(columns=["layer", "unit", "of"]), "What the strongest heads point to and from"
-    yield Table(shown, title, LABELS, rows=12 * LABELLED)
+    shown = found.drop(columns=["layer", "unit", "of"]).rename(columns={"place": "head", "id": "image or text"})
+    title = "What the strongest heads point to and from"
+    yield Table(shown, title, LABELS, rows=12 * LABELLED, pictured=["image or text"])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import pandas as pd
 from pandas import DataFrame
 
@@ -16,10 +18,10 @@ from clip_lens.show.figures.bars import bars
 from clip_lens.show.figures.figure import Figure
 from clip_lens.show.figures.heatmap import heatmap, largest
 from clip_lens.show.figures.network import network
-from clip_lens.show.figures.words import SHARES, SIDE_NAMES, slot_name, value_name
+from clip_lens.show.figures.words import SHARES, SIDE_NAMES, place_name, slot_name, value_name
 from clip_lens.show.report.section import Picture, Section, Table
 from clip_lens.show.report.words import gap, reading, what_is_shown, whole
-from clip_lens.words import capital, counted, decimals, interval, minus
+from clip_lens.words import capital, counted, decimals, interval, listed, minus
 
 NEGATION_IN = {"caption": "the caption", "foil": "the foil", "none": "neither"}
 MOST_FIGURES = 12  # per result
@@ -60,17 +62,21 @@ def section_of(name: str, effects: Effects) -> Section:
     if not effects.places or not len(effects.pairs):
         raise ValueError(f"the result {name!r} is empty: {effects!r}")
     table = effects.table()  # before its parts are taken, which are read off it
-    views, data = _views(effects), re.sub(r"[^\w.]+", "-", name).strip("-") + ".csv"
+    views, data = _moving(_views(effects)), re.sub(r"[^\w.]+", "-", name).strip("-") + ".csv"
     sides = [side for side in SIDES if side in set(effects.pairs["side"])]
     shown = [(view, side) for view in views for side in sides]
     grids = [_grid(view, side) for view, side in shown if view.mark == "cell"]
     limit = max((largest(grid) for grid in grids), default=0.0)
     wide = any(grid.shape[1] > 16 for grid in grids)
+    widest = {view.name: _widest(view) for view in views}
     left_out = len(shown) - MOST_FIGURES
     return Section(
         name,
         findings=[_finding(views, effects, side) for side in sides],
-        pictures=[_picture(view, side, limit, data, wide) for view, side in shown[:MOST_FIGURES]],
+        pictures=[
+            _picture(view, side, widest[view.name] if view.mark == "line" else limit, data, wide)
+            for view, side in shown[:MOST_FIGURES]
+        ],
         tables=[_largest_effects(effects, data)],
         meta=effects.meta,
         notes=[f"{left_out} further figures are left out; Effects.grid and heatmap give them."] if left_out > 0 else [],
@@ -85,14 +91,21 @@ def _largest_effects(effects: Effects, data: str) -> Table:
         "effect": "effect", "effect_lower": "effect, lower", "effect_upper": "effect, upper",
         "n": "pairs", "dropped": "dropped",
     }  # fmt: skip
+    top = effects.top(TOP)
+    if not top["dropped"].any():
+        del names["dropped"]
     if not effects.record.shares:
         names = {key: name for key, name in names.items() if key not in SHARES}
-    top = effects.top(TOP).assign(side=lambda table: table["side"].map(NEGATION_IN))
+    words = {
+        name: place_name(place).removeprefix("the ")
+        for name, place in zip(effects.index["place"], effects.places, strict=True)
+    }
+    top = top.assign(side=lambda table: table["side"].map(NEGATION_IN), place=lambda table: table["place"].map(words))
     return Table(
         top[list(names)].rename(columns=names),
         "The largest effects",
-        f"The largest {effects.record.method.noun}s on each side, in {effects.record.unit}; lower and upper are the "
-        "bounds of 95 % bootstrap intervals over pairs.",
+        f"The largest {effects.record.method.noun}s on each side, in {effects.record.unit}, with 95 % bootstrap "
+        "intervals over pairs.",
         rows=len(top),
         data=data,
     )
@@ -147,6 +160,63 @@ def _busiest(view: _View, column: str, most: int, words: str) -> _View:
     return view._replace(effects=view.effects.where(**{column: list(kept)}), note=note)
 
 
+def moving(effects: Effects, rows: str) -> Effects:
+    """The result without the rows of a map that are exactly 0 in every pair.
+
+    Example:
+        >>> from clip_lens.core.effects import toy_effects
+        >>> moving(toy_effects().where(layer=0), "slot").index["slot"].tolist()
+        ['negator']
+    """
+    return _moving([_View(effects, rows, "layer")])[0].effects
+
+
+def _moving(views: list[_View]) -> list[_View]:
+    """The views without the rows, and without the maps, that are 0 in every pair; a note says which these are."""
+    shown, still = [], []
+    for view in views:
+        entries = _entries(view)
+        zero = [entry for entry, moves in entries.items() if moves == 0]
+        if entries and len(zero) == len(entries):
+            still.append(view)
+        elif zero and view.mark != "line":
+            kept = [entry for entry in entries if entry not in zero]
+            note = f"{view.note} {_why(view, zero, list(entries))}"
+            shown.append(view._replace(effects=view.effects.where(**{view.rows: kept}), note=note))
+        else:
+            shown.append(view)
+    if not shown:
+        return views
+    if still:
+        note = f" Not shown: {listed([view.name for view in still])}, where every effect is exactly 0 in every pair."
+        shown = [view._replace(note=view.note + note) for view in shown]
+    return shown
+
+
+def _entries(view: _View) -> dict[Any, float]:
+    """The largest size of an effect, on any pair, in each row of a view; NaN where there is none."""
+    sizes = view.effects.values.abs()
+    sizes = sizes.nan_to_num(-1.0).amax(1).numpy() if sizes.shape[1] else np.zeros(len(sizes))
+    table = DataFrame({"entry": view.effects.index[view.rows].astype(object), "size": sizes})
+    largest = table.groupby("entry", sort=False, dropna=False)["size"].max()
+    return {None if pd.isna(entry) else entry: size if size >= 0 else float("nan") for entry, size in largest.items()}
+
+
+def _why(view: _View, zero: Sequence[Any], entries: Sequence[Any]) -> str:
+    """Which rows are left out, and what makes them 0."""
+    record = view.effects.record
+    names = listed([slot_name(entry) if view.rows == "slot" else str(entry) for entry in zero])
+    first = list(entries[: len(zero)]) == list(zero)
+    alike = record.shares and record.method.patches and view.rows == "slot" and first
+    why = ": up to there the two texts are the same, and so is what the model computes" if alike else ""
+    return f"Not shown: {names}, exactly 0 in every pair{why}."
+
+
+def _widest(view: _View) -> float:
+    """The effect that the widest line of a diagram shows, on any side."""
+    return float(view.effects.fraction()["effect"].abs().max()) if view.mark == "line" else 0.0
+
+
 def _grid(view: _View, side: str) -> DataFrame:
     return view.effects.grid(view.rows, view.columns, _value(view.effects), side=side)
 
@@ -165,13 +235,14 @@ def _picture(view: _View, side: str, limit: float, data: str, wide: bool) -> Pic
         _caption(view, side),
         _alt(view, f"{words}, {count}", chosen.fraction().dropna(subset=_value(chosen))),
         data,
-        wide=wide,
+        wide=wide or view.mark == "line",
+        pair=view.name or "sides",
     )
 
 
 def _figure(view: _View, chosen: Effects, limit: float) -> Figure:
     if view.mark == "line":
-        return network(chosen, n=MOST_PATHS)
+        return network(chosen, n=MOST_PATHS, limit=limit)
     if view.mark == "bar":
         return bars(chosen, MOST_UNITS, _value(chosen))
     return heatmap(chosen, view.rows, view.columns, _value(chosen), title="", limit=limit)
@@ -185,7 +256,8 @@ def _alt(view: _View, words: str, values: DataFrame) -> str:
     if values.empty:
         return f"{what}: {words}."
     peak = values.loc[values[value].abs().idxmax()]
-    return f"{what}: {words}. The largest, {decimals(peak[value])}, is at {peak['place']}."
+    place = place_name(view.effects.places[list(view.effects.index["place"]).index(peak["place"])])
+    return f"{what}: {words}. The largest, {decimals(peak[value])}, is at {place}."
 
 
 def _caption(view: _View, side: str) -> str:
@@ -193,16 +265,15 @@ def _caption(view: _View, side: str) -> str:
     shown = what_is_shown(view.effects, view.mark)
     if view.mark == "line":
         return (
-            f"{shown} Its width is the {view.effects.record.method.noun}, blue where that is positive, red where it is "
-            f"negative; drawn are up to {MOST_PATHS}, the largest. Hover over a line or a node for the numbers, or "
-            "show them as a table."
+            f"{shown} The wider the line, the larger the {view.effects.record.method.noun}: blue is positive, red "
+            f"negative. Up to {MOST_PATHS} lines are drawn, those of the largest effects."
         )
     of_resid = set(view.effects.index["kind"]) == {"resid"} and view.mark == "cell"
     lines = [
         f"{shown} {reading(view.effects, view.mark)}",
-        " Layer 0 is the embedding, layer l the stream after l blocks." if of_resid else "",
+        " Layer 0 is the embedding; layer l is the stream after l blocks." if of_resid else "",
         f" Grey: {gap(view.effects)}." if view.mark == "cell" and _grid(view, side).isna().any(axis=None) else "",
-        view.note,
+        f" {view.note.strip()}" if view.note else "",
     ]
     return "".join(lines)
 
@@ -216,7 +287,7 @@ def _finding(views: list[_View], effects: Effects, side: str) -> str:
     start = f"{SIDE_NAMES[side].capitalize()} ({counted(count, 'pair')}): "
     by_slot = len(views) == 1 and views[0].rows == "slot" and effects.record.shares
     table = effects.table()
-    runs = _runs(table[table["side"] == side]) if by_slot else []
+    runs = slots_by_layer(table[table["side"] == side]) if by_slot else []
     if 0 < len(runs) <= 4 and len(views[0].effects.index["slot"].drop_duplicates()) > 1:
         layer = "layer" if set(effects.index["kind"]) == {"resid"} else "block"
         steps = [f'"{slot_name(slot)}" {_span(layer, cells)}' for slot, cells in runs]
@@ -235,11 +306,18 @@ def _finding(views: list[_View], effects: Effects, side: str) -> str:
         )
     effect = minus(f"{decimals(row.effect, 3)} {interval(row.effect_lower, row.effect_upper, 3)}".rstrip())
     noun = effects.record.method.noun
-    return f"{start}the largest {noun} in size is that of {row.place}: {effect}{share}."
+    place = place_name(effects.places[list(effects.index["place"]).index(row.place)])
+    return f"{start}the largest {noun} in size is that of {place}: {effect}{share}."
 
 
-def _runs(table: DataFrame) -> list[tuple[Any, list[Any]]]:
-    """Consecutive layers at which the same slot has the largest fraction: the slot, and its row at each of them."""
+def slots_by_layer(table: DataFrame) -> list[tuple[Any, list[Any]]]:
+    """Consecutive layers at which the same slot has the largest fraction: the slot, and its row at each of them.
+
+    Example:
+        >>> from clip_lens.core.effects import toy_effects
+        >>> [(slot, len(rows)) for slot, rows in slots_by_layer(toy_effects().table().query("side == 'foil'"))]
+        [('negator', 1), ('eot', 1)]
+    """
     known = table.dropna(subset="fraction")
     best = known.loc[known.groupby("layer")["fraction"].idxmax()]
     return [(slot, list(rows)) for slot, rows in groupby(best.itertuples(), key=lambda row: row.slot)]
@@ -254,4 +332,5 @@ def _span(layer: str, rows: list[Any]) -> str:
 
 def _per_cent(row: Any) -> str:
     share, bounds = decimals(100 * row.fraction, 0), interval(100 * row.lower, 100 * row.upper, 0)
+    bounds = "" if bounds == f"[{share}, {share}]" else bounds  # all of d in every resample: nothing was estimated
     return minus(f"{share} % {bounds}".rstrip())

@@ -41,10 +41,17 @@ def examples(pairs: DataFrame, pictures: Pictures = None) -> dict[str, list[Exam
             chosen = (pairs["segment"] == segment) & (pairs["side"] == side)
             part = pairs[chosen & seen] if (chosen & seen).any() else pairs[chosen]
             for number in sorted({0, len(part) // 2, len(part) - 1} if len(part) else ()):
-                found.setdefault(str(segment), []).append(_example(part.iloc[number], pictures))
+                found.setdefault(str(segment), []).append(example_of(part.iloc[number], pictures))
     return found
 
 
-def _example(row: Any, pictures: Pictures) -> Example:
+def example_of(row: Any, pictures: Pictures) -> Example:
+    """A row of a result's pairs as a report shows it.
+
+    Example:
+        >>> from clip_lens.core.effects import toy_effects
+        >>> example_of(toy_effects().pairs.iloc[0], None).key
+        'a'
+    """
     texts = {name: str(row[name]) for name in ("key", "caption", "foil", "side", "segment")}
     return Example(**texts, d=float(row["d"]), picture=thumbnail(picture_file(str(row["image"]), pictures)))

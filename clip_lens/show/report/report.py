@@ -22,17 +22,19 @@ from plotly.offline import get_plotlyjs
 from clip_lens.core.effects import SEGMENTS, Effects
 from clip_lens.core.table import SIDES
 from clip_lens.files import written_whole
+from clip_lens.show.figures.alike import alike
 from clip_lens.show.figures.figure import Figure
 from clip_lens.show.figures.style import swaps
-from clip_lens.show.figures.thumbnails import Pictures
-from clip_lens.show.figures.words import SIDE_NAMES
+from clip_lens.show.figures.thumbnails import Pictures, picture_file, thumbnail
+from clip_lens.show.figures.words import SIDE_NAMES, column_name
 from clip_lens.show.report.cautions import cautions_of
 from clip_lens.show.report.effects_section import NEGATION_IN, section_of
-from clip_lens.show.report.examples import examples
+from clip_lens.show.report.examples import Example, examples
+from clip_lens.show.report.head import Point, illustration, in_rows, lead, main_row, points_of
 from clip_lens.show.report.packed import File, as_json, pack
 from clip_lens.show.report.section import PROBABILITY, Data, Picture, Section, Table
 from clip_lens.show.report.words import methods_of
-from clip_lens.words import formatted, minus, probability
+from clip_lens.words import formatted, minus, probability, unbroken
 
 WHAT = (
     "method",
@@ -52,11 +54,12 @@ WHAT = (
     "selected",
     "versions",
 )
-"""What of a record stands in "What was run"; the details have all of it."""
+"""What of a record comes first in "What was run"."""
 DROPPED = ("pairs dropped", "dropped")
 LARGEST = 6_000_000  # bytes of a page: what mail and previews still take
 WORDS = 300_000  # bytes of it kept for words and tables
 HEIGHT = 450  # pixels of a figure that has none: plotly's own
+CELL = 96  # pixels of a picture in a table, shown at half of that
 
 
 def report(
@@ -65,6 +68,7 @@ def report(
     *,
     title: str = "What patching moves",
     summary: str | None = None,
+    points: Sequence[str] = (),
     pictures: Pictures = None,
     warnings: Sequence[str] = (),
     methods: Mapping[str, str] | Iterable[tuple[str, str]] | None = None,
@@ -75,8 +79,10 @@ def report(
 
     An `Effects` becomes a section that states in words which places move the largest share, with a figure per side, the
     largest effects with their intervals and its whole table as a file to save. The names stand in the page's contents.
+    Under the title stand what d is and `summary`, the main picture (see `Picture`; by default the first), and
+    `points`, with the first findings of the sections where they are less than three; the sections say the others.
     Every table gives its numbers as CSV, and every figure that carries its own (see `Picture`) as a table too; example
-    pairs come from the first section that has pairs. `summary` is a sentence of yours, put first. `warnings` are what
+    pairs come from the first section that has pairs. `warnings` are what
     must be known before any number; what follows from the results themselves (hooks that were on, few pairs) is added.
     `methods` are headings and texts, shown folded (those of `Effects` where it is None); `data` are further files to
     save, by name: tables, paths or bytes. `pictures` is a folder that holds the image ids, or maps an image id to a
@@ -99,13 +105,15 @@ def report(
     effects = {name: item for name, item in results.items() if isinstance(item, Effects)}
     methods = methods_of(effects.values()) if methods is None else methods
     given = [warnings] if isinstance(warnings, str) else warnings
-    page = _Page(dict(data or {}))
-    for number, (heading, section) in enumerate(sections.items(), start=1):
-        page.add(f"part-{number}", heading, section)
+    chosen = points_of(sections, [points] if isinstance(points, str) else points)
+    page = _Page(dict(data or {}), pictures)
+    first = lead(sections, summary)
+    page.take(sections, chosen, first)
     words = {
         "name": name,
         "title": title,
-        "summary": summary,
+        "lead": first,
+        "shown": _shown(illustration(sections, pictures)),
         "warnings": list(dict.fromkeys([*given, *cautions_of(effects)])),
         "methods": list(methods.items() if isinstance(methods, Mapping) else methods),
         **_what_was_run(sections),
@@ -154,36 +162,58 @@ class _Page:
     """The parts of a page as they come in: figures and tables are numbered through, files get ids."""
 
     given: dict[str, Data]
+    images: Pictures = None
+    head: dict[str, Any] = field(default_factory=dict)
+    captions: dict[str, int] = field(default_factory=dict)
     parts: list[dict[str, Any]] = field(default_factory=list)
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     n_tables: int = 0
     files: dict[str, File] = field(default_factory=dict)
     data: dict[tuple[str, str], Data] = field(default_factory=dict)
 
-    def add(self, key: str, name: str, section: Section) -> None:
-        """A section; its data are known to its figures and tables by name, then those of the report."""
-        self.data |= {(key, entry): content for entry, content in section.data.items()}
+    def take(self, sections: Mapping[str, Section], points: Sequence[Point], lead: str) -> None:
+        """All sections, those of their pictures and findings that stand at the head there alone."""
+        keys = {name: f"part-{number}" for number, name in enumerate(sections, start=1)}
+        for name, section in sections.items():  # known to figures and tables by name, before those of the report
+            self.data |= {(keys[name], entry): content for entry, content in section.data.items()}
+        owner, first = main_row(sections)
+        said = [{"text": point.text, "id": keys.get(point.section, "")} for point in points]
+        self.head = {"row": self._row(keys.get(owner, ""), first), "points": said}
+        for name, section in sections.items():
+            self._add(keys[name], name, section, first if name == owner else [], [lead, *(p.text for p in points)])
+
+    def _add(self, key: str, name: str, section: Section, first: Sequence[Picture], said: Sequence[str]) -> None:
+        rest = [picture for picture in section.pictures if all(picture is not other for other in first)]
         self.parts.append(
             {
                 "id": key,
                 "name": name,
                 "section": section,
+                "above": self.head["row"] if first else [],
+                "findings": [line for line in section.findings if not any(line in words for words in said)],
                 "paragraphs": paragraphs(section.text),
-                "pictures": [self._picture(key, picture) for picture in section.pictures],
+                "rows": [self._row(key, row) for row in in_rows(rest)],
                 "tables": [self._table(key, table) for table in section.tables],
             }
         )
 
-    def _picture(self, key: str, picture: Picture) -> dict[str, Any]:
+    def _row(self, key: str, row: Sequence[Picture]) -> list[dict[str, Any]]:
+        """Figures side by side; those of a pair look alike."""
+        figures = [picture.figure for picture in row]
+        figures = alike(figures) if row and row[0].pair else figures
+        return [self._picture(key, picture, figure) for picture, figure in zip(row, figures, strict=True)]
+
+    def _picture(self, key: str, picture: Picture, figure: go.Figure) -> dict[str, Any]:
         number = len(self.figures) + 1
         name = f"figure-{number}"
-        self.figures[name] = {**json.loads(str(picture.figure.to_json())), "columns": _columns(picture.figure)}
+        self.figures[name] = {**json.loads(str(figure.to_json())), "columns": _columns(figure)}
         if (shown := numbers_of(picture)) is not None:
             self.files[f"{name}-numbers"] = pack(f"{name}.csv", shown)
-        height = picture.figure.layout.height or HEIGHT
+        caption = self.captions.setdefault(picture.caption, number)
+        names = None if shown is None else [column_name(column) for column in shown.columns]
         return {
-            "id": name, "number": number, "picture": picture, "height": height, "numbers": shown is not None,
-            "data": self._behind(key, picture.data),
+            "id": name, "number": number, "picture": picture, "height": figure.layout.height or HEIGHT,
+            "names": names, "as": caption if caption != number else None, "data": self._behind(key, picture.data),
         }  # fmt: skip
 
     def _table(self, key: str, table: Table) -> dict[str, Any]:
@@ -194,7 +224,7 @@ class _Page:
             "id": name,
             "number": self.n_tables,
             "table": table,
-            **cells(table),
+            **cells(table, self.images),
             "data": self._behind(key, table.data),
         }
 
@@ -224,7 +254,7 @@ class _Page:
             listed[entry] = {"id": name, "file": file, "fits": fits}
         return str(
             _template().render(
-                **words, parts=self.parts, data=listed, files=as_json(self.files),
+                **words, head=self.head, parts=self.parts, data=listed, files=as_json(self.files),
                 dark=Markup(json.dumps(swaps("dark"))),
                 css=_own("report.css"), js=_own("report.js"), paragraphs=paragraphs,
             )
@@ -250,7 +280,25 @@ def _own(name: str) -> Markup:
 
 
 def _template() -> Any:
-    return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_own("report.html.j2"))
+    made = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_unbroken)
+    return made.from_string(_own("report.html.j2"))
+
+
+def _unbroken(value: Any) -> Any:
+    """Words as a page shows them; what is markup already stays."""
+    return (
+        unbroken(value).replace(" -> ", " \N{RIGHTWARDS ARROW} ")
+        if isinstance(value, str) and not isinstance(value, Markup)
+        else value
+    )
+
+
+def _shown(example: Example | None) -> dict[str, Any] | None:
+    """A pair that shows what d is."""
+    if example is None:
+        return None
+    words = "above" if example.d >= 0 else "below"
+    return {**example._asdict(), "by": f"{abs(example.d):.1f} logits {words}"}
 
 
 def _columns(figure: go.Figure) -> float:
@@ -273,19 +321,25 @@ def paragraphs(text: str) -> list[str]:
     return [part.strip() for part in text.split("\n\n") if part.strip()]
 
 
-def cells(table: Table) -> dict[str, Any]:
-    """What a page shows of a table: its columns with whether they hold words, and the cells as text.
+def cells(table: Table, pictures: Pictures = None) -> dict[str, Any]:
+    """What a page shows of a table: its columns in words, with whether they hold some, and the cells as text, or as
+    the picture that they name.
 
     Example:
-        >>> shown = cells(Table(DataFrame({"head": ["1.2"], "effect": [-0.5]}), "Heads"))
-        >>> shown["lines"][0][0], [column["words"] for column in shown["columns"]]
-        ('1.2', [True, False])
+        >>> shown = cells(Table(DataFrame({"head": ["1.2"], "mean_d": [-0.5]}), "Heads"))
+        >>> shown["lines"][0][0], [(column["name"], column["words"]) for column in shown["columns"]]
+        ({'text': '1.2', 'picture': None}, [('head', True), ('mean d', False)])
     """
     frame = table.frame.head(table.rows)
-    written = [[_cell(value, table.formats.get(name)) for value in frame[name]] for name in frame.columns]
+    written = [[_shown_cell(value, name, table, pictures) for value in frame[name]] for name in frame.columns]
     words = [not pd.api.types.is_numeric_dtype(table.frame[name]) for name in frame.columns]
-    columns = [{"name": str(name), "words": kind} for name, kind in zip(frame.columns, words, strict=True)]
+    columns = [{"name": column_name(name), "words": kind} for name, kind in zip(frame.columns, words, strict=True)]
     return {"columns": columns, "lines": [list(line) for line in zip(*written, strict=True)]}
+
+
+def _shown_cell(value: Any, column: Any, table: Table, pictures: Pictures) -> dict[str, str | None]:
+    file = picture_file(str(value), pictures) if column in table.pictured else None
+    return {"text": _cell(value, table.formats.get(column)), "picture": thumbnail(file, CELL)}
 
 
 def _cell(value: Any, how: str | None) -> str:
@@ -304,14 +358,17 @@ def _cell(value: Any, how: str | None) -> str:
 
 
 def _what_was_run(sections: Mapping[str, Section]) -> dict[str, Any]:
+    """Each thing once: what all results have in common, in the order of `WHAT`, then what is a result's own."""
     shared = _shared([section.meta for section in sections.values() if section.meta])
     drops = (section.meta[name] for section in sections.values() for name in DROPPED if name in section.meta)
+    own = [
+        (section.title, {key: value for key, value in section.meta.items() if key not in shared})
+        for section in sections.values()
+    ]
+    order = [*(name for name in WHAT if name in shared), *(name for name in shared if name not in WHAT)]
     return {
-        "shared": {name: shared[name] for name in WHAT if name in shared},
-        "own": {
-            name: {key: section.meta[key] for key in WHAT if key in section.meta and key not in shared}
-            for name, section in sections.items()
-        },
+        "shared": {name: shared[name] for name in order},
+        "recorded": [(title, meta) for title, meta in own if meta],
         "pair_counts": _pair_counts(sections),
         "dropped": "; ".join(dict.fromkeys(drops)),
     }

@@ -22,8 +22,9 @@ class Picture:
     `caption` says how to read it; `alt` says in a sentence what is seen, for a screen reader. `numbers` are what the
     page shows on "show as table" and saves as CSV: by default the `frame` that this package's figures carry; a figure
     of your own has none, and without `numbers` the page says so. `data` names an entry of the section's or the report's
-    data that holds more than the figure shows. A `wide` one takes the whole width of the page. Colours follow the page,
-    light or dark; a background of the figure's own is dropped.
+    data that holds more than the figure shows. A `wide` one takes the whole width of the page; those that name the same
+    `pair` share a row, their colours' limits and the range of their axes. The `main` one, with its pair, stands under
+    the page's title. Colours follow the page, light or dark; a background of the figure's own is dropped.
 
     Raises:
         TypeError: no plotly figure.
@@ -41,6 +42,8 @@ class Picture:
     data: str | None = None
     numbers: DataFrame | None = None
     wide: bool = False
+    pair: str = ""
+    main: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.figure, go.Figure):
@@ -57,7 +60,8 @@ class Table:
 
     `formats` maps a column to a format specification (".1f", "+.3f", ".0%"), or to "p" where it holds p values: three
     decimals, or "< .001". Other floats get three decimals, missing entries stay empty. The page shows the first `rows`
-    rows and saves all of them, unrounded, as CSV. `data` is as a `Picture`'s.
+    rows and saves all of them, unrounded, as CSV. `pictured` are columns that hold ids of images: the page shows the
+    image where it has it. `data` is as a `Picture`'s.
 
     Raises:
         ValueError: no title, or a format for a column that is not there.
@@ -74,6 +78,7 @@ class Table:
     formats: Mapping[str, str] = field(default_factory=dict)
     rows: int = 30
     data: str | None = None
+    pictured: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         named = any(name is not None for name in self.frame.index.names)
@@ -89,10 +94,11 @@ class Table:
 class Section:
     """One part of a report: what was found, how it was found, and what shows it. Everything but the title is optional.
 
-    `findings` are sentences, put first in the page as well; `text` is prose, paragraphs parted by an empty line;
-    `notes` stand small below the figures. `meta` is what was run: what all sections have in common is said once.
-    `pairs` (as `Effects.pairs`, with the columns `PAIRS` of this module) are counted, and those of the first
-    section that has any give the example pairs. `data` maps a file's name to a table or a file that readers can save.
+    `findings` are sentences; `headline` is the one that stands under the page's title, by default a finding; `text` is
+    prose, paragraphs parted by an empty line; `notes` stand small below the figures. `meta` is what was run: what all
+    sections have in common is said once. `pairs` (as `Effects.pairs`, with the columns `PAIRS` of this module) are
+    counted, and those of the first section that has any give the example pairs. `data` maps a file's name to a table or
+    a file that readers can save.
 
     Raises:
         ValueError: no title, a single str for findings or notes, or pairs without one of their columns.
@@ -111,6 +117,7 @@ class Section:
     notes: Sequence[str] = ()
     pairs: DataFrame | None = None
     data: Mapping[str, Data] = field(default_factory=dict)
+    headline: str = ""
 
     def __post_init__(self) -> None:
         if not self.title.strip():

@@ -10,6 +10,7 @@ import numpy as np
 from clip_lens.core.effects import Effects
 from clip_lens.methods.registry import EFFECTS
 from clip_lens.show.figures.words import slot_name
+from clip_lens.words import capital
 
 KIND_NAMES = {
     "embed": "the embedding",
@@ -23,18 +24,22 @@ KIND_NAMES = {
     "v": "the values",
     "pattern": "the attention pattern",
     "neuron": "a neuron's activation",
+    "result": "what a head writes",
+    "norm": "what the final LayerNorm gives",
+    "projection": "the embedding",
 }
 D = (
     "The logit difference d",
-    "S(text, image) is the model's logit: its scale times the cosine of the text's and the image's embedding. For a "
-    "pair d = S(caption, image) \N{MINUS SIGN} S(foil, image); the model is right where d > 0. By two thresholds on d, "
-    "pairs are incorrect, ambiguous or correct.",
+    "S(text, image) is the model's logit: its scale times the cosine between the text's embedding and the image's. For "
+    "a pair, d = S(caption, image) \N{MINUS SIGN} S(foil, image). Two thresholds on d divide the pairs into incorrect, "
+    "ambiguous and correct ones.",
 )
 SHARE = (
     "Recovered fractions",
-    "Where the source is the other text of the pair, the recovered fraction is the sum of the effects over the sum of "
-    "the differences between the two texts: 0 is nothing, 1 is all of it. It is a ratio of means, for each side of the "
-    "negation by itself, because the sides have opposite signs; it can be below 0 or above 1.",
+    "Where the source is the other text of the pair, or the same text in another tower, the recovered fraction is the "
+    "sum of the effects divided by the sum of the differences between the two: 0 is nothing, 1 is everything, and "
+    "values below 0 or above 1 occur. It is a ratio of means, taken for each side separately, because the sides have "
+    "opposite signs.",
 )
 INTERVAL = (
     "Intervals",
@@ -131,24 +136,26 @@ def reading(effects: Effects, mark: str = "cell") -> str:
     Example:
         >>> from clip_lens.core.effects import toy_effects
         >>> reading(toy_effects()).split(":")[0], reading(toy_effects(), "bar")[:23]
-        ('Its number is the share of d that this alone moves, a ratio of means over pairs', 'Its length is the share')
+        ('The number is the share of d that this alone moves, a ratio of means over pairs', 'The length is the share')
     """
     record, method = effects.record, effects.record.method
     size, nothing = ("number", "0, without colour,") if mark == "cell" else ("length", "0")
     if not record.shares:
-        return f"Its {size} is the {method.noun} in {record.unit}: {_signs(effects)} {nothing} is nothing."
+        return f"The {size} is the {method.noun} in {record.unit}; {nothing} is no effect. {capital(_signs(effects))}"
     alone = f"that this alone {method.verb}" if method.patches else f"that {method.verb} there"
     return (
-        f"Its {size} is the share of {whole(effects)} {alone}, a ratio of means over pairs: "
-        f"{nothing} is nothing and 1 all of it; {_signs(effects)}"
+        f"The {size} is the share of {whole(effects)} {alone}, a ratio of means over pairs: {nothing} is none of it, "
+        f"1 is all of it. {capital(_signs(effects))}"
     )
 
 
 def _signs(effects: Effects) -> str:
     """What blue and red mean: an effect times sigma counts with d, whichever text is run."""
     record = effects.record
+    if record.shares and record.method.patches:
+        return "blue moves the score towards that of the other text, red away from it."
     if record.shares:
-        return "blue counts the way the whole does, red the other way."
+        return "blue has the sign of the whole, red the opposite one."
     if record.method.patches and record.metric.oriented:
         return "blue lowers the caption's lead over the foil by that much, red raises it."
-    return "blue is positive, red negative."
+    return "blue is positive, red is negative."
