@@ -186,7 +186,8 @@ def test_a_finder_says_how_it_finds():
         empty.circuit(None, finders.Options(), None, None)
     assert all((finder.score is None) != (finder.search is None) for finder in finders.FINDERS.values())
     assert [finder.file(finders.Options()) for finder in finders.FINDERS.values()] == [
-        "exact-200", "eap-200", "eap-ig-200", "acdc-0.02", "random-200"
+        "exact-200", "eap-200", "eap-ig-200", "eap-ig-certain-200", "eap-ig-both-ends-200", "eap-ig-nodes-200",
+        "eap-ig-loss-200", "acdc-0.02", "learned-200", "random-200",
     ]  # fmt: skip
 
 
@@ -273,7 +274,7 @@ def test_an_interrupted_sweep_goes_on_with_its_next_part(tower, tmp_path, monkey
 
 def test_what_does_not_fit_is_refused_before_anything_runs(tower):
     encoder, found, judged = tower
-    with pytest.raises(ValueError, match="give one of exact, eap, eap-ig, acdc, random"):
+    with pytest.raises(ValueError, match=r"give one of exact, eap, eap-ig, .*acdc, learned, random"):
         discover(encoder, found, judged, method="EAP")
     with pytest.raises(ValueError, match="edges to select from"):
         discover(encoder, found, judged, edges=10**6)

@@ -12,7 +12,7 @@ from clip_lens.core.source import zeros
 from clip_lens.methods.circuits import learned as module
 from clip_lens.methods.circuits.circuit import Circuit, Graph
 from clip_lens.methods.circuits.faithfulness import faithfulness
-from clip_lens.methods.circuits.learned import Gates, learn_circuit
+from clip_lens.methods.circuits.learned import Gates, exchanged, learn_circuit
 from clip_lens.methods.circuits.weights import Weighted
 from clip_lens.model.site import Edge, Site
 
@@ -54,14 +54,14 @@ def test_the_known_circuit_is_learned(name, by_slot):
     tower = handmade(name)
     slots = tower.batch.occurring if by_slot else ()
     expected = known(name, True, slots)
-    found = learned(tower, len(expected), slots, steps=60)
+    found = learned(tower, len(expected), slots, steps=120, exchanges=20)
     assert found.digest == expected.digest, ((expected - found).edges(), (found - expected).edges())
     assert found.scores[found.keep].min() > 0.5 and found.scores[~found.keep].isnan().all()
 
 
 def test_the_known_circuit_of_a_bidirectional_tower_is_learned():
     expected = known("parallel", False, ())
-    assert learned(handmade("parallel", False), len(expected), steps=60).digest == expected.digest
+    assert learned(handmade("parallel", False), len(expected), steps=120, exchanges=20).digest == expected.digest
 
 
 def test_more_edges_than_matter_are_not_kept():
@@ -133,7 +133,11 @@ def test_the_circuit_is_the_best_on_the_pairs_held_out(pairs):
         assert abs(loss - course["held_out"].min()) <= 1e-4 * loss
         assert len(circuit) == course.set_index("held_out")["edges"][course["held_out"].min()]
     assert len(found[0].training) < len(found[1].training) and found[1].selection.asked == 332
-    assert found[0].record.settings["not_trained_on"] == 0.2 and found[0].record.method.key == "learned"
+    assert (
+        found[0].record.settings["sizes"] == "0.5, 0.3"
+        and found[0].record.settings["not_trained_on"] == 0.2
+        and found[0].record.method.key == "learned"
+    )
 
 
 def test_a_size_ends_when_nothing_better_comes(pairs, monkeypatch):
@@ -198,6 +202,7 @@ def test_a_learned_circuit_is_read_as_it_was_written(pairs, tmp_path):
         ({"steps": 0}, "must be positive"),
         ({"rate": 0.0}, "must be positive"),
         ({"held_out": 1.0}, "less than 1"),
+        ({"metric": metric(lambda u, readout: u.detach()[:, 0], oriented=True)}, "no gradient"),
         ({"source": lambda encoder, batch: lambda index, names: own(encoder, batch, index, names)}, "moves the metric"),
     ],
 )
@@ -211,6 +216,13 @@ def own(encoder, batch, index, names):
     return encoder.cache(batch.tokens[index], names=list(names))
 
 
+def test_it_learns_inside_of_inference_mode(pairs):
+    encoder, batch = pairs
+    with torch.inference_mode():
+        inside = learn_circuit(encoder, batch, share=0.5, steps=3, held_out=0, progress=False)[0]
+    assert inside.digest == learn_circuit(encoder, batch, share=0.5, steps=3, held_out=0, progress=False)[0].digest
+
+
 def test_pairs_that_all_hang_together_need_held_out_0(pairs):
     encoder, batch = pairs
     with pytest.raises(ValueError, match="With held_out=0 every pair"):
@@ -221,3 +233,12 @@ def test_edges_that_stand_for_every_slot():
     edge = Edge(head(0, 1), Site("v", 2, 0))
     circuit = Circuit.of([edge, Edge(EMBED, Site("q", 0, 0, "eot"))], n_layers=3, n_heads=4, slots=BEHIND)
     assert [str(one) for one in circuit.edges()][1:] == [f"head 0.1 -> v 2.0 @{slot}" for slot in BEHIND]
+
+
+def test_an_exchange_opens_what_helps_most_and_closes_what_is_needed_least():
+    kept = torch.tensor([True, True, True, False, False, False])
+    slope = torch.tensor([-3.0, 0.5, -1.0, -2.0, 1.0, -4.0])
+    assert exchanged(kept, slope, 3, 1).tolist() == [True, False, True, False, False, True]
+    assert exchanged(kept, slope, 4, 1).tolist() == [True, True, True, False, False, True]
+    assert exchanged(kept, slope, 3, 2).tolist() == [True, False, False, True, False, True]
+    assert exchanged(kept, slope, 3, 3) is None and exchanged(kept, slope, 1, 2) is None

@@ -277,7 +277,7 @@ def test_nodes_are_taken_by_the_sum_of_what_they_send(signed):
 def test_edges_with_a_certain_sign_are_those_that_keep_it_in_resamples():
     values = torch.full((46, 8), 0.01, dtype=torch.float64)
     values[:6] = 0.5
-    values[3] = torch.tensor([9.0, -8.0] * 4)  # the largest mean of all, of no certain sign
+    values[3] = torch.tensor([10.0, -8.0] * 4)  # the largest mean of all, of no certain sign
     effects = made(values, sigma=[1] * 8)
     assert effects.places[3] in top_edges(effects, 1)
     circuit = top_edges(effects, 6, certain=0.95)
@@ -287,7 +287,7 @@ def test_edges_with_a_certain_sign_are_those_that_keep_it_in_resamples():
         "the top 6 of 46 edges with a sign that is certain in 0.95 of the resamples by absolute score"
     )
     assert [len(one) for one in sized_circuits(effects, (1.0,), certain=0.95)] == [len(circuit_of_45(effects).pruned())]
-    with pytest.raises(ValueError, match="certain=1.5"):
+    with pytest.raises(ValueError, match=r"certain=1\.5"):
         top_edges(effects, 3, certain=1.5)
     with pytest.raises(ValueError, match="for select='top'"):
         top_edges(effects, 3, certain=0.9, select="greedy")

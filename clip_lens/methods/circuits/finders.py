@@ -163,7 +163,9 @@ def _learned(setting: Setting, options: Options) -> Circuit:
 
 
 def _learned_record(setting: Setting, options: Options) -> Record:
-    return learned_record(replace(setting, rows=min(setting.rows, LEARNED_ON)), Plan(seed=options.seed))
+    every = len(setting.encoder.edges())
+    of_one = replace(setting, rows=min(setting.rows, LEARNED_ON))
+    return learned_record(of_one, Plan(seed=options.seed), [options.edges / every])
 
 
 def _drawn(setting: Setting, options: Options) -> Circuit:

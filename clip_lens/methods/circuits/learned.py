@@ -43,6 +43,8 @@ FALLING = 2 / 3
 """The part of a size's steps in which the share falls; in the rest it stays."""
 MEAN = 3.0
 """How much the square of a side's mean counts beside the mean of the squares: f is a ratio of means."""
+TRIED = (16, 4, 2, 1)
+"""How many edges an exchange tries to open at once, the most first."""
 ALL = 0.999
 """The largest share that is held: logits of gates that are all surely open would be infinite."""
 COURSE = ("step", "share", "loss", "held_out", "edges")
@@ -61,6 +63,7 @@ def learn_circuit(
     steps: int = 90,
     rate: float = 0.3,
     held_out: float = 0.2,
+    exchanges: int = 0,
     seed: int = 0,
     rows: int = 32,
     progress: bool = True,
@@ -77,12 +80,15 @@ def learn_circuit(
     The part `held_out` of the pairs, kept apart by text, isn't trained on: of each size the circuit is the one that
     loses least there, and a size ends when nothing better comes. With 0 every pair is trained on, and the last gates
     count. `training` of each circuit is the course up to it: step, share (held), loss, held_out (the same loss of the
-    circuit, where looked at), edges (of that circuit). An interruption (Ctrl-C) gives the sizes that are done. A random
-    order of pairs and gates follows from `seed`.
+    circuit, where looked at), edges (of that circuit). With `exchanges` each circuit is then mended without noise, at
+    most so often: edges are opened, and others closed for them, where the gradient says that it helps most, as long as
+    the loss of all pairs falls. Weak edges that a course misses come back so. An interruption (Ctrl-C) gives the sizes
+    that are done. A random order of pairs and gates follows from `seed`.
 
     Raises:
         ValueError: a share outside of (0, 1], steps or a rate that are not positive, `held_out` outside of [0, 1) or
-            with pairs that can't be kept apart by text, a source that moves nothing, or what `faithfulness` refuses.
+            with pairs that can't be kept apart by text, a source that moves nothing, a metric without gradient, an
+            encoder that was loaded in inference mode, or what `faithfulness` refuses.
 
     Example:
         >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
@@ -92,17 +98,18 @@ def learn_circuit(
         ([554, 221], 'learned gates')
     """
     setting = Setting.of(encoder, batch, source=source, metric=metric, rows=rows, progress=progress)
-    shares = [float(share)] if isinstance(share, int | float) else [float(one) for one in share]
-    plan = Plan(tuple(slots), steps, float(rate), float(held_out), seed)
+    plan = Plan(tuple(slots), steps, float(rate), float(held_out), exchanges, seed)
     shares = [float(one) for one in ([share] if isinstance(share, int | float) else share)]
     plan.check(shares)
-    course, record = begun(setting, plan), learned_record(setting, plan)
-    done: dict[float, Circuit] = {}
-    with progress_bar(steps * len(set(shares)), "step", "learning gates", show=progress) as bar:
+    record, done = learned_record(setting, plan, shares), dict[float, Circuit]()
+    bar = progress_bar(steps * len(set(shares)), "step", "learning gates", show=progress)
+    with torch.inference_mode(False), torch.enable_grad(), bar:
+        course = begun(setting, plan)
         try:
             for one in sorted(set(shares), reverse=True):
                 for steps_done in course.size(one):
                     bar.update(steps_done)
+                course.mend(one)
                 done[one] = course.circuit(one, encoder, record)
         except KeyboardInterrupt:
             if not done:
@@ -112,7 +119,15 @@ def learn_circuit(
 
 
 def begun(setting: Setting, plan: Plan) -> Course:
-    """A course at its beginning."""
+    """A course at its beginning.
+
+    Raises:
+        ValueError: what `learn_circuit` refuses before the first step.
+    """
+    if setting.encoder.tower.W_U.is_inference():
+        raise ValueError(
+            f"{setting.encoder.name} was loaded in torch.inference_mode, which keeps no gradients; load it outside"
+        )
     fit, look = plan.parted(setting.batch)
     parts = weighted(replace(setting, batch=fit), plan.slots)
     held = [] if look is None else weighted(replace(setting, batch=look), plan.slots)
@@ -127,6 +142,7 @@ class Plan:
     steps: int = 90
     rate: float = 0.3
     held_out: float = 0.2
+    exchanges: int = 0
     seed: int = 0
 
     def check(self, shares: Sequence[float]) -> None:
@@ -148,10 +164,11 @@ class Plan:
             raise ValueError(f"held_out={self.held_out}: {error}. With held_out=0 every pair is learned on") from error
 
 
-def learned_record(setting: Setting, plan: Plan) -> Record:
-    """What learning says of itself, whichever size."""
+def learned_record(setting: Setting, plan: Plan, shares: Sequence[float]) -> Record:
+    """What learning says of itself, whichever of the sizes of a course."""
     said: dict[str, str | int | float] = {
-        "steps": plan.steps, "rate": plan.rate, "not_trained_on": plan.held_out, "seed": plan.seed,
+        "sizes": ", ".join(f"{share:g}" for share in sorted(set(shares), reverse=True)), "steps": plan.steps,
+        "rate": plan.rate, "not_trained_on": plan.held_out, "exchanges": plan.exchanges, "seed": plan.seed,
         "rows": setting.rows, "slots": ", ".join(map(str, plan.slots)) or "none",
         "loss": "divergence" if setting.metric.divergence else "squared difference, sides alike",
     }  # fmt: skip
@@ -288,6 +305,8 @@ class Course:
         part = self.parts[int(torch.randint(len(self.parts), (1,), generator=self.generator))]
         gates = self.gates.drawn(len(part), self.generator)
         loss = self.objective([part], self.gates.weights(gates))
+        if not loss.requires_grad:
+            raise ValueError("the metric has no gradient with respect to the embedding: compute it from `u` in torch")
         self.optimiser.zero_grad()
         loss.backward()
         self.optimiser.step()
@@ -305,6 +324,30 @@ class Course:
         with torch.no_grad():
             return float(self.objective(self.held, self.gates.weights(kept[None].to(self.gates.logits))))
 
+    def mend(self, share: float) -> None:
+        """Exchanges edges of the size that was learned last while the loss of all pairs falls."""
+        (kept, gates), size = self.best, number_of(share, len(self.gates.logits))
+        for _ in range(self.plan.exchanges):
+            loss, slope = self._slope(kept)
+            better = (other for count in TRIED if (other := exchanged(kept, slope, size, count)) is not None)
+            found = next((other for other in better if self._slope(other, slopes=False)[0] < loss), None)
+            if found is None:
+                break
+            kept = found
+        self.best = kept, torch.where(kept, gates.clamp(min=0.5), gates.clamp(max=0.5))
+
+    def _slope(self, kept: Bool[Tensor, "edge"], *, slopes: bool = True) -> tuple[float, Float[Tensor, "edge"]]:
+        """The loss of a circuit over all pairs, a part at a time, and how opening each gate would change it."""
+        every = [*self.parts, *self.held]
+        gates = kept[None].to(self.gates.logits).requires_grad_(slopes)
+        slope, total, pairs = torch.zeros_like(gates), 0.0, sum(map(len, every))
+        for part in every:
+            with torch.set_grad_enabled(slopes):
+                loss = self.objective([part], self.gates.weights(gates)) * len(part) / pairs
+            slope = slope + torch.autograd.grad(loss, gates)[0] if slopes else slope
+            total += float(loss.detach())
+        return total, slope[0]
+
     def circuit(self, share: float, encoder: HookedTextEncoder, record: Record) -> Circuit:
         """The circuit of the size that was learned last."""
         graph, (kept, gates) = self.gates.graph, self.best
@@ -314,3 +357,17 @@ class Course:
             Selection("learned", share=share, asked=size, of=len(kept)), graph.slots,
             DataFrame(self.lines, columns=list(COURSE)),
         )  # fmt: skip
+
+
+def exchanged(
+    kept: Bool[Tensor, "edge"], slope: Float[Tensor, "edge"], size: int, count: int
+) -> Bool[Tensor, "edge"] | None:
+    """A circuit with some closed edges opened, those whose opening lowers the loss most, and as many open ones closed
+    as the size asks for, those that are needed least; None where there are not so many that would help."""
+    opening = slope.masked_fill(kept, torch.inf).sort(stable=True)
+    if count > size or not opening.values[count - 1] < 0:
+        return None
+    other, over = kept.clone(), max(0, int(kept.sum()) + count - size)
+    other[slope.masked_fill(~kept, -torch.inf).sort(descending=True, stable=True).indices[:over]] = False
+    other[opening.indices[:count]] = True
+    return other
