@@ -8,6 +8,8 @@ from .core.metric import metric as metric
 from .core.metric import rank as rank
 from .core.record import Method as Method
 from .core.record import Record as Record
+from .core.shard import Shard as Shard
+from .core.shard import gather as gather
 from .core.source import counterpart as counterpart
 from .core.source import mean as mean
 from .core.source import noise as noise
@@ -15,6 +17,8 @@ from .core.source import other_tower as other_tower
 from .core.source import resample as resample
 from .core.source import source as source
 from .core.source import zeros as zeros
+from .core.spread import Spread as Spread
+from .core.spread import on_ray as on_ray
 from .core.via import via as via
 from .data.batch import Batch as Batch
 from .data.batch import align as align

@@ -50,6 +50,28 @@ def close(name: str, names: Iterable[Any], most: int = 20) -> str:
     return f"; did you mean {alike[0]!r}?" if alike else f"; there are {some(every, most) or 'none'}"
 
 
+def unknown(what: str, name: str, names: Iterable[Any]) -> str:
+    """What is wrong with a name that there isn't: the nearest one, and all there are.
+
+    Example:
+        >>> unknown("kind of site", "heads", ["head", "mlp"])
+        "no kind of site 'heads' (did you mean 'head'?); there are head, mlp"
+    """
+    every = [str(each) for each in names]
+    return f"no {what} {name!r}{nearest(name, every)}; there are {some(every, 20) or 'none'}"
+
+
+def nearest(name: str, names: Iterable[Any]) -> str:
+    """The name that is spelt alike, in brackets, if there is one.
+
+    Example:
+        >>> nearest("heads", ["head", "mlp"]), nearest("x", ["head"])
+        (" (did you mean 'head'?)", '')
+    """
+    alike = difflib.get_close_matches(name, [str(each) for each in names], n=1)
+    return f" (did you mean {alike[0]!r}?)" if alike else ""
+
+
 def counted(count: int, noun: str, nouns: str = "") -> str:
     """A number of things.
 

@@ -242,7 +242,8 @@ class Page:
     def press(self, key: str) -> str:
         """Presses a key where the focus is, and gives what is focused then."""
         ActionChains(self.driver).send_keys(key).perform()
-        return self.driver.switch_to.active_element.get_attribute("data-set") or ""
+        # In one step: what has the focus may be drawn anew between asking for it and asking what it sets.
+        return str(self.driver.execute_script("return document.activeElement.dataset.set ?? ''"))
 
     def check(self, address: str) -> None:
         """Fails on errors in the console and on requests to elsewhere."""

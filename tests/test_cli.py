@@ -1,6 +1,7 @@
 """The command line, run in this process; only what must not import anything heavy gets a process of its own."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -48,7 +49,20 @@ def run(*words: object) -> int:
 
 @pytest.mark.parametrize(
     "command",
-    [(), ("demo",), ("trace",), ("patch",), ("ablate",), ("paths",), ("study",), ("circuit",), ("embed",), ("info",)],
+    [
+        (),
+        ("demo",),
+        ("trace",),
+        ("patch",),
+        ("ablate",),
+        ("paths",),
+        ("study",),
+        ("circuit",),
+        ("embed",),
+        ("info",),
+        ("compare",),
+        ("gather",),
+    ],
 )
 def test_help_imports_nothing_heavy(command: tuple[str, ...]) -> None:
     code = (
@@ -277,8 +291,8 @@ def test_info_tells_results_tables_and_circuits_apart(few: Path, tmp_path: Path,
         assert run("info", tmp_path / name) == 1
         assert name in (err := capsys.readouterr().err) and "compute it again" in err
     pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "foreign.parquet")
-    assert run("info", tmp_path / "foreign.parquet") == 1
-    assert "foreign.parquet is a Parquet file, but not one" in capsys.readouterr().err
+    assert run("info", tmp_path / "foreign.parquet") == 0
+    assert "a Parquet file of another program's, with 1 rows: a" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -529,3 +543,102 @@ def test_verbose_says_what_is_computed_and_written(tmp_path: Path, few: Path) ->
     assert done.returncode == 0
     assert "6 places x 40 pairs in" in done.stderr
     assert "patch-mlp-text.parquet: Effects(6 places x 40 pairs" in done.stderr
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> Path:
+    """Pairs that differ in a colour, about pictures of the embedded scenes."""
+    names, things = ("red", "blue", "green", "yellow"), ("circle", "square", "star")
+    images = list(dict.fromkeys(read_pairs().image))[:12]
+    rows = [
+        (f"a {names[n % 4]} {things[n % 3]}.", f"a {names[(n + 1) % 4]} {things[n % 3]}.", image)
+        for n, image in enumerate(images)
+    ]
+    pd.DataFrame(rows, columns=["caption", "foil", "image"]).to_csv(tmp_path / "colours.csv", index=False)
+    return tmp_path / "colours.csv"
+
+
+def said(page: Path, printed: str) -> str:
+    """What a page and a terminal say."""
+    return re.sub(r"<style.*?</style>", "", page.read_text(encoding="utf-8"), flags=re.S) + printed
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("trace",), ("patch", "--sites", "head"), ("ablate", "--sites", "mlp"),
+        ("paths", "--from", "mlp", "--to", "out"), ("circuit", "--edges", "20", "--method", "eap"),
+    ],
+)  # fmt: skip
+def test_pairs_that_differ_in_a_colour_hear_nothing_of_negation(
+    words: tuple[str, ...], colours: Path, tmp_path: Path, loaded: None, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    assert run(*words, "--pairs", colours, "--images", "tiny", "--segment", "all", "--out", out, "--quiet") == 0
+    text = said(out / "report.html", "".join(capsys.readouterr()))
+    assert re.findall(r"negat(?!ive\b)\w*", text, re.I) == [] and "neither" not in text
+    assert "slots by changed_slots" in text
+    if words == ("trace",):
+        table = pd.read_csv(out / "trace-resid-all.csv")
+        assert list(dict.fromkeys(table.slot)) == ["sot", "before", "changed", "after", "eot"]
+        first = table[(table.layer == 0) & (table.slot == "changed")]
+        assert first.fraction.tolist() == pytest.approx([1.0], abs=1e-5)  # nothing else differs
+        assert "what changes" in text and "run='foil'" in text
+
+
+def test_a_run_by_sides_of_pairs_that_have_none_says_what_to_give(
+    colours: Path, tmp_path: Path, loaded: None, capsys: pytest.CaptureFixture
+) -> None:
+    words = ("--pairs", colours, "--images", "tiny", "--run", "affirmative", "--out", tmp_path / "out", "--quiet")
+    assert run("patch", *words) == 1
+    error = capsys.readouterr().err
+    assert "none of the 12 pairs of colours.csv has a side" in error and "run='foil'" in error
+    assert "negat" not in error
+
+
+@pytest.mark.parametrize(
+    "command", [("trace",), ("patch", "--sites", "mlp"), ("paths", "--from", "0.1", "--to", "out")]
+)
+def test_shards_are_gathered_into_what_the_command_without_them_writes(
+    command: tuple[str, ...], tmp_path: Path, loaded: None, capsys: pytest.CaptureFixture
+) -> None:
+    pairs, options = tmp_path / "some.csv", ("--quiet", "--segment", "all")
+    read_pairs()[:70].to_frame().to_csv(pairs, index=False)
+    given = (*command, "--pairs", pairs, "--images", "tiny", *options)
+    assert run(*given, "--out", tmp_path / "whole") == 0
+    for shard in ("1/2", "0/2"):
+        assert run(*given, "--out", tmp_path / "parts", "--shard", shard) == 0
+        if shard == "1/2":
+            assert run("gather", tmp_path / "parts") == 1
+            assert "of 2 shards these are missing: 0/2" in capsys.readouterr().err
+    assert not (tmp_path / "parts" / "report.html").exists()
+    assert run("gather", tmp_path / "parts") == 0
+    assert run(*given, "--out", tmp_path / "parts") == 0
+    assert "there already and fits: reused" in capsys.readouterr().out
+    files = [path.name for path in (tmp_path / "whole").glob("*.parquet")]
+    assert files and (tmp_path / "parts" / "report.html").exists()
+    for name in files:
+        one, two = (Effects.load(tmp_path / folder / name) for folder in ("whole", "parts"))
+        assert torch.equal(one.values.nan_to_num(9e9), two.values.nan_to_num(9e9)) and one.record == two.record
+        pd.testing.assert_frame_equal(one.pairs, two.pairs, check_exact=True)
+
+
+def test_two_processes_write_what_one_writes(tmp_path: Path, loaded: None) -> None:
+    pairs = tmp_path / "some.csv"
+    read_pairs()[:70].to_frame().to_csv(pairs, index=False)
+    given = ("patch", "--sites", "mlp", "--pairs", pairs, "--quiet")
+    assert run(*given, "--out", tmp_path / "one") == run(*given, "--out", tmp_path / "two", "--jobs", 2) == 0
+    one, two = (Effects.load(next((tmp_path / folder).glob("patch*.parquet"))) for folder in ("one", "two"))
+    assert torch.equal(one.values, two.values)
+    assert not list((tmp_path / "two").glob("*.parts"))
+
+
+def test_what_has_no_shards_says_so(few: Path, tmp_path: Path, loaded: None, capsys: pytest.CaptureFixture) -> None:
+    for command in ("study", "circuit"):
+        assert run(command, "--pairs", few, "--out", tmp_path, "--shard", "0/2", "--quiet") == 1
+        assert f"{command} has no shards" in capsys.readouterr().err
+    assert run("patch", "--pairs", few, "--out", tmp_path, "--shard", "2/2") == 1
+    assert "the first is 0 and the last 1" in capsys.readouterr().err
+    assert run("gather", tmp_path / "nothing") == 1 and "no folder" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert run("gather", tmp_path / "empty") == 1 and "no shards" in capsys.readouterr().err

@@ -79,7 +79,7 @@ def demo(
 )
 @on_pairs(pairs=inspect.Parameter.empty)
 def trace(job: Job, kind: options.Kinds = "resid", metric: options.MetricOption = "logit") -> None:
-    """Causal tracing on your own pairs: by layer and slot, for both sides of the negation, with a report."""
+    """Causal tracing on your own pairs: by layer and slot, for each side, with a report."""
     _trace(job.measured(metric), kind)
 
 
@@ -142,13 +142,12 @@ def paths(
 
     ends = [_ends(words, job.encoder) for words in (senders, receivers)]
     places = [place for _, _, place in existing_paths(*ends)]
-    compute = lambda _: path_effects(
-        job.encoder, job.batch, *ends, through=through, rows=job.rows, progress=job.progress
-    )
     name = name_of("paths", through, senders, "to", receivers)
+    compute = lambda _: path_effects(job.encoder, job.batch, *ends, through=through, **job.how(name))
     wanted = job.setting(counterpart).record(METHODS[through])
-    effects = job.keep.effects(name, wanted, places, compute, whole=True)
-    job.write(name, {f"paths, {through}": job.chosen(effects)})
+    effects = job.kept(name, wanted, places, compute, whole=True)
+    if not job.is_part():
+        job.write(name, {f"paths, {through}": job.chosen(effects)})
 
 
 @app.command(
@@ -162,9 +161,11 @@ def study(
     """The negation study, whole: where negation is, which heads carry it, what confounds the score; one report."""
     from clip_lens.show.questions.study import study as write
 
+    job.refuse_shard("study")
     page = write(
         job.encoder, job.batch, job.out, segment=job.segment, images=job.images, any_store=job.any_store,
-        pictures=job.pictures, rows=job.rows, seed=seed, overwrite=job.overwrite, progress=job.progress, say=say,
+        pictures=job.pictures, rows=job.rows, seed=seed, overwrite=job.overwrite, progress=job.progress,
+        jobs=job.jobs, say=say,
     )  # fmt: skip
     say(f"The report is {page}; the .parquet files beside it hold the numbers.")
 
@@ -203,6 +204,7 @@ def circuit(
     from clip_lens.show.questions.circuits import circuit_report
     from clip_lens.show.report.report import page_in
 
+    job.refuse_shard("circuit")
     batch = job.of_segment()
     found, judged = batch.split(split, seed, by=split_by)
     discovery = discover(
@@ -236,7 +238,7 @@ def compare(
     pairs: options.PairsFile = "tiny",
     images: options.Images = "tiny",
     images_b: options.ImagesOfB = None,
-    run: options.RunOption = "affirmative",
+    run: options.RunOption = None,
     kind: options.Kinds = "head",
     by: options.ByOption = "text",
     any_store: options.AnyStore = False,
@@ -316,6 +318,21 @@ def embed(
 
 
 @app.command(
+    epilog="Example: clip-lens trace --pairs my.csv --images my.safetensors --out traced --shard 0/3 (and 1/3, 2/3, "
+    "each where it likes), clip-lens gather traced, and the first command again without --shard",
+)
+def gather(
+    folder: Annotated[Path, typer.Argument(help="The --out of the commands that computed the shards.")],
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Put shards together: every result of a folder that was computed in parts (--shard)."""
+    from clip_lens.cli.gathered import gathered
+
+    for line in gathered(folder, overwrite):
+        say(line)
+
+
+@app.command(
     epilog="Examples: clip-lens info   |   clip-lens info traced/resid-slots.parquet   |   clip-lens info my.csv"
 )
 def info(
@@ -323,7 +340,7 @@ def info(
         str,
         typer.Argument(
             help="'tiny', a model of open_clip's, a folder of one, or a file: pairs, an image store, a result, a "
-            "table, a circuit."
+            "table, a circuit, arrays."
         ),
     ] = "tiny",
     pretrained: options.Pretrained = None,
@@ -345,6 +362,8 @@ def _trace(job: Job, kind: str) -> None:
     slots, positions = (_layers(job.encoder, kind, _slots(job.batch, by)) for by in ("slot", "position"))
     by_slot = job.patched(f"{kind}-slots", slots, counterpart)
     by_position = job.patched(f"{kind}-positions", positions, counterpart)
+    if job.is_part():
+        return
     whole, single = job.chosen(by_slot), job.chosen(by_position).by_slot(job.batch)
     further = apart(whole, single)
     results = {"By slot": whole, **({"By single token": single} if further > SAME else {})}
@@ -355,7 +374,9 @@ def _trace(job: Job, kind: str) -> None:
 def _sites(job: Job, name: str, kind: str, by: str, source: Source | Function, title: str) -> None:
     """A sweep over the single places of a kind, a table, a report."""
     places = job.encoder.sites(kind, slots=_slots(job.batch, by))  # type: ignore[arg-type]
-    job.write(name, {title: job.chosen(job.patched(name, places, source))})
+    effects = job.patched(name, places, source)
+    if not job.is_part():
+        job.write(name, {title: job.chosen(effects)})
 
 
 def _source(name: str, std: float, seed: int) -> tuple[Source | Function, str]:

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from clip_lens.core.effects import Effects
     from clip_lens.core.keep import Keep
     from clip_lens.core.metric import Metric
+    from clip_lens.core.record import Record
     from clip_lens.core.setting import Setting
+    from clip_lens.core.shard import Shard
     from clip_lens.core.source import Function, Source
     from clip_lens.data.batch import Batch
     from clip_lens.data.images import ImageStore
@@ -53,6 +55,8 @@ class Job:
     any_store: bool = False
     overwrite: bool = False
     metric: str = "logit"
+    jobs: int = 1
+    shard: Shard | None = None
 
     def measured(self, metric: str) -> Job:
         """The job in another metric, by its name."""
@@ -86,10 +90,45 @@ class Job:
         from clip_lens.methods.patching import patch_effects
         from clip_lens.methods.registry import PATCHING
 
-        compute = lambda some: patch_effects(
-            self.encoder, self.batch, some, source=source, metric=self._metric, rows=self.rows, progress=self.progress
-        )
-        return self.keep.effects(self.named(name), self.setting(source).record(PATCHING), places, compute)
+        name = self.named(name)
+        how: dict[str, Any] = {"source": source, "metric": self._metric, **self.how(name)}
+        compute = lambda some: patch_effects(self.encoder, self.batch, some, **how)
+        return self.kept(name, self.setting(source).record(PATCHING), places, compute)
+
+    def how(self, name: str) -> dict[str, Any]:
+        """The options of every sweep of the result `name`."""
+        return {"rows": self.rows, "progress": self.progress, **self.keep.sharing(name, self.jobs, self.shard)}
+
+    def kept(
+        self,
+        name: str,
+        wanted: Record,
+        places: Sequence[Place],
+        compute: Callable[[Any], Effects],
+        *,
+        whole: bool = False,
+    ) -> Effects:
+        """A result under a name, or the shard of it that this command computes."""
+        if self.shard is not None:
+            name, wanted = shard_file(name, self.shard), wanted.saying(shard=str(self.shard))
+        return self.keep.effects(name, wanted, places, compute, whole=whole)
+
+    def is_part(self) -> bool:
+        """Whether this command computes a shard, which has no report; then it says how to go on."""
+        if self.shard is not None:
+            say(
+                f"Shard {self.shard} is done. When all are: clip-lens gather {self.out}, then this command without "
+                "--shard for the report."
+            )
+        return self.shard is not None
+
+    def refuse_shard(self, command: str) -> None:
+        """Refuses a shard for a command whose steps need whole results."""
+        if self.shard is not None:
+            raise ValueError(
+                f"{command} has no shards, its steps need one another's whole results; give --jobs, or shards "
+                "to trace, patch, ablate and paths"
+            )
 
     def chosen(self, effects: Effects) -> Effects:
         """The pairs of the segment that was asked for; the record says how many there were of each.
@@ -155,6 +194,17 @@ class Job:
         say(f"\nThe report is {page}; {table.name} and the .parquet files beside it hold the numbers.")
 
 
+def shard_file(name: str, shard: Shard) -> str:
+    """The name of the file of a shard of a result.
+
+    Example:
+        >>> from clip_lens.core.shard import Shard
+        >>> shard_file("resid-slots", Shard(0, 3))
+        'resid-slots.shard-0-of-3'
+    """
+    return f"{name}.shard-{shard.number}-of-{shard.of}"
+
+
 def name_of(*parts: object) -> str:
     """A file's name of some words, told apart from every other by a digest where it would be too long.
 
@@ -180,7 +230,7 @@ def open_job(
     images: options.Images = TINY,
     model: options.Model = "tiny",
     pretrained: options.Pretrained = None,
-    run: options.RunOption = "affirmative",
+    run: options.RunOption = None,
     segment: options.Segment = SEGMENT,
     rephrased: options.Rephrased = False,
     any_store: options.AnyStore = False,
@@ -190,15 +240,19 @@ def open_job(
     quiet: options.Quiet = False,
     like: options.Like = None,
     quick_gelu: options.QuickGelu = None,
+    jobs: options.Jobs = 1,
+    shard: options.ShardOption = None,
     format: options.Format = None,
     repair_images: options.Repair = False,
 ) -> Job:
     """What the options of a command on pairs name, opened: its parameters are those options."""
+    from clip_lens.core.shard import Shard
     from clip_lens.data.batch import align
     from clip_lens.data.read import read_pairs
     from clip_lens.model.load import load
     from clip_lens.tiny.assets import ASSETS
 
+    part = None if shard is None else Shard.parse(shard)
     chosen = read_pairs(pairs, format=format)
     chosen = chosen.rephrased() if rephrased else chosen
     weights: dict[str, Any] = {"pretrained": pretrained, "like": like, "quick_gelu": quick_gelu, "device": device}
@@ -215,7 +269,9 @@ def open_job(
     out.mkdir(parents=True, exist_ok=True)
     shipped = ASSETS / "pictures" if images == TINY and store is not None else None
     pictures = Path(images) if Path(images).is_dir() else shipped
-    return Job(encoder, batch, store, out, pictures, segment, rows, not quiet, any_store, overwrite)
+    return Job(
+        encoder, batch, store, out, pictures, segment, rows, not quiet, any_store, overwrite, jobs=jobs, shard=part
+    )
 
 
 def _segment(asked: str, batch: Batch) -> str:

@@ -21,19 +21,20 @@ MetricName = Literal["logit", "cosine"]
 
 def _known_kind(kind: str) -> str:
     """Refused before anything is loaded: what names no kind of site."""
-    from clip_lens.model.site import LAYOUTS
+    from clip_lens.model.site import LAYOUTS, unknown_kind
 
     if kind not in LAYOUTS:
-        raise ValueError(f"no kind of site {kind!r}; the kinds are {', '.join(LAYOUTS)}")
+        raise ValueError(unknown_kind(kind, LAYOUTS))
     return kind
 
 
 def _known_finder(method: str) -> str:
     """Refused before anything is loaded: what names no way to find a circuit."""
     from clip_lens.methods.circuits.finders import FINDERS
+    from clip_lens.words import unknown
 
     if method not in FINDERS:
-        raise ValueError(f"--method {method!r} is no way to find a circuit; give one of {', '.join(FINDERS)}")
+        raise ValueError(unknown("--method", method, FINDERS))
     return method
 
 
@@ -101,13 +102,27 @@ Out = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Compute anew, and replace what is there under the same name.")
 ]
-RunOption = Annotated[Run, typer.Option(help="Which text is run and patched.")]
+RunOption = Annotated[
+    Optional[Run],  # noqa: UP045
+    typer.Option(
+        help="Which text is run and patched. Not given: affirmative, or the foil where no pair has a side.",
+        show_default=False,
+    ),
+]
 Segment = Annotated[str, typer.Option(help="correct, ambiguous, incorrect, or all pairs.")]
 Rephrased = Annotated[
     bool, typer.Option("--rephrased", help="VALSE existence: make both texts equally long, as the paper does.")
 ]
 AnyStore = Annotated[bool, typer.Option("--any-store", help="Accept image embeddings of another model.")]
 Rows = Annotated[int, typer.Option(help="Sequences in one forward pass; bounds the memory.", min=1)]
+Jobs = Annotated[int, typer.Option("--jobs", help="Processes that share the sweeps, one thread each.", min=1)]
+ShardOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--shard",
+        help="Compute a part alone, such as 0/3 of 0/3, 1/3, 2/3, on any machine; clip-lens gather puts them together.",
+    ),
+]
 Kinds = Annotated[
     str,
     typer.Option(

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+    from rich.console import Console
     from rich.table import Table
 
     from clip_lens.core.effects import Effects
 
-SIDES = {"caption": "negation in the caption", "foil": "in the foil", "none": "no side", "pooled": "together"}
+SIDES = {
+    "caption": "negation in the caption",
+    "foil": "in the foil",
+    "none": "pairs without a side",
+    "pooled": "together",
+}
 
 
 def print_effects(effects: Effects) -> None:
@@ -19,14 +25,16 @@ def print_effects(effects: Effects) -> None:
     index = effects.index
     laid_out = index["slot"].notna().all() and not index.duplicated(["slot", "layer"]).any()
     for side in (side for side in SIDES if side in set(effects.pairs["side"])):
-        _show(_grid(effects, side) if laid_out else _largest(effects, side))
+        for table in _grids(effects, side) if laid_out else [_largest(effects, side)]:
+            _show(table)
 
 
 def print_sides(frame: DataFrame, title: str) -> None:
     """A table with a column per side, numbers with two decimals; lines without any are left out."""
     from rich.table import Table
 
-    table = Table("", *(SIDES[side] for side in frame.index), title=title)
+    sided = set(frame.index) - {"none", "pooled"}
+    table = Table("", *(SIDES[side] if sided or side != "none" else "all pairs" for side in frame.index), title=title)
     for name, column in frame.dropna(axis=1, how="all").items():
         table.add_row(str(name).replace("_", " "), *_cells(column))
     _show(table)
@@ -43,10 +51,14 @@ def print_overlap(overlap: DataFrame) -> None:
     _show(table)
 
 
-def _show(table: Table) -> None:
+def _console() -> Console:
     from rich.console import Console
 
-    Console().print(table)
+    return Console()
+
+
+def _show(table: Table) -> None:
+    _console().print(table)
 
 
 def _titled(effects: Effects, side: str) -> Table:
@@ -55,21 +67,43 @@ def _titled(effects: Effects, side: str) -> Table:
     from clip_lens.show.report.words import whole
 
     record, count = effects.record, int((effects.pairs["side"] == side).sum())
+    where = (
+        "" if set(effects.pairs["side"]) == {"none"} else SIDES[side] if side == "none" else f"negation in the {side}"
+    )
     patch = f"{record.unit} that a patch {record.method.verb}"
     patch = patch if record.method.patches else f"{record.method.noun} in {record.unit}"
     what = f"share of {whole(effects)} that a patch {record.method.verb}" if record.shares else patch
-    return Table(title=f"{what}; negation in the {side}, {count} pairs" if side != "none" else f"{what}, {count} pairs")
+    return Table(title=f"{what}; {where}, {count} pairs" if where else f"{what}, {count} pairs")
 
 
-def _grid(effects: Effects, side: str) -> Table:
-    grid = effects.grid(side=side, value="fraction" if effects.record.shares else "effect")
-    table = _titled(effects, side)
-    table.add_column("slot \\ layer")
-    for layer in grid.columns:
-        table.add_column(str(layer), justify="right")
-    for slot, line in grid.iterrows():
-        table.add_row(str(slot), *_cells(line))
-    return table
+def _grids(effects: Effects, side: str) -> Iterator[Table]:
+    """A line per layer, so that a deep tower fits; slots that don't fit beside each other come in further tables."""
+    from rich.box import SIMPLE
+
+    grid = effects.grid("layer", "slot", side=side, value="fraction" if effects.record.shares else "effect")
+    heads = {slot: str(slot).replace("_", " ") for slot in grid}
+    cells = {slot: list(_cells(grid[slot])) for slot in grid}
+    widths = {slot: 1 + max(map(len, [*heads[slot].split(), *cells[slot]])) for slot in grid}
+    for slots in _fitting(widths, _console().width - len("layer")):
+        table = _titled(effects, side)
+        table.box, table.padding, table.show_edge = SIMPLE, (0, 0), False
+        table.add_column("layer", justify="right")
+        for slot in slots:
+            table.add_column(heads[slot], justify="right", vertical="bottom")
+        for number, layer in enumerate(grid.index):
+            table.add_row(str(layer), *(cells[slot][number] for slot in slots))
+        yield table
+
+
+def _fitting(widths: Mapping[Any, int], room: int) -> Iterator[list[Any]]:
+    """Columns in groups that are no wider than the room, at least one in each."""
+    group: list[Any] = []
+    for name, width in widths.items():
+        if group and sum(widths[each] for each in group) + width > room:
+            yield group
+            group = []
+        group.append(name)
+    yield group
 
 
 def _largest(effects: Effects, side: str) -> Table:

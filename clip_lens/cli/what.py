@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+LISTED = 20
+"""Tensors of a file that are named."""
 
 
 def lines_on(what: str, **weights: Any) -> Iterator[str]:
@@ -21,7 +29,8 @@ def lines_on(what: str, **weights: Any) -> Iterator[str]:
     """
     path = Path(what)
     known = {
-        ".parquet": _result, ".safetensors": _store, ".csv": _table, ".json": _json, ".jsonl": _pairs
+        ".parquet": _result, ".safetensors": _store, ".csv": _table, ".tsv": _table, ".json": _json, ".jsonl": _pairs,
+        ".npz": _arrays,
     }  # fmt: skip
     if path.suffix in known and not path.is_dir():
         return known[path.suffix](path)
@@ -29,10 +38,15 @@ def lines_on(what: str, **weights: Any) -> Iterator[str]:
 
 
 def _result(path: Path) -> Iterator[str]:
-    """An `Effects`, or a table that was kept."""
+    """An `Effects`, a table that was kept, or another's table."""
     from clip_lens.core.effects import Effects
     from clip_lens.core.store import is_frame, read_frame
 
+    if _is_anothers(path):
+        import pandas as pd
+
+        yield _said_of_table("a Parquet file of another program's", pd.read_parquet(path))
+        return
     if is_frame(path):
         frame, record = read_frame(path)
         yield f"a table of {len(frame)} rows: {', '.join(map(str, frame.columns))}"
@@ -45,9 +59,59 @@ def _result(path: Path) -> Iterator[str]:
     yield "  its content is what was written"
 
 
+def _is_anothers(path: Path) -> bool:
+    """Whether a readable Parquet file says nothing of this package."""
+    import pyarrow.parquet as pq
+    from pyarrow import ArrowException
+
+    try:
+        told = pq.read_schema(path).metadata or {}
+    except (ArrowException, OSError):
+        return False  # what is wrong with it, the reader of results says
+    return not any(b"clip_lens" in name or b"clip_lens" in value for name, value in told.items())
+
+
+def _said_of_table(what: str, frame: DataFrame) -> str:
+    return f"{what}, with {len(frame)} rows: {', '.join(map(str, frame.columns))}"
+
+
+def _arrays(path: Path) -> Iterator[str]:
+    """The arrays of a file of numpy's."""
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            told = {name: f"{arrays[name].dtype} {list(arrays[name].shape)}" for name in arrays.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} can't be read as numpy's arrays: {error}") from error
+    yield f"{len(told)} arrays of numpy's; ImageStore.from_tensors(ids, embeddings) makes a store of some"
+    yield from _said(told)
+
+
+def _tensors(path: Path) -> Iterator[str]:
+    """The tensors of a safetensors file that is no store, such as a checkpoint; nothing of what can't be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            told = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            shapes = {name: f"{part.get_dtype()} {part.get_shape()}" for name, part in told.items()}
+            if str((file.metadata() or {}).get("format", "")).startswith("clip_lens"):
+                return
+    except (SafetensorError, OSError):
+        return
+    yield f"no store of images, but {len(shapes)} tensors; a checkpoint goes to load(model, pretrained=FILE)"
+    yield from islice(_said(shapes), LISTED)
+    if len(shapes) > LISTED:
+        yield f"  and {len(shapes) - LISTED} more"
+
+
 def _store(path: Path) -> Iterator[str]:
     from clip_lens.data.images import ImageStore
 
+    if told := list(_tensors(path)):
+        yield from told
+        return
     store = ImageStore.open(path)
     store.verify()
     yield repr(store)
@@ -57,20 +121,29 @@ def _store(path: Path) -> Iterator[str]:
 
 def _table(path: Path) -> Iterator[str]:
     """Pairs, or the table of a result."""
-    from clip_lens.data.pairs import TEXTS
+    import pandas as pd
+
+    from clip_lens.data.pairs import TEXTS, pairs_of
     from clip_lens.data.read import read_pairs
 
+    tabs = path.suffix == ".tsv"
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
     try:
-        pairs = read_pairs(path)
+        pairs = pairs_of(_read_tsv(path), path.stem, []) if tabs else read_pairs(path)
     except ValueError:
-        import pandas as pd
-
-        frame = pd.read_csv(path)
+        frame = _read_tsv(path) if tabs else pd.read_csv(path)
         if set(TEXTS) <= set(frame.columns):
             raise
         yield f"no pairs, but a table of {len(frame)} rows: {', '.join(map(str, frame.columns))}"
     else:
         yield repr(pairs)
+
+
+def _read_tsv(path: Path) -> DataFrame:
+    import pandas as pd
+
+    return pd.read_csv(path, sep="\t", keep_default_na=False)
 
 
 def _pairs(path: Path) -> Iterator[str]:

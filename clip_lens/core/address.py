@@ -16,6 +16,7 @@ from torch import Tensor
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import PARTS, Edge, Kind, Outside, Place, Site, hook_name, members, start_layer
+from clip_lens.words import unknown
 
 Slot: TypeAlias = str | int | None
 
@@ -180,6 +181,6 @@ def _check(site: Site, encoder: HookedTextEncoder, batch: Batch) -> None:
     if site.unit is not None and site.unit not in (units := encoder.units(site.kind)):
         raise ValueError(f"{site}: {encoder.name} has {site.kind} units 0..{len(list(units)) - 1}")
     if isinstance(site.slot, str) and site.slot not in batch.slots:
-        raise ValueError(f"{site}: no slot {site.slot!r}; the batch has {', '.join(batch.slots)}")
+        raise ValueError(f"{site}: {unknown('slot', site.slot, batch.slots)}")
     if isinstance(site.slot, int) and site.slot >= batch.tokens.shape[1]:
         raise ValueError(f"{site}: the batch has positions 0..{batch.tokens.shape[1] - 1}")

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from pandas import DataFrame
 from torch import Tensor
 
-from clip_lens.core.grid import one_side, pivot
+from clip_lens.core.grid import axes_of, one_side, pivot
 from clip_lens.core.record import Record, SourceRecord
 from clip_lens.core.slots import gather, instances, positions_of, rows_of
 from clip_lens.core.store import INDEX, plain, read, write
@@ -38,7 +38,8 @@ from clip_lens.core.table import (
     tabulate,
 )
 from clip_lens.data.slots import ENDS, order_of
-from clip_lens.model.site import Edge, Place, Site, at_slot, index_rows, members, order
+from clip_lens.model.site import Edge, Place, Site, at_slot, index_rows, label, members, order
+from clip_lens.words import nearest, unknown
 
 PAIRS = ("key", "caption", "foil", "image", "side", "sigma", "d", "segment")
 SEGMENTS = ("incorrect", "ambiguous", "correct")
@@ -124,6 +125,65 @@ class Effects:
     def meta(self) -> dict[str, str]:
         """What was run on what, in words: `record.as_text()`."""
         return self.record.as_text()
+
+    def __len__(self) -> int:
+        """The number of places; `len(effects.pairs)` is that of the pairs."""
+        return len(self.places)
+
+    def __getitem__(self, chosen: Place | str | int | slice | Sequence[Any] | np.ndarray | Tensor) -> Effects:
+        """Some of the places, always an `Effects`: by place, by its label, by number, slice or truth values, or by a
+        list of any of these.
+
+        Pairs are chosen with `where`; `effects.values[row]` is a tensor.
+
+        Raises:
+            ValueError: a place that the result does not have, or truth values that are not one per place.
+            IndexError: a number beyond the places.
+
+        Example:
+            >>> effects = toy_effects()
+            >>> effects[0], effects[Site("resid", 1, slot="eot")].places == effects["resid 1 @eot"].places
+            (Effects(1 places x 3 pairs; 1 caption, 2 foil; toy), True)
+            >>> len(effects[1:]), len(effects[["resid 0 @eot", "resid 1 @eot"]])
+            (3, 2)
+        """
+        rows = np.array(_rows_of(self, chosen), dtype=int)
+        found = replace(
+            self, values=self.values[torch.from_numpy(rows)], places=tuple(self.places[row] for row in rows)
+        )
+        found.__dict__["index"] = self.index.iloc[rows].reset_index(drop=True)
+        return found
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The values, for numpy: one row per place, one column per pair."""
+        return np.array(self.values.numpy(), dtype=dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        """What there is not: an error that says where a table's own attributes are."""
+        if not name.startswith("_") and hasattr(DataFrame, name):
+            raise AttributeError(
+                f"Effects has no {name!r}; the DataFrames are effects.table() (places with intervals), "
+                f"effects.to_frame() (places by pairs), effects.pairs and effects.index: effects.table().{name}"
+            )
+        names = [each for each in (*dir(type(self)), *(each.name for each in fields(self))) if each[0] != "_"]
+        raise AttributeError(f"Effects has no {name!r}{nearest(name, names)}")
+
+    def to_frame(self) -> DataFrame:
+        """A DataFrame with a row per place and pair: the place's columns of `index`, the pair's key, side, sigma, d and
+        segment, value, total, baseline; a value that there isn't is NaN. `table()` has the means with intervals.
+
+        Example:
+            >>> toy_effects().to_frame()[["place", "key", "side", "value", "total"]].head(2)
+                             place key     side  value  total
+            0  resid 0 @negator   a  caption    2.0    2.0
+            1  resid 0 @negator   b     foil   -4.0   -4.0
+        """
+        n_places, n_pairs = self.values.shape
+        place = self.index.iloc[np.repeat(np.arange(n_places), n_pairs)].reset_index(drop=True)
+        row = np.tile(np.arange(n_pairs), n_places)
+        pair = self.pairs[["key", "side", "sigma", "d", "segment"]].iloc[row].reset_index(drop=True)
+        numbers = {"total": self.total.numpy()[row], "baseline": self.baseline.numpy()[row]}
+        return pd.concat([place, pair], axis=1).assign(value=self.values.flatten().numpy(), **numbers)
 
     def signed(self) -> Float[Tensor, "place pair"]:
         """`sigma * values` of an oriented metric, the part of d that each patch moves, so that sides of opposite
@@ -269,13 +329,14 @@ class Effects:
 
     def grid(
         self,
-        rows: str = "slot",
-        columns: str = "layer",
+        rows: str | None = None,
+        columns: str | None = None,
         value: str = "fraction",
         side: str | None = None,
         **how: Any,
     ) -> DataFrame:
-        """One column of the table, laid out by two columns of the index.
+        """One column of the table, laid out by two columns of the index: unless told otherwise slot x layer, of single
+        heads without slots unit x layer, of edges sender x receiver.
 
         Slots come in the order of the text, layers ascending, senders and receivers in the order of the tower.
         `side=None` is the only side there is. `how` goes to `table`.
@@ -290,6 +351,7 @@ class Effects:
             negator  2.0  1.0
             eot      0.0  1.0
         """
+        rows, columns = axes_of(self.index, rows, columns)
         return pivot(one_side(self._table_for(value, how), side), rows, columns, value, self.axes())
 
     def axes(self) -> dict[str, list[str]]:
@@ -316,7 +378,7 @@ class Effects:
 
     def _table_for(self, value: str, how: Mapping[str, Any]) -> DataFrame:
         if value not in POINTS + BOUNDS:
-            raise ValueError(f"no value {value!r} in the table; it has {', '.join(POINTS + BOUNDS)}")
+            raise ValueError(unknown("value", value, POINTS + BOUNDS))
         if value in BOUNDS:
             return self.table(**how)
         return self.fraction(**{name: how[name] for name in how if name not in ("interval", "resamples", "seed")})
@@ -362,8 +424,9 @@ class Effects:
         spread = spread.astype({"layer": "Int64", "unit": "Int64"})
         return spread.sort_values(["side", "layer"], kind="stable", ignore_index=True)
 
-    def top(self, n: int = 10, by: str = "effect", **how: Any) -> DataFrame:
-        """The n rows per side of `table` with the largest absolute mean signed effect, the largest first.
+    def top(self, n: int = 10, by: str = "effect", side: str | None = None, **how: Any) -> DataFrame:
+        """The n rows per side of `table` with the largest absolute mean signed effect, the largest first. What is found
+        comes first, then the columns of `index` that tell the places apart.
 
         Example:
             >>> toy_effects().top(1)[["place", "side", "effect"]]
@@ -374,17 +437,39 @@ class Effects:
         points = self._table_for(by, how)
         whole = self._tables.get(_asked(**how))
         found = []
-        for side in sides_of(self.pairs, how.get("pooled", False)):
-            rows = points.index[points["side"] == side]
+        for each in sides_of(self.pairs, how.get("pooled", False)):
+            rows = points.index[points["side"] == each]
             largest = points.loc[rows, by].abs().sort_values(ascending=False, kind="stable").index[:n]
             if whole is not None:
                 found.append(whole.loc[largest])
                 continue
             largest -= rows[0]
-            chosen = self if side == "pooled" else self.where(side=side)
+            chosen = self if each == "pooled" else self.where(side=each)
             chosen = replace(chosen, values=chosen.values[largest], places=tuple(self.places[row] for row in largest))
             found.append(chosen.table(**how))
-        return pd.concat(found, ignore_index=True)
+        table = pd.concat(found, ignore_index=True)
+        table = table if side is None else one_side(table, side).reset_index(drop=True)
+        first = ["place", "side", *(name for name in SHOWN if name in table)]
+        return table[first + [name for name in table if name not in first]]
+
+    def top_places(self, n: int = 10, by: str = "effect", side: str | None = None, **how: Any) -> list[Place]:
+        """The n places with the largest absolute mean signed effect, the largest first, as patches take them.
+
+        On the side named, or on whichever side each is larger. `by` is a column of `table`, `how` goes to it.
+
+        Raises:
+            ValueError: no such column or side.
+
+        Example:
+            >>> [str(place) for place in toy_effects().top_places(2)]
+            ['resid 0 @negator', 'resid 1 @eot']
+        """
+        table = self._table_for(by, how)
+        table = table if side is None else one_side(table, side)
+        sizes = table[by].abs().to_numpy(dtype=float).reshape(-1, len(self.places))
+        largest = np.where(np.isnan(sizes), -np.inf, sizes).max(axis=0)
+        order = np.argsort(-largest, kind="stable")[:n]
+        return [self.places[row] for row in order if largest[row] > -np.inf]
 
     def where(self, **filters: Any) -> Effects:
         """The places and pairs that match: each filter names a column of `index` or of `pairs`.
@@ -407,8 +492,7 @@ class Effects:
             elif name in self.pairs:
                 columns &= _found(self.pairs[name], wanted)
             else:
-                names = ", ".join([*INDEX, *map(str, self.pairs.columns)])
-                raise ValueError(f"no column {name!r} to filter by; there are {names}")
+                raise ValueError(unknown("column", name, [*INDEX, *self.pairs.columns]))
         kept = torch.from_numpy(columns)
         found = replace(
             self,
@@ -456,7 +540,9 @@ class Effects:
 
     def __repr__(self) -> str:
         keys = self.pairs.groupby("side")["key"].nunique()
-        sides = ", ".join(f"{keys[side]} {side}" for side in SIDES if side in keys)
+        sides = (
+            ", ".join(f"{keys[side]} {side}" for side in SIDES if side in keys) if set(keys.index) - {"none"} else ""
+        )
         kind = " ".join(filter(None, (self.record.method.title, self.record.model)))
         parts = [f"{len(self.places)} places x {self.pairs['key'].nunique()} pairs", sides, kind]
         return f"Effects({'; '.join(filter(None, parts))})"
@@ -549,6 +635,39 @@ def _asked(
     return Draws(interval, resamples, seed), of, floor, pooled
 
 
+def _rows_of(effects: Effects, chosen: Any) -> list[int]:
+    """The numbers of the places that were asked for."""
+    count = len(effects.places)
+    if isinstance(chosen, slice):
+        return list(range(count)[chosen])
+    if isinstance(chosen, Tensor | np.ndarray | pd.Series):
+        chosen = chosen.tolist()
+    if isinstance(chosen, list):
+        if chosen and all(isinstance(each, bool) for each in chosen):
+            if len(chosen) != count:
+                raise ValueError(f"{len(chosen)} truth values for {count} places; give one for each")
+            return [row for row, wanted in enumerate(chosen) if wanted]
+        return [row for each in chosen for row in _rows_of(effects, each)]
+    if isinstance(chosen, int | np.integer) and not isinstance(chosen, bool):
+        return [range(count)[chosen]]
+    return [_row_of(effects, chosen)]
+
+
+def _row_of(effects: Effects, place: Place | str) -> int:
+    """The number of one place, given as it is or by its label."""
+    labels = list(effects.index["place"])
+    if isinstance(place, str):
+        if place in labels:
+            return labels.index(place)
+        columns = [*INDEX, *effects.pairs.columns]
+        if place in columns:
+            raise ValueError(f"effects[...] chooses places; the column {place!r} is in effects.to_frame() or .pairs")
+        raise ValueError(unknown("place", place, labels))
+    if place not in effects.places:
+        raise ValueError(unknown("place", label(place), labels))
+    return effects.places.index(place)
+
+
 def _check_shapes(effects: Effects) -> None:
     values, n_pairs = effects.values, len(effects.pairs)
     if values.ndim != 2 or not values.is_floating_point():
@@ -582,7 +701,8 @@ def _found(column: pd.Series, wanted: Any) -> np.ndarray:
     if len(column) and not matches.any() and not callable(wanted):
         known = list(dict.fromkeys(map(repr, plain(column))))
         there = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
-        raise ValueError(f"no {column.name} is {wanted!r}; there are {there}")
+        near = nearest(wanted, plain(column)) if isinstance(wanted, str) else ""
+        raise ValueError(f"no {column.name} is {wanted!r}{near}; there are {there}")
     return matches
 
 

@@ -12,6 +12,7 @@ from pandas import DataFrame
 from clip_lens.core.store import INDEX, plain
 from clip_lens.data.slots import order_of
 from clip_lens.model.site import KINDS
+from clip_lens.words import nearest, unknown
 
 
 def one_side(table: DataFrame, side: str | None) -> DataFrame:
@@ -29,8 +30,23 @@ def one_side(table: DataFrame, side: str | None) -> DataFrame:
         choices = " or ".join(f"side={name!r}" for name in sides)
         raise ValueError(f"the result has several sides; choose {choices}, or pool them with pooled=True")
     if side is not None and side not in sides:
-        raise ValueError(f"no side {side!r} in the result; it has {', '.join(map(repr, sides))}")
+        has = ", ".join(map(repr, sides))
+        raise ValueError(f"no side {side!r}{nearest(side, sides)} in the result; it has {has}")
     return table if side is None else table[table["side"] == side]
+
+
+def axes_of(index: DataFrame, rows: str | None, columns: str | None) -> tuple[str, str]:
+    """The rows and columns of a grid of some places, where they are not given: edges sender by receiver, single units
+    without slots unit by layer, others slot by layer.
+
+    Example:
+        >>> axes_of(clip_lens.core.effects.toy_effects().index, None, None)
+        ('slot', 'layer')
+    """
+    if len(index) and (index["kind"] == "edge").all() and rows is None and columns is None:
+        return "sender", "receiver"
+    units = index["slot"].isna().all() and index["unit"].notna().any()
+    return rows or ("unit" if units and columns != "unit" else "slot"), columns or "layer"
 
 
 def pivot(
@@ -49,7 +65,7 @@ def pivot(
     """
     for name in (rows, columns, value):
         if name not in table:
-            raise ValueError(f"no column {name!r} in the table; it has {', '.join(table.columns)}")
+            raise ValueError(unknown("column", name, table.columns))
     known = {"kind": KINDS, **(known or {})}
     known["slot"] = order_of(plain(table["slot"]) if "slot" in table else (), known.get("slot", ()))
     row_labels, column_labels = (_ordered(table[name], known.get(name, ())) for name in (rows, columns))

@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from pandas import DataFrame
 
 from clip_lens.core.effects import Effects
 from clip_lens.core.record import Record
+from clip_lens.core.spread import sharing
 from clip_lens.core.store import read_frame, write_frame
 from clip_lens.files import in_folder
 from clip_lens.model.site import Place
@@ -24,6 +25,9 @@ T = TypeVar("T")
 
 PART = 2**18
 """Rows (places x pairs) of a part of a sweep: what an interruption can cost, about a minute on a CLIP-sized tower."""
+
+
+PARTS = ".parts"
 
 
 def _silent(line: str) -> None:
@@ -76,11 +80,22 @@ class Keep:
             done = _checked(path, wanted, places)
             self.say(f"{path} is there already and fits: reused")
             return done
-        effects = compute(places) if whole else _in_parts(path.with_suffix(".parts"), wanted, places, compute)
+        effects = compute(places) if whole else _in_parts(path.with_suffix(PARTS), wanted, places, compute)
         effects.save(path)
         log.info("%s: %r", path, effects)
-        shutil.rmtree(path.with_suffix(".parts"), ignore_errors=True)
+        shutil.rmtree(path.with_suffix(PARTS), ignore_errors=True)
         return effects
+
+    def sharing(self, name: str, jobs: int = 1, executor: object = None) -> dict[str, Any]:
+        """The options with which a verb shares out the work of the result `name`; what its workers have done lies
+        beside it until all is.
+
+        Example:
+            >>> keep = Keep(getfixture("tmp_path"))
+            >>> keep.sharing("toy"), keep.sharing("toy", jobs=2)["executor"].folder.name
+            ({}, 'shards')
+        """
+        return sharing(self._path(name).with_suffix(PARTS) / "shards", jobs, executor)
 
     def frame(self, name: str, wanted: Record, compute: Callable[[], DataFrame]) -> DataFrame:
         """The table `name`, read if it was made with a record that stands for `wanted`, else computed and saved.

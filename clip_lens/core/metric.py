@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clip_lens.core.identity import adopt, identity_of_function
 from clip_lens.data.batch import Batch
+from clip_lens.words import unknown
 
 
 @dataclass(frozen=True)
@@ -161,17 +162,20 @@ def metric(
 
 
 def as_metric(given: object) -> Metric:
-    """The metric itself, or an error that asks a plain function for its orientation.
+    """The metric itself, or the one of a name, "logit" or "cosine"; a plain function is asked for its orientation.
 
     Raises:
+        ValueError: a name of no metric, or of one that has to be told something.
         TypeError: no metric.
 
     Example:
-        >>> as_metric(logit) is logit
+        >>> as_metric(logit) is as_metric("logit") is logit
         True
     """
     if isinstance(given, Metric):
         return given
+    if isinstance(given, str):
+        return _named(given)
     if not callable(given):
         raise TypeError(f"metric={given!r} is no function; give clip_lens.logit, clip_lens.cosine or one of your own")
     name = getattr(given, "__name__", repr(given))
@@ -180,6 +184,15 @@ def as_metric(given: object) -> Metric:
         "say it once: clip_lens.metric(function, oriented=True) for one like the logit, oriented=False for one "
         "that grows on both sides the more is moved, like the cosine with the other text"
     )
+
+
+def _named(name: str) -> Metric:
+    named = {"logit": logit, "cosine": cosine}
+    if name == "kl":
+        raise ValueError("metric='kl' has to be told a bank of texts: metric=clip_lens.kl(encoder(texts))")
+    if name not in named:
+        raise ValueError(unknown("metric", name, [*named, "kl"]))
+    return named[name]
 
 
 @metric(oriented=True, unit="logits")

@@ -24,7 +24,7 @@ from clip_lens.core.shard import ROW, Shard
 from clip_lens.core.source import Fetch, Source, as_source, counterpart
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import HookedTextEncoder
-from clip_lens.model.site import Edge, Place, Site, members
+from clip_lens.model.site import Edge, Place, Site, members, place_of
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,12 @@ class Setting:
         return setting
 
     def check(self) -> None:
-        """Refuses a batch without pairs, or of another width than the encoder's embedding."""
+        """Refuses a batch without pairs, or of another width than the encoder's embedding, or what is no batch."""
+        if not isinstance(self.batch, Batch):
+            raise TypeError(
+                f"this takes an encoder and then a Batch, as align(pairs, images, encoder) makes one. Got "
+                f"{self.batch!r}; one text's attention is patterns(encoder, text), its embedding encoder(text)"
+            )
         width = self.batch.direction.shape[1]
         if width != self.encoder.d_embed:
             raise ValueError(
@@ -120,16 +125,17 @@ class Setting:
             return Site("resid", self.encoder.n_layers)
         return tuple(self.encoder.edges(receivers=[Site("out")]))
 
-    def patchable(self, places: Iterable[Place]) -> tuple[Place, ...]:
-        """The places as a tuple, after what can be refused before anything runs.
+    def patchable(self, places: Iterable[Place | str]) -> tuple[Place, ...]:
+        """The places as a tuple, those given as texts parsed, after what can be refused before anything runs.
 
         Raises:
-            ValueError: no places; or edges, or a source that is no run, under hooks of the user's.
+            ValueError: no places, or a text that names none; edges, or a source that is no run, under hooks of the
+                user's.
             TypeError: one place instead of a list of places.
         """
-        if isinstance(places, Site | Edge):
+        if isinstance(places, Site | Edge | str):
             raise TypeError(f"places are a list, got one place, {places}; write [{places!r}]")
-        if not (places := tuple(places)):
+        if not (places := tuple(map(place_of, places))):
             raise ValueError("no places to patch; encoder.sites('resid') lists some")
         edges = any(isinstance(member, Edge) for place in (*places, self.everything) for member in members(place))
         if edges:

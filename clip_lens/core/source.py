@@ -14,17 +14,19 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, TypeAlias, get_args, overload
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from clip_lens.core.identity import adopt, identity_of_function
 from clip_lens.core.precision import precise
 from clip_lens.data.batch import Batch
-from clip_lens.model.encoder import Cache, HookedTextEncoder
+from clip_lens.model.encoder import Cache, Hook, HookedTextEncoder
 from clip_lens.model.site import Kind, Site, hook_name, layout_at
+from clip_lens.words import unknown
 
 Fetch: TypeAlias = Callable[[Int[Tensor, "pair"], Iterable[str]], Cache]
 Function: TypeAlias = Callable[[HookedTextEncoder, Batch], Fetch]
@@ -88,9 +90,10 @@ def source(function: Function, *, name: str = "", holds: Any = None, swaps: bool
 
 
 def as_source(given: object) -> Source:
-    """The source itself, or one made of a plain function.
+    """The source itself, one made of a plain function, or the one of a name: "counterpart", "zeros", "mean".
 
     Raises:
+        ValueError: a name of no source, or of one that has to be told something.
         TypeError: no function, or one that makes sources and was not called.
 
     Example:
@@ -99,6 +102,8 @@ def as_source(given: object) -> Source:
     """
     if isinstance(given, Source):
         return given
+    if isinstance(given, str):
+        return as_source(_named(given))
     if given in (resample, noise, steered, other_tower):
         raise TypeError(f"{given.__name__} makes a source: call it, as in resample(0), noise(1.0), other_tower(it)")
     if not callable(given):
@@ -106,6 +111,24 @@ def as_source(given: object) -> Source:
             f"source={given!r} is no function; give counterpart, zeros, mean, resample(seed), noise(std) ..."
         )
     return source(given)
+
+
+TOLD = {
+    "resample": "its seed: source=clip_lens.resample(0)",
+    "noise": "how much: source=clip_lens.noise(1.0, seed=0), in standard deviations",
+    "via": "a place: source=clip_lens.via(place)",
+    "steered": "directions: clip_lens.steer(encoder, batch, {place: direction})",
+}
+"""What has to be said of the sources that a name alone does not make."""
+
+
+def _named(name: str) -> Source | Function:
+    if name in TOLD:
+        raise ValueError(f"source={name!r} has to be told {TOLD[name]}")
+    named: dict[str, Source | Function] = {"counterpart": counterpart, "zeros": zeros, "mean": mean}
+    if name not in named:
+        raise ValueError(unknown("source", name, [*named, *TOLD]))
+    return named[name]
 
 
 @dataclass(frozen=True)
@@ -488,7 +511,7 @@ def steered(
     directions: Mapping[Site, Float[Tensor, "d_model"] | Float[Tensor, "pair d_model"]],
     how: How = "add",
     *,
-    origin: Mapping[Site, Float[Tensor, "d_model"]] | None = None,
+    origin: Mapping[Site, Float[Tensor, "d_model"] | Float[Tensor, "pair d_model"]] | None = None,
 ) -> Source:
     """A source: the run's own activations with a direction added or removed at some sites, as they are elsewhere.
 
@@ -541,12 +564,80 @@ class Steered:
     def _changed(self, name: str, value: Tensor, pairs: Int[Tensor, "pair"]) -> Tensor:
         if name not in self.directions:
             return value
-        v = self.directions[name][pairs].unsqueeze(1)
-        if self.how == "add":
-            return value + v
-        unit = torch.nn.functional.normalize(v, dim=-1)
-        origin = self.origin[name][pairs].unsqueeze(1) if name in self.origin else torch.zeros_like(v)
-        return value - ((value - origin) * unit).sum(-1, keepdim=True) * unit
+        origin = self.origin[name][pairs] if name in self.origin else None
+        return _turned(value, self.directions[name][pairs], self.how, origin)
+
+
+def steered_together(
+    sites: Sequence[Site],
+    directions: Sequence[Float[Tensor, "d_model"] | Float[Tensor, "pair d_model"]],
+    how: How = "add",
+    *,
+    origin: Sequence[Float[Tensor, "d_model"] | Float[Tensor, "pair d_model"]] | None = None,
+) -> Source:
+    """A source: the activations of a run that is steered at every one of the sites, at its slot's positions.
+
+    As `steered`, but the tower runs once with all of it: what is added early has changed what the later sites have
+    before theirs is added. Patching the sites together from it is steering them together.
+
+    Raises:
+        ValueError: (from the source) as `steered`.
+
+    Example:
+        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+        >>> batch = clip_lens.align(clip_lens.read_pairs()[:4], store, encoder)
+        >>> sites = Site("resid", 3, slot="eot"), Site("resid", 4, slot="eot")
+        >>> steered_together(sites, [torch.zeros(128)] * 2)
+        Source(steered(add resid 3 @eot + resid 4 @eot))
+    """
+
+    def changed(encoder: HookedTextEncoder, batch: Batch) -> Fetch:
+        vectors, origins = (
+            [_per_pair(site, vector, encoder, batch) for site, vector in zip(sites, given, strict=True)]
+            for given in (directions, origin or [torch.zeros(encoder.tower.cfg.d_model)] * len(sites))
+        )
+
+        def fetch(pairs: Int[Tensor, "pair"], names: Iterable[str]) -> Cache:
+            hooks: list[Hook] = [
+                (
+                    hook_name(site, encoder.n_layers),
+                    partial(_at, where=batch.where(site.slot)[pairs], v=v[pairs], how=how, origin=start[pairs]),
+                )
+                for site, v, start in zip(sites, vectors, origins, strict=True)
+            ]
+            return encoder.cache(batch.tokens[pairs], hooks, names=names)
+
+        fetch.is_run = True  # type: ignore[attr-defined]
+        return fetch
+
+    name = f"steered({how} {' + '.join(map(str, sites))})"
+    return source(changed, name=name, holds=(how, tuple(sites), tuple(directions), tuple(origin or ())))
+
+
+def _at(
+    value: Float[Tensor, "pair pos d_model"],
+    hook: object,
+    *,
+    where: Bool[Tensor, "pair pos"],
+    v: Float[Tensor, "pair d_model"],
+    how: How,
+    origin: Float[Tensor, "pair d_model"],
+) -> Float[Tensor, "pair pos d_model"]:
+    return torch.where(where[:, : value.shape[1], None], _turned(value, v, how, origin), value)
+
+
+def _turned(
+    value: Float[Tensor, "pair pos d_model"],
+    v: Float[Tensor, "pair d_model"],
+    how: How,
+    origin: Float[Tensor, "pair d_model"] | None,
+) -> Float[Tensor, "pair pos d_model"]:
+    """`steered`'s equation."""
+    if how == "add":
+        return value + v.unsqueeze(1)
+    unit = torch.nn.functional.normalize(v, dim=-1).unsqueeze(1)
+    start = 0.0 if origin is None else origin.unsqueeze(1)
+    return value - ((value - start) * unit).sum(-1, keepdim=True) * unit
 
 
 def _by_hook(
@@ -554,19 +645,27 @@ def _by_hook(
 ) -> dict[str, Float[Tensor, "pair d_model"]]:
     """Vectors by the hook that they are for, one line per pair."""
     found: dict[str, Tensor] = {}
-    shape = (len(batch), encoder.tower.cfg.d_model)
     for site, vector in vectors.items():
-        if site.kind not in STEERABLE:
-            raise ValueError(f"{site} can't be steered by a direction of the stream; {', '.join(STEERABLE)} can")
-        if vector.shape not in (shape, shape[1:]):
-            raise ValueError(f"the direction at {site} has shape {tuple(vector.shape)}; give {shape[1:]} or {shape}")
-        if not vector.isfinite().all():
-            raise ValueError(f"the direction at {site} has components that are not finite")
-        name = hook_name(site, encoder.n_layers)
+        expanded, name = _per_pair(site, vector, encoder, batch), hook_name(site, encoder.n_layers)
         if name in found:
-            raise ValueError(f"two directions for the activation of {site}: steer its slots one after the other")
-        found[name] = vector.to(encoder.device, encoder.dtype).expand(shape)
+            raise ValueError(
+                f"two directions for the activation of {site}: steer its slots one after the other, or together in a "
+                "tuple of sites (clip_lens.steer)"
+            )
+        found[name] = expanded
     return found
+
+
+def _per_pair(site: Site, vector: Tensor, encoder: HookedTextEncoder, batch: Batch) -> Float[Tensor, "pair d_model"]:
+    """A direction at a site, one line per pair, after what can be refused."""
+    shape = (len(batch), encoder.tower.cfg.d_model)
+    if site.kind not in STEERABLE:
+        raise ValueError(f"{site} can't be steered by a direction of the stream; {', '.join(STEERABLE)} can")
+    if vector.shape not in (shape, shape[1:]):
+        raise ValueError(f"the direction at {site} has shape {tuple(vector.shape)}; give {shape[1:]} or {shape}")
+    if not vector.isfinite().all():
+        raise ValueError(f"the direction at {site} has components that are not finite")
+    return vector.to(encoder.device, encoder.dtype).expand(shape)
 
 
 def _own(encoder: HookedTextEncoder, batch: Batch, pairs: Int[Tensor, "pair"], names: Iterable[str]) -> Cache:

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
 from math import ceil
 from pathlib import Path
@@ -62,9 +62,9 @@ class Engine(Protocol):
 class Spread:
     """An engine, the folder through which its workers and this process talk, and how many shards there are.
 
-    Every worker must see `folder`: on several machines give one that they share. Shards that lie there already, of the
-    same call, are not computed again; without a folder a temporary one is used, and removed when all is done.
-    `shards=None`: one for every 64 pairs.
+    `engine=2` is two processes of this machine. Every worker must see `folder`: on several machines give one that they
+    share. Shards that lie there already, of the same call, are not computed again; without a folder a temporary one is
+    used, and removed when all is done. `shards=None`: one for every 64 pairs.
 
     Raises:
         ValueError: less than one shard.
@@ -79,7 +79,7 @@ class Spread:
         True
     """
 
-    engine: Engine
+    engine: Engine | int
     folder: str | Path | None = None
     shards: int | None = None
 
@@ -105,14 +105,29 @@ def shared_out(verb: Callable[P, Effects]) -> Callable[P, Effects]:
             return verb(*arguments, executor=executor, **options)  # type: ignore[arg-type]
         if executor is not None and jobs != 1:
             raise ValueError(f"jobs={jobs} and an executor were given; give one of them")
-        if executor is None:
-            with processes(jobs) as engine:
-                return _spread(Spread(engine), call, arguments, options)
-        if not isinstance(executor, Spread):
-            executor = Spread(_engine(executor))
-        return _spread(executor, call, arguments, options)
+        spread = executor if isinstance(executor, Spread) else Spread(jobs if executor is None else _engine(executor))
+        if not isinstance(spread.engine, int):
+            return _spread(spread, call, arguments, options)
+        with processes(spread.engine) as engine:
+            return _spread(replace(spread, engine=engine), call, arguments, options)
 
     return cast(Callable[P, Effects], call)
+
+
+def sharing(folder: Path, jobs: int, executor: object = None) -> dict[str, Any]:
+    """The options with which a verb shares its work out by way of a folder, so that an interrupted run goes on; none
+    for one process.
+
+    Raises:
+        ValueError: less than one process, or both processes and an executor.
+    """
+    if jobs < 1 or (jobs > 1 and executor is not None):
+        raise ValueError(f"jobs={jobs}: give how many processes work, 1 or more; or an executor instead")
+    if isinstance(executor, Spread | Shard):
+        return {"executor": executor}
+    if executor is None and jobs == 1:
+        return {}
+    return {"executor": Spread(jobs if executor is None else _engine(executor), folder)}
 
 
 def _engine(executor: Any) -> Engine:
@@ -185,7 +200,7 @@ def _spread(
     count = spread.shards or max(1, ceil(len(batch) / PAIRS))
     folder = Path(mkdtemp(prefix="clip-lens-")) if spread.folder is None else _of_call(Path(spread.folder), verb, given)
     write_call(folder, verb, given)
-    files = _Work(spread.engine, folder, count).done(bool(options.get("progress", True)), len(batch))
+    files = _Work(cast(Engine, spread.engine), folder, count).done(bool(options.get("progress", True)), len(batch))
     effects = gather_files(files)
     if spread.folder is None:
         shutil.rmtree(folder, ignore_errors=True)

@@ -33,7 +33,7 @@ Part: TypeAlias = tuple[Int[Tensor, "pair"], dict[str, Tensor]]
 
 def sweep(
     setting: Setting,
-    places: Sequence[Place],
+    places: Sequence[Place | str],
     score: Score,
     record: Record,
     *,
@@ -42,15 +42,15 @@ def sweep(
 ) -> Effects:
     """What `score` says of each place, some pairs at a time, as an `Effects`; `also` names hooks whose source it needs
     beside those of the places, `gradients` says that what is cached will enter an autograd graph."""
-    places = setting.patchable(places)
-    addresses = address((*places, setting.everything), setting.encoder, setting.batch)
+    known = setting.patchable(places)
+    addresses = address((*known, setting.everything), setting.encoder, setting.batch)
 
     def parts(advance: Callable[[int], object]) -> Iterator[Part]:
         for index, chunk, readout in setting.chunks(addresses, also):
             values = score(chunk, setting.metric, readout, setting.rows, advance)
             yield index, {"values": values[:-1], "total": values[-1], **unpatched(setting, chunk, readout)}
 
-    return swept(setting, places, parts, record, (len(places) + 1) * len(setting.batch), gradients=gradients)
+    return swept(setting, known, parts, record, (len(known) + 1) * len(setting.batch), gradients=gradients)
 
 
 def unpatched(setting: Setting, chunk: Chunk, readout: Readout) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from pandas import DataFrame
 from torch import Tensor
 
-from clip_lens.data.pairs import QUESTION
+from clip_lens.data.pairs import QUESTION, questions
 
 SIDES = ("caption", "foil", "none", "pooled")  # "pooled" is never in `pairs`, only in tables
 POINTS = ("fraction", "effect", "n", "dropped")
@@ -29,11 +29,8 @@ def units_of(pairs: DataFrame) -> tuple[Int[np.ndarray, "row"], int]:
         >>> units_of(DataFrame({"key": ["a", "b", "c", "c"], "question": ["1", "1", None, None]}))
         (array([0, 0, 1, 1]), 2)
     """
-    unit = pairs["key"].astype(str)
-    if QUESTION in pairs:
-        asked = pairs[QUESTION]
-        unit = asked.astype(str).where(asked.notna() & (asked != ""), unit)
-    codes, units = pd.factorize(unit)
+    unit = questions(pairs[QUESTION].tolist(), pairs["key"]) if QUESTION in pairs else pairs["key"].tolist()
+    codes, units = pd.factorize(np.array(unit, dtype=object))
     return codes, len(units)
 
 

@@ -16,10 +16,10 @@ from clip_lens.core.source import Fetch, Function, Source, as_source, counterpar
 from clip_lens.core.source import source as make_source
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import Cache, Hook, HookedTextEncoder
-from clip_lens.model.site import Kind, Place, hook_name, label
+from clip_lens.model.site import Kind, Place, hook_name, label, place_of
 
 
-def via(place: Place, *, source: Source | Function = counterpart, freeze: Sequence[Kind] = ()) -> Source:
+def via(place: Place | str, *, source: Source | Function | str = counterpart, freeze: Sequence[Kind] = ()) -> Source:
     """A source: the run's own activations after another intervention, `place` patched from `source`.
 
     Sites of the kinds in `freeze` hold what the unpatched run has, wherever `place` is not: `freeze=("head",)` lets the
@@ -34,7 +34,7 @@ def via(place: Place, *, source: Source | Function = counterpart, freeze: Sequen
         'via(head 0.1 from counterpart, head frozen)'
     """
 
-    given = as_source(source)
+    given, place = as_source(source), place_of(place)
 
     def make(encoder: HookedTextEncoder, batch: Batch) -> Fetch:
         fetch, addresses = given(encoder, batch), address((place,), encoder, batch)

@@ -16,14 +16,15 @@ from torch import Tensor
 
 from clip_lens.data.groups import SplitBy, first_part
 from clip_lens.data.images import ImageStore
-from clip_lens.data.pairs import Pairs
+from clip_lens.data.pairs import SIDES, Pairs
 from clip_lens.data.repairs import offered
 from clip_lens.data.slots import ENDS, Matched, Names, Naming, Slots, Written, name_slots, rules_of
 from clip_lens.originals.original import digest
-from clip_lens.words import close
+from clip_lens.words import close, unknown
 
 _TENSORS = ("tokens", "other", "origin", "slot", "other_slot", "length", "other_length", "direction", "sigma")
 
+NO_SIDE = "no side: neither text is the negated one"
 Run = Literal["affirmative", "negated", "caption", "foil"]
 Joint = Literal["same", "other", "unknown", "none"]
 
@@ -197,7 +198,7 @@ class Batch:
         if not isinstance(slot, str):
             return self.inside & (torch.arange(self.tokens.shape[1], device=self.tokens.device) == slot)
         if slot not in self.slots:
-            raise ValueError(f"no slot {slot!r}; the batch has {', '.join(self.slots)}")
+            raise ValueError(unknown("slot", slot, self.slots))
         return self.inside & (self.slot == self.slots.index(slot))
 
     @property
@@ -286,11 +287,16 @@ class Batch:
         return dict(Counter(self.named_by).most_common())
 
     def __repr__(self) -> str:
-        sides = pd.Series(list(self.pairs.side)).value_counts().to_dict()
-        return (
-            f"Batch({len(self)} pairs of {self.pairs.name}, run={self.run!r}, negation in {sides}, "
-            f"{len(self.dropped)} dropped, {self.tokens.shape[1]} positions)"
-        )
+        sides = Counter(self.pairs.side)
+        counts = ", ".join(f"{sides[side]} {side}" for side in SIDES if sides[side])
+        told = [f"run={self.run!r}", f"negation in {counts}" if set(sides) - {"none"} else "", self._named()]
+        told += [f"{len(self.dropped)} dropped", f"{self.tokens.shape[1]} positions"]
+        return f"Batch({len(self)} pairs of {self.pairs.name}, {', '.join(filter(None, told))})"
+
+    def _named(self) -> str:
+        """Which rules named the slots, where one did not name all."""
+        counts = [f"{count} by {rule}" for rule, count in self.slot_rules.items()]
+        return f"slots of {', '.join(counts)}" if len(counts) > 1 else f"slots by {self.named_by[0]}" if counts else ""
 
     def _repr_html_(self) -> str:
         reasons = self.dropped.reason.value_counts().to_dict()
@@ -307,7 +313,7 @@ def align(
     images: ImageStore | None,
     encoder: Encoder,
     *,
-    run: Run = "affirmative",
+    run: Run | None = None,
     slots: Slots = None,
     any_store: bool = False,
     against: str | None = None,
@@ -315,10 +321,11 @@ def align(
     """The batch in which each pair's two texts are matched token by token (method, section 3).
 
     `run` says which text is run and patched: "caption" or "foil" (noising, denoising), or by the side of the negation
-    "affirmative" (the paper's choice) or "negated". Positions are matched by a minimum edit-distance alignment of the
-    token ids, of several the one with most equal tokens, then the leftmost. Pairs that can't be used are in
-    `batch.dropped` with the reason: no side, an image that is not in the store, a text that is too long, texts that are
-    the same to the tokenizer. `any_store=True` accepts image embeddings of another model.
+    "affirmative" (the paper's choice) or "negated"; None: "affirmative", or "foil" where no pair has a side. Positions
+    are matched by a minimum edit-distance alignment of the token ids, of several the one with most equal tokens, then
+    the leftmost. Pairs that can't be used are in `batch.dropped` with the reason: no side, an image that is not in the
+    store, a text that is too long, texts that are the same to the tokenizer. `any_store=True` accepts image embeddings
+    of another model.
 
     `slots` says what names the tokens: a slot function `(text, other, info) -> spans`, a rule, or several, of which the
     first that fits a pair names it; None: the pairs' columns `slot:NAME`, then `template_slots`. Pairs that none of
@@ -341,6 +348,8 @@ def align(
         >>> len(batch), batch.slots[:4]
         (20, ('sot', 'prefix', 'there', 'be'))
     """
+    if run is None:
+        run = "affirmative" if set(pairs.side) - {"none"} else "foil"
     if run not in get_args(Run):
         raise ValueError(f"run={run!r}; give one of {', '.join(get_args(Run))}")
     if len(pairs) == 0:
@@ -358,6 +367,11 @@ def align(
         [(pairs.key[index], reason) for index, reason in enumerate(reasons) if reason], columns=["key", "reason"]
     )
     if len(dropped) == len(pairs):
+        if set(dropped.reason) == {NO_SIDE}:
+            raise ValueError(
+                f"none of the {len(pairs)} pairs of {pairs.name} has a side, which run={run!r} goes by; "
+                "give run='foil' or run='caption'"
+            )
         counts = "; ".join(f"{count} x {reason}" for reason, count in dropped.reason.value_counts().items())
         hint = "; run='foil' or run='caption' needs no side" if run in ("affirmative", "negated") else ""
         near = "".join(f"; {name!r} may be {known!r}" for name, known in [*_meant(names, images).items()][:1])
@@ -431,7 +445,7 @@ def _unusable(
     for side, each, short in zip(pairs.side, needed, fits, strict=True):
         missing = [name for name in each if images is not None and name not in images]
         if by_side and side == "none":
-            reasons.append("no side: neither text is the negated one")
+            reasons.append(NO_SIDE)
         elif missing:
             repair = "; one named alike is, and pairs.repaired(store) takes it" if missing[0] in meant else ""
             reasons.append(f"image not in the store{repair}")

@@ -363,7 +363,8 @@ def _same_maker(store: ImageStore, tower: _ImageTower, place: Path) -> None:
         mine, other = _prepared(store.provenance, tower.provenance)
         theirs, ours = f"{theirs} of images prepared with {mine}", f"of images prepared with {other}"
     raise ValueError(
-        f"{place} was made by {theirs}; this run is {ours}: give another `out`, or overwrite=True to replace it"
+        f"{place} was made by {theirs}; this run is {ours}: give another `out`, or overwrite it "
+        "(--overwrite, overwrite=True)"
     )
 
 

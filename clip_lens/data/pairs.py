@@ -154,16 +154,14 @@ class Pairs:
 
     @property
     def question(self) -> tuple[str, ...] | None:
-        """The question that each pair belongs to, its own key where the column says nothing; None without the column.
+        """The question that each pair belongs to, one of its own where the column is empty; None without the column.
 
         Example:
             >>> pairs = clip_lens.read_pairs("tiny")[:3]
             >>> pairs.question is None, Pairs.from_frame(pairs.to_frame().assign(question="one")).question
             (True, ('one', 'one', 'one'))
         """
-        if QUESTION not in self.info:
-            return None
-        return tuple(_text(value) or key for value, key in zip(self.info[QUESTION], self.key, strict=True))
+        return tuple(questions(self.info[QUESTION], self.key)) if QUESTION in self.info else None
 
     @property
     def has_images(self) -> bool:
@@ -359,6 +357,17 @@ def _unique_keys(keys: Sequence[str], name: str) -> None:
         )
 
 
+def questions(asked: Iterable[Any], keys: Iterable[str]) -> list[str]:
+    """The question of each pair as a text; a pair without one has one of its own, which no other is called.
+
+    Example:
+        >>> questions([1.0, 1.0, None, ""], ["0", "1", "2", "3"])
+        ['1.0', '1.0', 'pair 2', 'pair 3']
+    """
+    missing = [(not isinstance(value, str) and bool(pd.isna(value))) or value == "" for value in asked]
+    return [f"pair {key}" if none else str(value) for value, key, none in zip(asked, keys, missing, strict=True)]
+
+
 def repetitions(names: Iterable[str]) -> list[str]:
     series = pd.Series(list(names), dtype=str)
     return list(series[series.duplicated()].unique())
@@ -431,7 +440,10 @@ def _rows(index: Any, length: int) -> list[int]:
             raise IndexError(f"the mask has {len(rows)} entries for {length} pairs; give one per pair")
         return list(np.flatnonzero(rows))
     if rows.size and not np.issubdtype(rows.dtype, np.integer):
-        raise IndexError(f"pairs are indexed by numbers, slices and masks, got {index!r}; use where(key=...) for keys")
+        raise IndexError(
+            f"pairs are indexed by numbers, slices and masks, got {index!r}; use where(key=...) for keys, and "
+            "pairs.to_frame() for columns"
+        )
     outside = [int(row) for row in rows if not -length <= row < length]
     if outside:
         raise IndexError(f"there are {length} pairs, got index {some(outside, quote=True)}")
@@ -454,10 +466,11 @@ def _collection(wanted: Any) -> list[Any]:
 def _summary(pairs: Pairs) -> str:
     sides = pairs.side
     counts = ", ".join(f"{sides.count(side)} {side}" for side in SIDES)
+    told = f", negation in {counts}" if set(sides) - {"none"} else ""
     lost = f"; {len(pairs.dropped)} dropped" if len(pairs.dropped) else ""
     asked = f" of {counted(len(set(pairs.question)), 'question')}" if pairs.question else ""
     bare = "" if pairs.has_images else ", without images"
-    return f"{counted(len(pairs), 'pair')}{asked}{bare}, negation in {counts}{lost}"
+    return f"{counted(len(pairs), 'pair')}{asked}{bare}{told}{lost}"
 
 
 def _dropped(rows: Dropped) -> pd.DataFrame:

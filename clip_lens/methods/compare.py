@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from pandas import DataFrame
+from pandas import DataFrame, Series
 
 from clip_lens.core.effects import Effects, Of
 from clip_lens.core.record import Method, Record
@@ -18,7 +18,7 @@ from clip_lens.words import some
 
 SAME = ("method", "metric", "source", "run", "data_digest", "settings")
 """What the records of two results must have in common: everything but the model, and what follows from it."""
-COLUMNS = ("key", "caption", "foil", "side", "sigma", "token")
+COLUMNS = ("key", "caption", "foil", "side", "sigma", "token", "question")
 """What the pairs of two results must have in common: d is each model's own."""
 DIFFERENCES = (
     "Differences",
@@ -201,8 +201,11 @@ def _in_order(a: Effects, b: Effects) -> Effects:
     rows = _order("places", [_name(place) for place in a.places], [_name(place) for place in b.places])
     columns = _order("pairs", _keys(a), _keys(b))
     pairs = b.pairs.iloc[columns].reset_index(drop=True)
-    for name in (name for name in COLUMNS if name in a.pairs):
-        strange = a.pairs["key"][(a.pairs[name] != pairs[name]).to_numpy()]
+    for name in COLUMNS:
+        one, two = (
+            table.get(name, Series("", table.index)).astype(object).fillna("").astype(str) for table in (a.pairs, pairs)
+        )
+        strange = a.pairs["key"][(one != two).to_numpy()]
         if len(strange):
             raise ValueError(
                 f"these results can't be compared: {name} differs in {len(strange)} of their pairs, such as "

@@ -44,6 +44,7 @@ from clip_lens.methods.reading import (
 from clip_lens.methods.registry import DIRECT
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import NO_LAYER, Edge, Kind, Place, Site, hook_name, members
+from clip_lens.words import unknown
 
 By = Literal["head", "neuron", "source", "layer", "sublayer"]
 Slot: TypeAlias = str | int | None
@@ -285,7 +286,7 @@ def _check(site: Site, encoder: HookedTextEncoder, batch: Batch) -> None:
 def _check_slot(site: Site, batch: Batch) -> None:
     named = (*batch.slots, UNNAMED, UNALIGNED)
     if isinstance(site.slot, str) and site.slot not in named:
-        raise ValueError(f"{site}: no slot {site.slot!r}; the batch has {', '.join(named)}")
+        raise ValueError(f"{site}: {unknown('slot', site.slot, named)}")
     if isinstance(site.slot, int) and site.slot >= batch.tokens.shape[1]:
         raise ValueError(f"{site}: the batch has positions 0..{batch.tokens.shape[1] - 1}")
 

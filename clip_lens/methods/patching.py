@@ -22,10 +22,10 @@ from clip_lens.model.site import Place
 def patch_effects(
     encoder: HookedTextEncoder,
     batch: Batch,
-    places: Sequence[Place],
+    places: Sequence[Place | str],
     *,
-    source: Source | Function = counterpart,
-    metric: Metric = logit,
+    source: Source | Function | str = counterpart,
+    metric: Metric | str = logit,
     rows: int = 256,
     progress: bool = True,
     jobs: int = 1,

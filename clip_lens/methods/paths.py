@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -24,7 +24,7 @@ from clip_lens.core.via import intervened
 from clip_lens.data.batch import Batch
 from clip_lens.methods.registry import PATHS, PATHS_THROUGH_MLPS
 from clip_lens.model.encoder import HookedTextEncoder
-from clip_lens.model.site import Edge, Place, Site, hook_name, precedes
+from clip_lens.model.site import Edge, Place, Site, hook_name, place_of, precedes
 
 Through = Literal["direct", "mlp"]
 METHODS = {"direct": PATHS, "mlp": PATHS_THROUGH_MLPS}
@@ -36,12 +36,12 @@ Path: TypeAlias = tuple[Ends, Ends, Place]
 def path_effects(
     encoder: HookedTextEncoder,
     batch: Batch,
-    senders: Sequence[Ends],
-    receivers: Sequence[Ends],
+    senders: Sequence[Ends | str],
+    receivers: Sequence[Ends | str],
     *,
     through: Through = "direct",
-    source: Source | Function = counterpart,
-    metric: Metric = logit,
+    source: Source | Function | str = counterpart,
+    metric: Metric | str = logit,
     rows: int = 256,
     progress: bool = True,
     jobs: int = 1,
@@ -71,8 +71,9 @@ def path_effects(
     """
     if through not in get_args(Through):
         raise ValueError(f"through={through!r}; give one of {', '.join(get_args(Through))}")
-    paths = existing_paths(senders, receivers)
-    if through == "mlp" and any(len(_ends(r)) > 1 and Site("out") in _ends(r) for r in receivers):
+    from_, to = ([cast(Ends, place_of(end)) for end in ends] for ends in (senders, receivers))
+    paths = existing_paths(from_, to)
+    if through == "mlp" and any(len(_ends(r)) > 1 and Site("out") in _ends(r) for r in to):
         raise ValueError("out is a receiver of its own through MLPs: it can't be joined with others")
     setting = Setting.of(encoder, batch, source=source, metric=metric, rows=rows, progress=progress, executor=executor)
     if through == "mlp" and hasattr(setting.fetch, "tower"):

@@ -15,7 +15,7 @@ from clip_lens.core.setting import Setting, over_pairs, pairs_frame
 from clip_lens.core.source import CHUNK
 from clip_lens.core.table import sides_of, units_of
 from clip_lens.data.batch import Batch
-from clip_lens.data.pairs import FOILS, QUESTION
+from clip_lens.data.pairs import FOILS, QUESTION, questions
 from clip_lens.methods.statistics import proportion
 from clip_lens.model.encoder import HookedTextEncoder
 
@@ -109,9 +109,7 @@ def tally(pairs: DataFrame, *, interval: float = 0.95) -> DataFrame:
 def _questions(pairs: DataFrame) -> tuple[DataFrame, int]:
     """The questions that have all of their pairs, with the smallest d of them, and how many have not."""
     units, _ = units_of(pairs)
-    groups = pairs.assign(key=pairs[QUESTION].astype(object).where(pairs[QUESTION].notna(), pairs["key"])).groupby(
-        units
-    )
+    groups = pairs.assign(key=questions(pairs[QUESTION].tolist(), pairs["key"])).groupby(units)
     asked = groups.agg(key=("key", "first"), d=("d", "min"))
     if FOILS not in pairs:
         return asked, 0

@@ -14,15 +14,27 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+from transformer_lens import ActivationCache
 
 from clip_lens.model.convert import Pool
-from clip_lens.model.site import LAYOUTS, NO_LAYER, Edge, Kind, Site, order, precedes, readers, writers
+from clip_lens.model.site import LAYOUTS, NO_LAYER, Edge, Kind, Site, order, precedes, readers, unknown_kind, writers
 from clip_lens.model.tower import HookedTextTower
 from clip_lens.originals.original import Preparation, digest
-from clip_lens.words import some
+from clip_lens.words import close, nearest, some
 
 Hook: TypeAlias = tuple[str, Callable[..., Tensor | None]]
 Cache: TypeAlias = Mapping[str, Shaped[Tensor, "pair ..."]]
+
+
+class Activations(dict[str, Tensor]):
+    """Activations by hook name; another key is an error that says where TransformerLens' short ones are taken."""
+
+    def __missing__(self, key: object) -> Tensor:
+        near = nearest(key, self) if isinstance(key, str) else ""
+        raise KeyError(
+            f"no activation {key!r}{near}: the keys are hook names, such as 'blocks.0.hook_mlp_out'; short ones, "
+            "('pattern', 2), work with encoder.run_with_cache(texts)[1]"
+        )
 
 
 class HookedTextEncoder:
@@ -301,15 +313,78 @@ class HookedTextEncoder:
             _, cache = self.tower.run_with_cache(
                 tokens, names_filter=chosen, return_cache_object=False, return_type="logits"
             )
-        return cast(Cache, cache)
+        return Activations(cast(Cache, cache))
 
     def _known(self, names: Iterable[str | Callable[[str], bool]]) -> None:
-        unknown = {name for name in names if isinstance(name, str)} - set(self.tower.hook_dict)
-        if unknown:
-            raise ValueError(f"no hook {sorted(unknown)}; encoder.tower.hook_dict lists all of them")
+        strange = {name for name in names if isinstance(name, str)} - set(self.tower.hook_dict)
+        if strange:
+            first = min(strange)
+            near = nearest(first, self.tower.hook_dict)
+            raise ValueError(f"no hook {sorted(strange)}{near}; encoder.tower.hook_dict lists all of them")
+
+    @property
+    def cfg(self) -> Any:
+        """The tower's configuration, as HookedTransformer's."""
+        return self.tower.cfg
+
+    def to_tokens(self, texts: str | Sequence[str]) -> Int[Tensor, "pair pos"]:
+        """The token ids of texts, padded to the context, as HookedTransformer's; `tokens` cuts them."""
+        return self.tokenize([texts] if isinstance(texts, str) else texts)
+
+    def run_with_cache(
+        self,
+        texts: str | Sequence[str] | Int[Tensor, "pair pos"],
+        names_filter: str | Iterable[str] | Callable[[str], bool] | None = None,
+    ) -> tuple[Float[Tensor, "pair d_embed"], ActivationCache]:
+        """The unit text embeddings, as `encoder(texts)`, and the activations of the run as TransformerLens caches them.
+
+        `encoder.tower.run_with_cache` takes all of TransformerLens' options and gives an embedding at every position.
+
+        Raises:
+            ValueError: a name that is no hook.
+
+        Example:
+            >>> u, cache = clip_lens.load().run_with_cache("There are no circles.")
+            >>> u.shape, cache["pattern", 2].shape
+            (torch.Size([1, 128]), torch.Size([1, 4, 7, 7]))
+        """
+        names: Any = names_filter
+        if names is not None and not callable(names):
+            names = {names} if isinstance(names, str) else set(names)
+            self._known(names)
+        tokens = self.tokens(texts)
+        y, cache = self.tower.run_with_cache(tokens, names_filter=names)
+        return self.read(cast(Tensor, y), self.pool(tokens)), cast(ActivationCache, cache)
+
+    def encode_text(
+        self, texts: str | Sequence[str] | Int[Tensor, "pair pos"], normalize: bool = False
+    ) -> Float[Tensor, "pair d_embed"]:
+        """The text embeddings as open_clip's `encode_text` gives them: as long as they are, or with `normalize` of
+        length 1, as `encoder(texts)`.
+
+        Example:
+            >>> encoder = clip_lens.load()
+            >>> torch.equal(encoder.encode_text("a circle", normalize=True), encoder("a circle"))
+            True
+        """
+        if normalize:
+            return self(texts)
+        tokens = self.tokens(texts)
+        y = cast(Tensor, self.tower(tokens))
+        return y[torch.arange(len(y), device=y.device), self.pool(tokens)].to(self.precision)
+
+    def __getattr__(self, name: str) -> Any:
+        """What there is not: an error that says where it is, since the tower is the TransformerLens model."""
+        tower = self.__dict__.get("tower")
+        if tower is not None and not name.startswith("__") and hasattr(tower, name):
+            raise AttributeError(
+                f"the encoder has no {name!r}; its tower, the TransformerLens model, has: encoder.tower.{name}"
+            )
+        names = [each for each in dir(type(self)) if not each.startswith("_")]
+        raise AttributeError(f"the encoder has no {name!r}{close(name, names)}")
 
     def sites(
-        self, kind: Kind, *, layers: Iterable[int] | None = None, slots: Iterable[str | int | None] = (None,)
+        self, kind: Kind, *, layers: Iterable[int] | int | None = None, slots: Iterable[str | int | None] = (None,)
     ) -> list[Site]:
         """One place per layer, unit and slot of a kind: every head, every neuron, every residual stream ...
 
@@ -325,11 +400,11 @@ class HookedTextEncoder:
             (24, 14)
         """
         if kind not in LAYOUTS:
-            raise ValueError(f"no kind of site {kind!r}; the kinds are {', '.join(LAYOUTS)}")
+            raise ValueError(unknown_kind(kind, LAYOUTS))
         if isinstance(slots, str):
             raise TypeError(f"slots are a list, got the text {slots!r}; write slots=[{slots!r}]")
         depth = 1 if kind in NO_LAYER else self.n_layers + (kind == "resid")
-        chosen = range(depth) if layers is None else list(layers)
+        chosen = range(depth) if layers is None else [layers] if isinstance(layers, int) else list(layers)
         if wrong := [layer for layer in chosen if not 0 <= layer < depth]:
             raise ValueError(f"{self.name} has {kind} sites at layers 0..{depth - 1}, got {wrong}")
         return [Site(kind, layer, unit, slot) for layer in chosen for unit in self.units(kind) for slot in tuple(slots)]

@@ -24,8 +24,8 @@ PROBES = ("There are no circles.", "There is a red square and no blue star.", "A
 
 def load(
     name: str | os.PathLike[str] | nn.Module = "tiny",
-    *,
     pretrained: str | None = None,
+    *,
     tokenizer: Callable[..., Any] | None = None,
     scale: float | None = None,
     device: str | torch.device = "cpu",

@@ -28,6 +28,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
+from clip_lens.words import unknown
+
 Kind = Literal[
     "embed", "resid", "mid", "attn", "mlp", "head", "q", "k", "v", "pattern", "neuron", "result",
     "norm", "projection", "out",
@@ -87,6 +89,21 @@ def layout_at(name: str) -> Layout:
     return next((layout for layout in LAYOUTS.values() if layout.hook == template), Layout(template))
 
 
+def unknown_kind(kind: str, kinds: Iterable[str]) -> str:
+    """What is wrong with a kind that there isn't; a hook of TransformerLens' is said to be that of a kind.
+
+    Example:
+        >>> unknown_kind("mlp_out", ["head", "mlp"])
+        "no kind of site 'mlp_out' (that is the hook of kind 'mlp'); there are head, mlp"
+    """
+    kinds = list(kinds)
+    hooks = {layout.hook.rpartition("hook_")[2]: name for name, layout in LAYOUTS.items()}
+    known = hooks.get(str(kind).rpartition(".")[2].removeprefix("hook_"))
+    if known in kinds:
+        return f"no kind of site {kind!r} (that is the hook of kind {known!r}); there are {', '.join(kinds)}"
+    return unknown("kind of site", str(kind), kinds)
+
+
 @dataclass(frozen=True)
 class Site:
     """A slice of one activation.
@@ -112,13 +129,14 @@ class Site:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS and self.kind not in LAYOUTS:
-            raise ValueError(
-                f"no kind of site {self.kind!r}; the kinds are {', '.join(dict.fromkeys([*KINDS, *LAYOUTS]))}"
-            )
+            raise ValueError(unknown_kind(self.kind, dict.fromkeys([*KINDS, *LAYOUTS])))
         if self.unit is not None and (self.kind not in LAYOUTS or LAYOUTS[self.kind].unit_axis is None):
             raise ValueError(f"a site of kind {self.kind!r} has no units, got unit={self.unit}; leave it None")
         if self.kind in NO_LAYER and self.layer != 0:
             raise ValueError(f"{self.kind} has no layer, got layer={self.layer}; Site('resid', {self.layer})?")
+        for name, number in (("layer", self.layer), ("unit", 0 if self.unit is None else self.unit)):
+            if not hasattr(number, "__index__"):
+                raise ValueError(f"{name} is a number, got {number!r}; write Site(kind, layer, unit=..., slot=...)")
         for name, value in (("layer", self.layer), ("unit", self.unit), ("slot", self.slot)):
             if isinstance(value, int) and value < 0:
                 raise ValueError(f"{name} counts from 0, got {value} in a site of kind {self.kind!r}")
@@ -127,6 +145,34 @@ class Site:
         unit = "" if self.unit is None else f".{self.unit}"
         slot = "" if self.slot is None else f" @{self.slot}"
         return f"{self.kind}{slot}" if self.kind in NO_LAYER else f"{self.kind} {self.layer}{unit}{slot}"
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """The site that `str` writes so: a kind, a layer, behind a dot a unit, behind an @ a slot.
+
+        A slot of digits is a position, any other a name.
+
+        Raises:
+            ValueError: no such kind, a layer where it has none or none where it has one, or other words.
+
+        Example:
+            >>> Site.parse("head 2.1 @eot")
+            Site(kind='head', layer=2, unit=1, slot='eot')
+            >>> Site.parse("mlp 3 @7").slot, Site.parse("embed")
+            (7, Site(kind='embed', layer=0, unit=None, slot=None))
+        """
+        match = re.fullmatch(r"\s*([A-Za-z_]+)\s*(?:(\d+)(?:\.(\d+))?)?\s*(?:@(.+))?", text, re.DOTALL)
+        if match is None:
+            raise ValueError(f"{text!r} is no site; write one as 'head 2.1 @eot': a kind, a layer, a unit, a slot")
+        kind, layer, unit, slot = match.groups()
+        if layer is None and kind in LAYOUTS and kind not in NO_LAYER:
+            raise ValueError(f"{text!r} names no layer; write '{kind} 0', with the layer behind the kind")
+        return cls(
+            kind,  # type: ignore[arg-type]
+            int(layer or 0),
+            None if unit is None else int(unit),
+            int(slot) if slot is not None and re.fullmatch(r"[0-9]+", slot) else slot,
+        )
 
 
 @dataclass(frozen=True)
@@ -166,6 +212,22 @@ class Edge:
 
     def __str__(self) -> str:
         return f"{self.sender} -> {self.receiver}"
+
+    @classmethod
+    def parse(cls, text: str) -> Edge:
+        """The edge that `str` writes so: its sender, an arrow, its receiver, as `Site.parse` reads them.
+
+        Raises:
+            ValueError: not two sites with `->` between them, or no edge runs there.
+
+        Example:
+            >>> str(Edge.parse("head 1.2 -> v 3.0 @eot"))
+            'head 1.2 -> v 3.0 @eot'
+        """
+        ends = text.split("->")
+        if len(ends) != 2:
+            raise ValueError(f"{text!r} is no edge; write one as 'head 1.2 -> v 3.0 @eot'")
+        return cls(Site.parse(ends[0].rstrip()), Site.parse(ends[1]))
 
 
 def precedes(sender: Site, receiver: Site) -> bool:
@@ -217,6 +279,23 @@ class Outside:
 
 
 Place: TypeAlias = Site | Edge | Outside | tuple[Site | Edge, ...]
+
+
+def place_of(given: Place | str) -> Place:
+    """The place itself, or the one that a text names: a site, an edge, or several that are patched together, with plus
+    signs between them.
+
+    Raises:
+        ValueError: a text that names no site or edge.
+
+    Example:
+        >>> place_of("mlp 4 + head 2.3 @eot")
+        (Site(kind='mlp', layer=4, unit=None, slot=None), Site(kind='head', layer=2, unit=3, slot='eot'))
+    """
+    if not isinstance(given, str):
+        return given
+    found = tuple(Edge.parse(each) if "->" in each else Site.parse(each) for each in given.split(" + "))
+    return found if len(found) > 1 else found[0]
 
 
 def members(place: Place) -> tuple[Site | Edge, ...]:

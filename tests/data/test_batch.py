@@ -606,12 +606,30 @@ def test_pairs_dropped_before_stay_listed(causal):
 
 def test_nothing_left_says_why_and_what_to_do(causal):
     pairs = make(("A dog.", "A cat."), ("A red dog.", "A blue dog."))
-    with pytest.raises(ValueError, match=r"none of the 2 pairs .*2 x no side: .*run='foil'"):
-        align(pairs, random_store(pairs, 8), causal)
+    for run in ("affirmative", "negated"):
+        with pytest.raises(ValueError, match=rf"none of the 2 pairs of pairs has a side.*'{run}'.*run='foil'"):
+            align(pairs, random_store(pairs, 8), causal, run=run)
+    mixed = make(("A dog.", "A cat."), ("No dogs. " * 40, "A dog."))
+    with pytest.raises(ValueError, match=r"none of the 2 pairs .*1 x no side: .*run='foil'"):
+        align(mixed, random_store(mixed, 8), causal)
     with pytest.raises(ValueError, match=r"none of the 2 pairs .*2 x image not in the store\)$"):
         align(pairs, ImageStore.from_tensors(["x"], torch.ones(1, 8)), causal, run="foil")
     with pytest.raises(ValueError, match="no pairs to align"):
         align(pairs[[]], random_store(pairs, 8), causal)
+
+
+def test_the_run_that_is_not_given_goes_by_what_the_pairs_have(causal):
+    plain, sided = make(("A dog.", "A cat.")), make(("A dog.", "A cat."), REPHRASED)
+    assert align(plain, random_store(plain, 8), causal).run == "foil"
+    assert align(sided, random_store(sided, 8), causal).run == "affirmative"
+
+
+def test_a_batch_says_of_sides_and_slots_what_it_has(causal):
+    plain = aligned(causal, ("A dog.", "A cat."))
+    assert repr(plain) == "Batch(1 pairs of pairs, run='foil', slots by changed_slots, 0 dropped, 5 positions)"
+    assert "negat" not in repr(plain) + plain._repr_html_() + repr(plain.pairs) + plain.pairs._repr_html_()
+    both = aligned(causal, ("A dog.", "A cat."), REPHRASED)
+    assert "negation in 1 caption, 1 none, slots of 1 by changed_slots, 1 by template_slots" in repr(both)
 
 
 def test_unknown_run_lists_the_known_ones(causal):

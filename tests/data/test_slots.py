@@ -9,11 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import Text, agree, tower
 from towers import random_encoder, random_store
 
-from clip_lens.data.batch import align
+from clip_lens.core.source import mean, resample
+from clip_lens.data.batch import align, match_tokens
 from clip_lens.data.pairs import Pairs
 from clip_lens.data.slots import SLOTS, changed_names, changed_slots, order_of, rules_of, template_slots, word_slots
+from clip_lens.methods.patching import patch_effects
+from clip_lens.model.site import Site
+from clip_lens.show.figures.heatmap import heatmap
 
 SMALL = {"layers": 2, "width": 16, "heads": 2, "d_embed": 8}
 SWAP = ("a red circle and a blue square", "a blue circle and a red square")
@@ -89,8 +94,6 @@ tokens = st.lists(st.integers(0, 3), min_size=1, max_size=7)
 @given(tokens, tokens)
 def test_what_changes_by_looking_left_and_right(run, other):
     """An unchanged token is `before` if all on its left are unchanged and nothing is missing there, and so on."""
-    from clip_lens.data.batch import match_tokens
-
     matched = [(p, q) for p, q in enumerate(match_tokens(run, other)) if q >= 0]
     named = changed_names(run, other, matched)
     same = {(p, q) for p, q in matched if run[p] == other[q]}
@@ -257,3 +260,90 @@ def test_cells_that_fit_no_words_say_what_to_do(causal, columns, message):
     with pytest.raises(ValueError, match=message) as caught:
         aligned(causal, SWAP, **{name: [phrase] for name, phrase in columns.items()})
     assert "cell" not in str(caught.value) or re.search(r"slot:NAME:foil.*'and a \[circle\]'", str(caught.value))
+
+
+# What follows the slots: patching, averages, means, partners
+
+
+@pytest.mark.parametrize("name", ["causal", "bidirectional", "bidirectional, pooled last"])
+@pytest.mark.parametrize("run", ["caption", "foil"])
+def test_patching_a_slot_is_patching_its_positions_by_hand(name, run):
+    """Every text has its own positions of `changed`, found here by comparing tokens; the oracle is a tower by hand."""
+    clip, encoder = tower(name)
+    texts = (SWAP, COLOUR, INSERTION, ("a dog and a cat", "a black dog and cats"))
+    pairs = make(*texts)
+    batch = align(pairs, random_store(pairs, encoder.d_embed), encoder, run=run, slots=changed_slots)
+    places = [Site(kind, layer, unit, "changed") for kind, unit in (("mlp", None), ("head", 1)) for layer in (0, 2)]
+    effects = patch_effects(encoder, batch, [*places, Site("embed", slot="changed")])
+    expected = []
+    for place in effects.places:
+        row = []
+        for pair in range(len(batch)):
+            text = Text(clip, batch, pair)
+            ids, other = batch.tokens[pair].tolist(), batch.other[pair].tolist()
+            end = int(encoder.length(batch.tokens)[pair])
+            differ = [p for p in range(end) if text.origin[p] < 0 or other[text.origin[p]] != ids[p]]
+            text.slots = ["changed" if p in differ else None for p in range(len(ids))]
+            row.append(text.effect(place))
+        expected.append(row)
+    agree(effects, expected)
+    assert effects.record.slots == batch.slots and effects.record.slot_rules == {"changed_slots": 4}
+
+
+def test_slots_of_positions_are_averages_over_them():
+    _, encoder = tower("causal")
+    pairs = make(SWAP, COLOUR, INSERTION, AT_THE_END)
+    batch = align(pairs, random_store(pairs, encoder.d_embed), encoder, run="caption", slots=changed_slots)
+    single = patch_effects(encoder, batch, encoder.sites("resid", slots=range(batch.tokens.shape[1])))
+    table = single.by_slot(batch).fraction()
+    assert list(dict.fromkeys(table["slot"])) == ["sot", "before", "changed", "between", "after", "eot"]
+    for line in table.itertuples():
+        values = [
+            float(-single.values[row, pair])
+            for row, place in enumerate(single.places)
+            for pair in range(len(batch))
+            if place.layer == line.layer
+            and place.slot < batch.length[pair]
+            and batch.slots[batch.slot[pair, place.slot]] == line.slot
+        ]
+        values = [value for value in values if value == value]
+        if values:
+            assert line.effect == pytest.approx(sum(values) / len(values), abs=1e-10)
+        else:
+            assert line.effect != line.effect
+    spread = single.by_slot(batch).localisation()
+    behind = table[table["slot"].isin(["changed", "between", "after", "eot"])].groupby("layer")["fraction"]
+    assert spread["localisation"].to_numpy() == pytest.approx(behind.std(ddof=0).to_numpy(), abs=1e-12)
+
+
+def test_grids_have_the_order_of_the_batch(causal):
+    def slots(text, other, info):
+        first, *_, last = text.split()
+        return [(len(first), "zebra"), (len(text) - len(last), "subject"), (len(text), "ant")]
+
+    batch = aligned(causal, COLOUR, SWAP, slots=slots)
+    effects = patch_effects(causal, batch, causal.sites("resid", slots=("eot", "ant", "zebra", "subject", "sot")))
+    assert list(effects.grid().index) == ["sot", "zebra", "subject", "ant", "eot"]
+    names = list(heatmap(effects).layout.yaxis.ticktext)
+    assert names == ["start of text", "zebra", "subject", "ant", "end of text"]
+
+
+def test_means_of_a_slot_are_taken_at_the_slot_of_that_name(causal):
+    """The two batches count their slots otherwise; a slot that the first lacks has no mean."""
+    colours = word_slots({"colour": ["red", "blue"]})
+    things = word_slots({"thing": ["circle", "square"], "colour": ["red", "blue"]})
+    over, batch = aligned(causal, SWAP, COLOUR, slots=colours), aligned(causal, SWAP, COLOUR, slots=things)
+    assert over.slots.index("colour") == batch.slots.index("colour") == 1 and over.slots != batch.slots
+    flat = aligned(causal, ("circle red", "circle blue"), slots=things)
+    assert flat.slots.index("colour") == 2
+    name = "blocks.0.hook_mlp_out"
+    known = mean(over=over)(causal, flat)(torch.tensor([0]), [name])[name][0]
+    own = mean(causal, over)(torch.tensor([0]), [name])[name][0]
+    assert torch.equal(known[2], own[2]) and known[1].isnan().all() and not known[[0, 2, 3]].isnan().any()
+
+
+def test_partners_have_the_same_slots(causal):
+    texts = [(f"a {one} circle", f"a {two} circle") for one, two in (("red", "blue"), ("green", "red"))]
+    batch = aligned(causal, *texts, INSERTION, slots=changed_slots)
+    values = patch_effects(causal, batch, [Site("attn", 0)], source=resample(0)).values
+    assert values.isnan().tolist() == [[False, False, True]]

@@ -118,6 +118,19 @@ def test_pairs_and_places_are_matched_by_what_they_are():
     assert torch.equal(compare(a, shuffled).effects.total, b.total - a.total)
 
 
+def test_pairs_of_one_question_are_drawn_together():
+    """Six questions of four pairs each: the bounds are quantiles over draws of whole questions."""
+    a, b = (
+        replace(effects, pairs=effects.pairs.assign(question=[f"q{n // 4}" for n in range(KEYS)]))
+        for effects in (result(0), result(1))
+    )
+    table = compare(a, b).table(0.9, pooled=True, resamples=200, seed=3)
+    draws = np.random.default_rng([3, SIDES.index("pooled")]).multinomial(6, np.full(6, 1 / 6), 200).astype(float)
+    rows = np.arange(KEYS)
+    drawn = np.stack([by_hand(b, rows, w.repeat(4)) - by_hand(a, rows, w.repeat(4)) for w in draws])
+    assert np.allclose(table[["effect_lower", "effect_upper"]].T, np.quantile(drawn[:, :, 1], [0.05, 0.95], axis=0))
+
+
 def test_the_top_rows_have_the_largest_differences_of_each_side():
     compared = compare(result(0), result(1))
     table, top = compared.table(), compared.top(2)
@@ -155,6 +168,12 @@ def test_other_pairs_and_places_are_refused_by_name():
     foil = replace(b, pairs=b.pairs.assign(foil=["b"] * 23 + ["c"]))
     with pytest.raises(ValueError, match=r"foil differs in 1 of their pairs, such as 'p23'"):
         compare(a, foil)
+    asked = lambda effects, question: replace(effects, pairs=effects.pairs.assign(question=question))
+    assert (
+        compare(asked(a, [None, "q"] * 12), asked(b, [float("nan"), "q"] * 12)).a.pairs["question"].notna().sum() == 12
+    )
+    with pytest.raises(ValueError, match=r"question differs in 24 of their pairs"):
+        compare(a, asked(b, "q"))
     with pytest.raises(ValueError, match="an interval lies between 0 and 1"):
         compare(a, b).table(1.0)
 

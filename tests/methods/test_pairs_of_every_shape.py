@@ -248,6 +248,18 @@ def test_a_pair_without_a_question_is_one_of_its_own():
     assert (row.n, row.right) == (3, 2)
 
 
+def test_a_question_is_told_from_a_pairs_key(tmp_path):
+    """Where the column has gaps, a csv's numbers are floats, and a number may be a key too."""
+    (tmp_path / "a.csv").write_text("caption,foil,question\na,b,1\nc,d,\ne,f,1\ng,h,0\n")
+    pairs = read_pairs(tmp_path / "a.csv")
+    assert pairs.question == ("1.0", "pair 1", "1.0", "0.0")
+    frame = pairs.info.assign(key=pairs.key, side="none", d=[1.0, 1.0, -1.0, 1.0])
+    row = tally(frame).set_index("by").loc["question"]
+    assert (row.n, row.right) == (3, 2)
+    assert units_of(frame)[0].tolist() == [0, 1, 0, 2]
+    assert units_of(DataFrame({"key": ["0", "1"], "question": ["1", None]}))[1] == 2
+
+
 def test_scores_of_multiple_choice_from_the_file_on(encoder):
     captions = {f"caption_{n}": [text, FOILS[0]] for n, text in enumerate(CAPTIONS)}
     frame = DataFrame({"image_path": ["a.jpg", "b.jpg"], **captions, "correct_answer": [2, 0]})

@@ -126,6 +126,70 @@ def test_adding_what_separates_a_pair_is_the_counterparts_patch(name):
     assert effects.meta["method"] == "steering: add a direction"
 
 
+@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("how", ["add", "remove"])
+def test_several_layers_steered_together_is_one_run_under_hooks(name, how):
+    """Later sites are steered on top of what the earlier ones did; two slots of one stream, an MLP among them."""
+    encoder, batch = tower(name)[1], batch_of(name)
+    place = (
+        Site("resid", 1, slot="negator"),
+        Site("resid", 1, slot="eot"),
+        Site("mlp", 1),
+        Site("resid", 2, slot="eot"),
+    )
+    alone = Site("resid", 2, slot="eot")
+    v, origin = draw(4, 32), draw(4, 32, seed=1)
+    given = {"origin": {place: list(origin), alone: origin[3]}} if how == "remove" else {}
+    effects = steer(encoder, batch, {place: list(v), alone: v[3]}, how=how, rows=5, **given)
+
+    def hooked(*numbers):
+        def hook(site, v, o):
+            where = batch.where(site.slot)
+
+            def change(x, hook):
+                x = x.clone()
+                inside = where[:, : x.shape[1]]
+                moved = x[inside] + v if how == "add" else x[inside] - torch.outer((x[inside] - o) @ v / (v @ v), v)
+                x[inside] = moved
+                return x
+
+            return change
+
+        names = [
+            "blocks.1.hook_resid_pre",
+            "blocks.1.hook_resid_pre",
+            "blocks.1.hook_mlp_out",
+            "blocks.2.hook_resid_pre",
+        ]
+        hooks = [(names[number], hook(place[number], v[number], origin[number])) for number in numbers]
+        return ((encoder(batch.tokens, hooks) - encoder(batch.tokens)) * batch.direction).sum(-1)
+
+    for row, numbers in enumerate([(0, 1, 2, 3), (3,)]):
+        expected = hooked(*numbers)
+        assert (effects.values[row] - expected).abs().max() <= 1e-10 * expected.abs().max()
+    assert (effects.values[0] - effects.values[1]).abs().max() > 1e-3
+    assert effects.places == (place, alone)
+    again = steer(
+        encoder, batch, {place: list(v)}, how=how, rows=5, **({"origin": {place: list(origin)}} if given else {})
+    )
+    assert torch.equal(again.values[0], effects.values[0])
+    assert again.record.source.identity != effects.record.source.identity
+
+
+def test_one_direction_for_sites_that_are_steered_together():
+    encoder, batch, v = tower("causal")[1], batch_of("causal"), draw(32)
+    place = (Site("resid", 1, slot="eot"), Site("resid", 2, slot="eot"))
+    assert torch.equal(steer(encoder, batch, {place: v}).values, steer(encoder, batch, {place: [v, v]}).values)
+    with pytest.raises(ValueError, match="3 directions for the 2 sites that are steered together"):
+        steer(encoder, batch, {place: [v] * 3})
+    with pytest.raises(ValueError, match="leave it out where one is added"):
+        steer(encoder, batch, {place: v}, origin={place: v})
+    with pytest.raises(ValueError, match="give one of add, remove"):
+        steer(encoder, batch, {place: v}, how="turn")
+    with pytest.raises(ValueError, match="no places"):
+        steer(encoder, batch, {})
+
+
 def test_other_sites_slots_and_pairs():
     """An MLP's output at the negator, another direction for each pair."""
     encoder, batch = tower("causal")[1], batch_of("causal")
@@ -349,15 +413,16 @@ def test_shuffled_is_the_probe_on_shuffled_texts(tiny, embedded):
 
 
 def test_the_control_is_what_memory_gives():
-    types, test = np.tile(np.arange(10), 12), np.repeat([True, False], 60)
-    one_hot = torch.nn.functional.one_hot(torch.from_numpy(types)).double().expand(2, -1, -1)
-    assert controls.control_fit(one_hot, test, types, 0).accuracy == 1.0
+    types, test = np.tile(np.arange(10), (2, 12)), np.repeat([True, False], 60)
+    labels = np.repeat([[0], [1]], 120, axis=1)
+    one_hot = torch.nn.functional.one_hot(torch.from_numpy(types)).double()
+    assert controls.control_fit(one_hot, test, types, labels, 0).accuracy == 1.0
     noise = draw(2, 120, 5)
-    assert 0.3 < controls.control_fit(noise, test, types, 0).accuracy < 0.7
-    assert controls.control_fit(one_hot, test, np.where(test, 1, 0), 0) is None
-    assert controls.control_fit(one_hot, test, np.full(120, -1), 0) is None
+    assert 0.3 < controls.control_fit(noise, test, types, labels, 0).accuracy < 0.7
+    assert controls.control_fit(one_hot, test, np.where(test, 1, 0 * types), labels, 0) is None
+    assert controls.control_fit(one_hot, test, np.full((2, 120), -1), labels, 0) is None
     unseen = np.where(test & (types < 5), 99, types)
-    assert len(controls.control_fit(one_hot, test, unseen, 0).right) == 2 * 30 * controls.CONTROLS
+    assert len(controls.control_fit(one_hot, test, unseen, labels, 0).right) == 2 * 30 * controls.CONTROLS
 
 
 def test_subjects_that_never_recur_count_by_their_first_token():
@@ -366,12 +431,13 @@ def test_subjects_that_never_recur_count_by_their_first_token():
     texts = [(f"There is no {n} {end}.", f"There is a {n} {end}.") for n in nouns for end in ("here", "there", "too")]
     split = splitting.split_texts(encoder, made_up(texts, encoder), [0], 0, 0.5)
     types, words = controls.types_of(split), [text.split()[3] for text in split.batch.pairs.caption]
-    assert len({*zip(types.tolist(), words, strict=True)}) == len(set(types)) == 4
+    assert types[0].tolist() == types[1].tolist()
+    assert len({*zip(types[0].tolist(), words, strict=True)}) == len(set(types[0])) == 4
     phrases = [(f"{start} is no {n}.", f"{start} is a {n}.") for n in nouns for start in ("In it there", "There")]
     split = splitting.split_texts(encoder, made_up(phrases, encoder), [0], 0, 0.5)
     split = replace(split, held=torch.tensor([True, False] * 3 + [True, True]))
     whole = controls._subjects(split, ("subject", "subject_rest"))
-    assert controls._recurring(whole, split.test).tolist() == [True, False] * 3 + [False, False]
+    assert controls._recurring(whole, split.test).tolist() == [[True, False] * 3 + [False, False]] * 2
     assert controls.types_of(split).tolist() == whole.tolist()
 
 
@@ -417,13 +483,14 @@ def test_a_probe_that_does_not_converge(tiny, embedded, monkeypatch):
 # Towers that are known
 
 
-def only_the_negator():
-    """A tower whose stream at the end is 0, plus a known vector where the text says no."""
+def only_the_words(**vectors):
+    """A tower whose stream at the end is 0, plus the known vector of the one word that the text has."""
     clip = random_clip(width=32, heads=4, layers=1, d_embed=16).double().requires_grad_(False)
-    block, v = clip.transformer.resblocks[0], draw(32)
+    block = clip.transformer.resblocks[0]
     clip.token_embedding.weight.zero_()
     clip.positional_embedding.zero_()
-    clip.token_embedding.weight[open_clip.tokenize(["no"])[0, 1]] = v
+    for word, v in vectors.items():
+        clip.token_embedding.weight[open_clip.tokenize([word])[0, 1]] = v
     for part in (block.attn.in_proj_weight, block.attn.in_proj_bias, block.attn.out_proj.bias, block.ln_1.bias):
         part.zero_()
     block.ln_1.weight.fill_(1.0)
@@ -431,11 +498,12 @@ def only_the_negator():
     block.attn.out_proj.weight.copy_(torch.eye(32))
     block.mlp.c_proj.weight.zero_()
     block.mlp.c_proj.bias.zero_()
-    return load(clip, tokenizer=open_clip.SimpleTokenizer(context_length=77), dtype=torch.float64), v
+    return load(clip, tokenizer=open_clip.SimpleTokenizer(context_length=77), dtype=torch.float64)
 
 
 def test_a_direction_that_is_known():
-    encoder, v = only_the_negator()
+    v = draw(32)
+    encoder = only_the_words(no=v)
     nouns = ("dog", "cat", "horse", "ball", "cube", "man", "car", "tree")
     texts = [(f"There is a {noun}.", f"There is no {noun}.")[:: (-1) ** row] for row, noun in enumerate(nouns)]
     table = probe(encoder, made_up(texts, encoder))
@@ -445,8 +513,8 @@ def test_a_direction_that_is_known():
     for name in ("added_caption", "added_foil", "removed_caption", "removed_foil"):
         assert table[name].tolist() == pytest.approx([0.0, 1.0], abs=1e-9)
     split = splitting.split_texts(encoder, made_up(texts, encoder), [1], 0, 0.5)
-    cosine = torch.nn.functional.cosine_similarity(split.directions[0], v - v.mean(), dim=0)
-    assert cosine > 1 - 1e-5  # LayerNorm's eps
+    cosine = torch.nn.functional.cosine_similarity(split.directions[0], v - v.mean(), dim=1)
+    assert (cosine > 1 - 1e-5).all()  # LayerNorm's eps
     assert table["removed_caption_random"][1] < 0.5
 
 
@@ -465,6 +533,164 @@ def test_the_embedded_model(table):
         assert last[f"{name}_random"] < 0.3
     assert table.attrs["model"] == "tiny"
     assert table.attrs["probe seed"] == "0"
+
+
+# Labels of one's own
+
+
+def colour_of(text):
+    """The last colour that a text names, if any."""
+    return next((word for word in reversed(text.strip(".").split()) if word in COLOURS), None)
+
+
+def coloured(colours=("red", "blue", "green"), nouns=("dog", "cat", "horse", "ball", "cube", "man", "car", "tree")):
+    """Pairs of texts that differ in a colour; every two colours in both orders."""
+    couples = [(one, two) for one in colours for two in colours if one != two]
+    return [
+        tuple(f"There is a {colour} {noun}." for colour in couples[(row + step) % len(couples)])
+        for row, noun in enumerate(nouns)
+        for step in (0, 1)
+    ]
+
+
+def test_negation_as_a_label_is_the_probe_of_negation(tiny, embedded, table):
+    """`no` as a function of the text, and as two columns: the numbers of the probe without labels."""
+    says_no = lambda text: "no" in text.lower().split()
+    info = embedded.pairs.info.assign(
+        in_caption=[says_no(text) for text in embedded.pairs.caption],
+        in_foil=[says_no(text) for text in embedded.pairs.foil],
+    )
+    columns = replace(embedded, pairs=replace(embedded.pairs, info=info))
+    layers = [0, 1, 4, 6]
+    found = probe(tiny, embedded, labels=says_no, layers=layers)
+    assert found.equals(probe(tiny, columns, labels=("in_caption", "in_foil"), layers=layers))
+    assert set(table) - set(found) == {"noun", "noun_lower", "noun_upper", "noun_n"}
+    for name in set(table) & set(found) - {"note"}:
+        assert np.allclose(found[name], table[name], rtol=1e-5, atol=1e-6, equal_nan=True), name
+    assert found["note"].equals(table["note"])
+    assert found.attrs["classes"].startswith("False: ")
+
+
+def test_a_probe_of_several_classes_is_scikit_learns():
+    """Six colours on a random tower by hand; a column labels the captions alone."""
+    from sklearn.metrics import balanced_accuracy_score
+
+    encoder = random_encoder(width=16, heads=2, layers=2, d_embed=8, dtype=torch.float64, seed=2)
+    pairs = clip_lens.read_pairs().where(form="there-are")[:120]
+    pairs = replace(pairs, info=pairs.info.assign(hue=[colour_of(text) for text in pairs.caption]))
+    batch = align(pairs, random_store(pairs, 8), encoder, run="foil")
+    table = probe(encoder, batch, labels="hue", layers=[2], seed=3, test_share=0.4, interval=0.9)
+    only_captions = lambda text: colour_of(text) if text in pairs.caption else None
+    assert table.equals(probe(encoder, batch, labels=only_captions, layers=[2], seed=3, test_share=0.4, interval=0.9))
+    split = splitting.split_texts(encoder, batch, [2], 3, 0.4, "hue")
+    captions = [str(text) for text in pairs.caption]
+    rows = [(row, text) for row in split.distinct.tolist() for text in pairs.caption[row : row + 1] if colour_of(text)]
+    rows += [(row, pairs.foil[row]) for row in split.distinct.tolist() if pairs.foil[row] in captions]
+    tested = np.array([bool(split.held[row]) for row, text in rows if colour_of(text)])
+    texts = [text for _, text in rows if colour_of(text)]
+    labels = np.array([colour_of(text) for text in texts])
+    x = streams_by_hand(encoder, texts, 2)
+    mean, std = x[~tested].mean(0), x[~tested].std(0)
+    model = LogisticRegression(C=1.0, max_iter=5000).fit((x[~tested] - mean) / std, labels[~tested])
+    answers = model.predict((x[tested] - mean) / std)
+    row = table.iloc[0]
+    assert len(model.classes_) == 6
+    assert row["balanced"] == pytest.approx(balanced_accuracy_score(labels[tested], answers), abs=1e-12)
+    values, counts = np.unique(labels[~tested], return_counts=True)
+    assert row["chance"] == pytest.approx((labels[tested] == values[counts.argmax()]).mean(), abs=1e-12)
+    assert not [name for name in table if name.startswith(("added", "removed", "patched"))]
+    assert "no causal test: no held-out pair has texts of two classes" in row["note"]
+
+
+def test_classes_that_are_known():
+    """Three colours, each a known vector: read and moved without fault at layer 1, not there at layer 0."""
+    vectors = {colour: draw(32, seed=seed) for seed, colour in enumerate(("red", "blue", "green"))}
+    encoder = only_the_words(**vectors)
+    batch = made_up(coloured(), encoder, run="foil")
+    table = probe(encoder, batch, labels=colour_of)
+    assert table["accuracy"][1] == table["balanced"][1] == 1.0
+    assert table["balanced"][0] == pytest.approx(1 / 3)
+    assert table["accuracy"][0] == table["chance"][0] == table["chance"][1] < 0.5
+    assert table["permuted"][1] < 0.8
+    for name in ("added_none", "removed_none", "patched_none"):
+        assert table[name].tolist() == pytest.approx([0.0, 1.0], abs=1e-9)
+    assert table["added_none_random"][0] == 0.0 < table["added_none_random"][1]
+    assert table["n_none"][1] == 8
+    split = splitting.split_texts(encoder, batch, [1], 0, 0.5, colour_of)
+    assert split.classes == ("blue", "green", "red")
+    for place, (run, other) in enumerate(split.ends.T):
+        apart = vectors[split.classes[other]] - vectors[split.classes[run]]
+        cosine = torch.nn.functional.cosine_similarity(split.directions[0, place], apart - apart.mean(), dim=0)
+        assert cosine > 0.99  # each went through a LayerNorm of its own
+    assert table["note"].tolist() == ["the classes have the same mean: no direction", ""]
+
+
+def test_the_causal_test_of_several_classes_by_hand(tiny):
+    """Means of the training texts by class, moved from the run's class to the other's, by plain `steer`."""
+    texts = coloured(("red", "blue", "green"), ("circle", "star", "cross", "ring", "square"))
+    batch = made_up(texts, tiny, run="caption")
+    added, removed = (
+        probe_effects(tiny, batch, how=how, labels=colour_of, layers=[4], seed=1) for how in ("add", "remove")
+    )
+    held = [int(key) for key in added.pairs["key"]]
+    rest = [both for row, both in enumerate(texts) if row not in held]
+    distinct = {frozenset(both): both for both in reversed(rest)}.values()
+    trained = [text for both in distinct for text in both]
+    stream = torch.from_numpy(streams_by_hand(tiny, trained, 4)).float()
+    mean = {
+        colour: stream[[row for row, text in enumerate(trained) if colour_of(text) == colour]].mean(0)
+        for colour in ("red", "blue", "green")
+    }
+    site = Site("resid", 4, slot="eot")
+    run, other = (torch.stack([mean[colour_of(texts[row][which])] for row in held]) for which in (0, 1))
+    by_hand = steer(tiny, batch[held], {site: other - run})
+    assert torch.allclose(added.values, by_hand.values, atol=1e-4)
+    without = steer(tiny, batch[held].flip(), {site: other - run}, how="remove", origin={site: run})
+    assert torch.allclose(removed.values, without.values, atol=1e-4)
+    assert added.values.abs().max() > 0.1
+
+
+def test_random_labels_have_the_shares_of_the_true_ones():
+    labels, types = np.array([[0] * 6 + [1] * 3 + [2] * 3 + [-1] * 5]), np.arange(100)
+    dealt = controls._dealt(types, labels, np.random.default_rng(0))
+    assert np.bincount(dealt).tolist() == [50, 25, 25]
+    assert dealt.tolist() != sorted(dealt)
+    assert np.bincount(controls._dealt(np.arange(5), np.array([[0, 1]]), np.random.default_rng(0))).tolist() == [3, 2]
+
+
+def test_what_no_training_text_is_labelled_is_left_out_and_said():
+    tiny = small()
+    nouns = ("dog", "cat", "horse", "ball", "cube", "man")
+    texts = [(f"There is a red {noun}.", f"There is a blue {noun}.") for noun in nouns]
+    batch = made_up([*texts, ("There is a red fish.", "There is a white fish.")], tiny, run="caption")
+    for seed in range(20):
+        table = probe(tiny, batch, labels=colour_of, layers=[1], seed=seed)
+        split = splitting.split_texts(tiny, batch, [1], seed, 0.5, colour_of)
+        assert split.unseen == (("white",) if split.held[-1] else ())
+        assert ("labelled 'white' left out" in table["note"][0]) == bool(split.held[-1])
+        assert len(split.contrasted) == split.held[:-1].sum()
+        assert table["n"][0] == split.held.sum()
+
+
+def test_labels_that_do_not_fit(tiny, embedded):
+    with pytest.raises(ValueError, match=r"no column 'color' of labels; did you mean 'colour'\?"):
+        probe(tiny, embedded, labels="color")
+    with pytest.raises(ValueError, match=r"is labelled 'scene-\d+.png' in one pair and 'scene-\d+.png' in another"):
+        probe(tiny, clip_lens.align(clip_lens.read_pairs(), clip_lens.ImageStore.open("tiny"), tiny), labels="image")
+    with pytest.raises(ValueError, match="at least two classes apart; the texts have 'x'"):
+        probe(tiny, embedded, labels=lambda text: "x")
+    with pytest.raises(ValueError, match="the texts have none"):
+        probe(tiny, embedded, labels=lambda text: None)
+    with pytest.raises(ValueError, match=r"0 classes of 460 .* have texts both to train on and to test on"):
+        probe(tiny, embedded, labels=lambda text: text)
+    with pytest.raises(TypeError, match="labels=3; give a column of the pairs"):
+        probe(tiny, embedded, labels=3)
+    with pytest.raises(TypeError, match="a label is a word, a number or None"):
+        probe(tiny, embedded, labels=lambda text: [text])
+    with pytest.raises(ValueError, match="no causal test"):
+        probe_effects(tiny, embedded, labels="colour")
+    with pytest.raises(ValueError, match="to tell something else apart than negation give labels="):
+        probe(small(), made_up(coloured(), small(), run="foil"))
 
 
 # Errors

@@ -149,7 +149,7 @@ def test_unknown_hooks(encoder: HookedTextEncoder) -> None:
         lambda: encoder(TEXTS, hooks=[("blocks.9.hook_resid_pre", lambda value, hook: value)]),
         lambda: encoder.cache(TEXTS, hooks=[("blocks.9.hook_resid_pre", lambda value, hook: value)]),
     ):
-        with pytest.raises(ValueError, match=r"no hook \['blocks.9.hook_resid_pre'\]; .*hook_dict"):
+        with pytest.raises(ValueError, match=r"no hook \['blocks.9.hook_resid_pre'\].*; .*hook_dict"):
             call()
 
 
@@ -184,7 +184,7 @@ def test_sites_that_do_not_exist(encoder: HookedTextEncoder) -> None:
         encoder.sites("mlp", layers=[0, 2])
     with pytest.raises(ValueError, match=r"got \[-1\]"):
         encoder.sites("resid", layers=[-1])
-    with pytest.raises(ValueError, match="the kinds are"):
+    with pytest.raises(ValueError, match="there are embed, resid"):
         encoder.sites("heads")  # type: ignore[arg-type]
 
 
@@ -259,6 +259,18 @@ def test_the_digest_is_that_of_the_weights_as_they_are_now() -> None:
     encoder.tower.blocks[0].mlp.in_weight.data += a @ b  # a low-rank adapter, merged
     seen.add(encoder.digest)
     assert len(seen) == 3
+
+
+def test_unchanged_holds_the_digest_and_lets_go_of_it() -> None:
+    encoder = random_encoder(layers=1)
+    first = encoder.digest
+    with pytest.raises(ZeroDivisionError), encoder.unchanged():
+        with encoder.unchanged():
+            assert encoder.digest == first
+        encoder.tower.W_U.add_(1)  # what nobody should do inside: the digest is held
+        assert encoder.digest == first
+        raise ZeroDivisionError
+    assert encoder.digest != first
 
 
 def test_the_digest_sees_an_edit_that_only_float64_holds() -> None:

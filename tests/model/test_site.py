@@ -37,7 +37,7 @@ def test_the_last_residual_stream_leaves_the_last_block() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"kind": "heads"}, "no kind of site 'heads'; the kinds are embed, resid"),
+        ({"kind": "heads"}, "no kind of site 'heads'.*; there are embed, resid"),
         ({"kind": "resid", "unit": 1}, "has no units, got unit=1"),
         ({"kind": "embed", "layer": 2}, r"Site\('resid', 2\)"),
         ({"kind": "head", "layer": -1}, "layer counts from 0, got -1"),

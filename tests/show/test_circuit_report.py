@@ -109,9 +109,8 @@ def test_findings_say_both_forms_on_each_side(found):
         assert len(said) == 3
         for sentence, (side, words) in zip(said, SIDES.items(), strict=True):
             rows = verdict[(verdict["circuit"] == done.name) & (verdict["side"] == side)].set_index("pruned")
-            assert sentence.startswith(
-                f"{words} ({rows.loc[False, 'n']} held-out pairs): the share of d that the circuit keeps is as selected ("
-            )
+            start = f"{words} ({rows.loc[False, 'n']} held-out pairs): "
+            assert sentence.startswith(f"{start}the share of d that the circuit keeps is as selected (")
             selected, pruned = sentence.split("; pruned ")
             assert f"selected ({len(done.circuit)} edges) " in selected
             assert pruned.startswith(f"({len(done.circuit.pruned())} edge")

@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -351,6 +352,22 @@ def test_a_sentence_of_ones_own(encoder, store):
     assert "no pairs to choose from" in pair.show(pair=1).message
     with pytest.raises(ValueError, match="caption and foil are the same tokens"):
         clip_lens.explore(encoder, ("A star.", "a star."), images=store)
+
+
+def test_pairs_without_images_wait_for_one(encoder, store, batch, pairs):
+    bare = replace(pairs, image=[""] * len(pairs))
+    texts = replace(batch, direction=torch.full_like(batch.direction, torch.nan), pairs=bare)
+    explorer = clip_lens.explore(encoder, texts, images=store)
+    assert "compared by an image" in explorer.message and "compared by an image" in HTMLText(explorer.html()).words
+    assert not explorer.show(foil="").message  # one text needs none
+    explorer.show(pair=3, image=pairs.image[3])
+    close(explorer.panels.score, clip_lens.explore(encoder, batch).show(pair=3).panels.score)
+
+
+def test_one_text_is_not_judged_by_images_of_another_model(store):
+    encoder = random_encoder(d_embed=128)
+    with pytest.raises(ValueError, match="tiny"):
+        clip_lens.explore(encoder, "a star", images=store).show(image=store.ids[0]).panels_or_raise()
 
 
 def test_alone_in_other_towers():

@@ -209,7 +209,7 @@ def test_data_cannot_put_markup_into_a_label():
 
 def test_errors_are_those_of_the_grid():
     with pytest.raises(ValueError, match="differ in unit"):
-        heatmap(make(HEADS))
+        heatmap(make(HEADS), rows="slot")
     with pytest.raises(ValueError, match="no side 'none'"):
         heatmap(make(RESID), side="none")
     with pytest.raises(ValueError, match="no column 'fractoin'"):

@@ -34,8 +34,8 @@ def acdc(
     *,
     among: Circuit | Iterable[Edge] | None = None,
     slots: Iterable[str | int] = (),
-    source: Source | Function = counterpart,
-    metric: Metric = logit,
+    source: Source | Function | str = counterpart,
+    metric: Metric | str = logit,
     rows: int = 256,
     progress: bool = True,
 ) -> Circuit:

@@ -41,8 +41,8 @@ def faithfulness(
     batch: Batch,
     circuits: Circuit | Sequence[Circuit],
     *,
-    source: Source | Function = counterpart,
-    metric: Metric = logit,
+    source: Source | Function | str = counterpart,
+    metric: Metric | str = logit,
     rows: int = 256,
     progress: bool = True,
     jobs: int = 1,
@@ -363,8 +363,8 @@ def completeness(
     samples: int = 20,
     greedy: int = 0,
     seed: int = 0,
-    source: Source | Function = counterpart,
-    metric: Metric = logit,
+    source: Source | Function | str = counterpart,
+    metric: Metric | str = logit,
     rows: int = 256,
 ) -> DataFrame:
     """How far circuit C and model M part when both lose the same members K: a row per K (Wang et al. 2023).
@@ -434,8 +434,8 @@ def minimality(
     by: By = "edge",
     samples: int = 5,
     seed: int = 0,
-    source: Source | Function = counterpart,
-    metric: Metric = logit,
+    source: Source | Function | str = counterpart,
+    metric: Metric | str = logit,
     rows: int = 256,
 ) -> DataFrame:
     """What each member of a circuit is there for: a row per member, the least needed last (Wang et al. 2023).

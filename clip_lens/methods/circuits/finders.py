@@ -36,6 +36,7 @@ from clip_lens.methods.registry import (
 )
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Edge
+from clip_lens.words import unknown
 
 CERTAIN = 0.95
 """The share of resamples that have to agree on the sign of an edge's score."""
@@ -202,7 +203,7 @@ def finder_of(method: str) -> Finder:
         ValueError: there is none.
     """
     if method not in FINDERS:
-        raise ValueError(f"method={method!r}; give one of {', '.join(FINDERS)}")
+        raise ValueError(unknown("method", method, FINDERS))
     return FINDERS[method]
 
 

@@ -13,6 +13,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from clip_lens.methods.probes.fit import Fit, tell
+from clip_lens.methods.probes.labelled import UNLABELLED
 from clip_lens.methods.probes.split import LEAST, Split
 from clip_lens.model.encoder import HookedTextEncoder
 
@@ -35,9 +36,9 @@ def shuffled(encoder: HookedTextEncoder, tokens: Int[Tensor, "text pos"], seed: 
     return result
 
 
-def types_of(split: Split) -> Int[ndarray, "distinct"]:
-    """The subject of each distinct pair, by number: the whole phrase, or its first token where no held-out phrase was
-    trained on; -1 where the text has no such slot."""
+def types_of(split: Split) -> Int[ndarray, "text distinct"]:
+    """The subject of each text of the distinct pairs, by number: the whole phrase, or its first token where no held-out
+    phrase was trained on; -1 where a text has no such slot."""
     for slots in (("subject", "subject_rest"), ("subject",)):
         types = _subjects(split, slots)
         if _recurring(types, split.test).any():
@@ -45,39 +46,78 @@ def types_of(split: Split) -> Int[ndarray, "distinct"]:
     return types
 
 
-def _recurring(types: Int[ndarray, "distinct"], test: Bool[ndarray, "distinct"]) -> Bool[ndarray, "distinct"]:
-    """Which held-out pairs have a subject that was trained on."""
-    return test & (types >= 0) & np.isin(types, types[~test])
+def _recurring(types: Int[ndarray, "text distinct"], test: Bool[ndarray, "distinct"]) -> Bool[ndarray, "text distinct"]:
+    """Which held-out texts have a subject that was trained on."""
+    return test & (types >= 0) & np.isin(types, types[:, ~test])
 
 
-def _subjects(split: Split, slots: Sequence[str]) -> Int[ndarray, "distinct"]:
+def _subjects(split: Split, slots: Sequence[str]) -> Int[ndarray, "text distinct"]:
     batch = split.batch[split.distinct]
-    numbers = torch.tensor([batch.slots.index(name) for name in slots], device=batch.slot.device)
-    inside = torch.isin(batch.slot, numbers)
-    subjects = [tuple(text[where].tolist()) for text, where in zip(batch.tokens, inside, strict=True)]
-    number = {subject: index for index, subject in enumerate(dict.fromkeys(filter(None, subjects)))}
-    return np.array([number.get(subject, -1) for subject in subjects])
+    there = [batch.slots.index(name) for name in slots if name in batch.slots]
+    numbers = torch.tensor(there, device=batch.slot.device, dtype=batch.slot.dtype)
+    subjects = [
+        [tuple(text[where].tolist()) for text, where in zip(tokens, torch.isin(slot, numbers), strict=True)]
+        for tokens, slot in ((batch.tokens, batch.slot), (batch.other, batch.other_slot))
+    ]
+    known = dict.fromkeys(subject for each in subjects for subject in each if subject)
+    number = {subject: index for index, subject in enumerate(known)}
+    return np.array([[number.get(subject, -1) for subject in each] for each in subjects])
 
 
 def control_fit(
     streams: Float[Tensor, "text distinct d_model"],
     test: Bool[ndarray, "distinct"],
-    types: Int[ndarray, "distinct"],
+    types: Int[ndarray, "text distinct"],
+    labels: Int[ndarray, "text distinct"],
     seed: int,
 ) -> Fit | None:
-    """Probes for labels drawn at random for each subject, half of them 1; None if no subject is on both sides."""
-    known, tested = np.setdiff1d(types[~test], [-1]), _recurring(types, test)
-    if len(known) < 2 or not tested.any():
+    """Probes for classes drawn at random for each subject, as frequent as the labels among the training texts; None if
+    no subject is on both sides."""
+    known, tested = np.setdiff1d(types[:, ~test], [-1]), _recurring(types, test)
+    chosen = (tested | (~test & (types >= 0))) & (labels != UNLABELLED)
+    if len(known) < 2 or not (chosen & test).any():
         return None
-    kept = tested | (~test & (types >= 0))
     fits = []
     for draw in range(CONTROLS):
-        ones = np.random.default_rng([seed, draw]).permutation(known)[: len(known) // 2]
-        labels = np.broadcast_to(np.isin(types[kept], ones).astype(int), (2, kept.sum()))
-        fits.append(tell(streams[:, torch.from_numpy(kept).to(streams.device)], tested[kept], labels))
-    return fits[0]._replace(
-        right=np.concatenate([fit.right for fit in fits]), converged=all(fit.converged for fit in fits)
-    )
+        dealt = _dealt(known, labels[:, ~test], np.random.default_rng([seed, draw]))
+        drawn = np.where(chosen, dealt[np.searchsorted(known, types).clip(max=len(known) - 1)], UNLABELLED)
+        if len(np.setdiff1d(drawn[:, ~test], [UNLABELLED])) < 2:
+            return None
+        fits.append(tell(streams, test, drawn))
+    return together(fits)
+
+
+def permuted_fit(
+    streams: Float[Tensor, "text distinct d_model"],
+    test: Bool[ndarray, "distinct"],
+    labels: Int[ndarray, "text distinct"],
+    seed: int,
+) -> Fit:
+    """Probes trained on the training texts' labels dealt anew among them, judged by the true ones: chance, as found."""
+    known = (labels != UNLABELLED) & ~test
+    fits = []
+    for draw in range(CONTROLS):
+        dealt = labels.copy()
+        dealt[known] = np.random.default_rng([seed, draw]).permutation(labels[known])
+        fits.append(tell(streams, test, dealt))
+    return together(fits)
+
+
+def together(fits: Sequence[Fit]) -> Fit:
+    """Several draws' answers as one fit's."""
+    right = np.concatenate([fit.right for fit in fits])
+    return fits[0]._replace(right=right, converged=all(fit.converged for fit in fits))
+
+
+def _dealt(
+    types: Int[ndarray, "type"], labels: Int[ndarray, "text distinct"], drawn: np.random.Generator
+) -> Int[ndarray, "type"]:
+    """A class for each type at random, in the shares that the labels have; the last class's share is dealt first."""
+    classes, counts = np.unique(labels[labels != UNLABELLED], return_counts=True)
+    ends = len(types) * counts[::-1].cumsum() // counts.sum()
+    dealt = np.empty(len(types), int)
+    dealt[drawn.permutation(len(types))] = classes[::-1][np.searchsorted(ends, np.arange(len(types)), side="right")]
+    return dealt
 
 
 class Swap(NamedTuple):

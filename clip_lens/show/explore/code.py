@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from clip_lens.data.batch import Run
-from clip_lens.show.explore.desk import Desk, sigma_of, way_of
+from clip_lens.show.explore.desk import Desk
+from clip_lens.show.explore.given import sigma_of, way_of
 from clip_lens.show.explore.view import Panels, View
 
 
@@ -21,14 +22,14 @@ def code(desk: Desk, panels: Panels) -> str:
     """
     view = panels.view
     stored = _needs_images(desk, view)
-    own = stored and not desk.given
-    given = ["encoder", *(["batch"] if desk.batch is not None else []), *(["images"] if stored and desk.given else [])]
+    own = stored and not desk.has_images
+    known = {"encoder": True, "batch": desk.batch is not None, "images": stored and desk.has_images}
     lines = [
-        f"# {_listed_words(given)}: as given to explore",
+        f"# {_listed_words([name for name, there in known.items() if there])}: as given to explore",
         "import clip_lens",
         "from clip_lens import Site",
         *(["from clip_lens.data.alone import one_text"] if view.alone else []),
-        *(["from clip_lens.show.explore.desk import images_of"] if own else []),
+        *(["from clip_lens.show.explore.given import images_of"] if own else []),
         "",
         *(["images = images_of(batch, encoder)"] if own else []),
         *_texts_code(desk, view),

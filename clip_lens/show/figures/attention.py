@@ -32,8 +32,9 @@ class _Pattern(NamedTuple):
     weights: np.ndarray
 
 
-def patterns(encoder: HookedTextEncoder, batch: Batch, layer: int, head: int, pair: int = 0) -> Figure:
-    """A plotly figure of one head's attention in both texts of a pair, and of the difference, other minus run.
+def patterns(encoder: HookedTextEncoder, batch: Batch | str, layer: int = 0, head: int = 0, pair: int = 0) -> Figure:
+    """A plotly figure of one head's attention in both texts of a pair, and of the difference, other minus run; or in a
+    text of its own, `patterns(encoder, "There are no circles.", 2, 1)`.
 
     Rows are queries, columns keys; weights of a row sum to 1. In the difference each position of the run stands against
     the one it is aligned with (method section 3); grey: no counterpart. Its limit is its largest absolute value.
@@ -47,13 +48,22 @@ def patterns(encoder: HookedTextEncoder, batch: Batch, layer: int, head: int, pa
         >>> figure = patterns(encoder, batch, layer=2, head=1)
         >>> [trace.name for trace in figure.data][:3]
         ['run: foil', 'other: caption', 'difference, other - run']
+        >>> patterns(encoder, "There are no circles.", layer=2, head=1).data[0].z.shape
+        (7, 7)
     """
+    alone = isinstance(batch, str)
     for name, number, most in (
-        ("layer", layer, encoder.n_layers), ("head", head, encoder.n_heads), ("pair", pair, len(batch))
+        ("layer", layer, encoder.n_layers), ("head", head, encoder.n_heads), ("pair", pair, 1 if alone else len(batch))
     ):  # fmt: skip
         if not 0 <= number < most:
             raise ValueError(f"{name} counts from 0 to {most - 1} here. Got {number}")
-    hook = f"blocks.{layer}.attn.hook_pattern"
+    if not isinstance(batch, str | Batch):
+        raise TypeError(f"patterns are of a Batch, or of one text. Got {batch!r}")
+    hook, heading = f"blocks.{layer}.attn.hook_pattern", f"head {layer}.{head}"
+    if isinstance(batch, str):
+        tokens = encoder.tokens(batch)
+        tokens = tokens[0, : int(encoder.length(tokens))]
+        return _figure([_Pattern("attention", _words(encoder, tokens), _weights(encoder, tokens, hook, head))], heading)
     both = [
         (f"{role}: {TITLES.get(which, which)}", tokens[pair, : int(length[pair])])
         for role, which, tokens, length in (
@@ -64,7 +74,7 @@ def patterns(encoder: HookedTextEncoder, batch: Batch, layer: int, head: int, pa
     texts = [_Pattern(title, _words(encoder, tokens), _weights(encoder, tokens, hook, head)) for title, tokens in both]
     origin = batch.origin[pair, : len(texts[0].tokens)].cpu().numpy()
     moved = difference(texts[0].weights, texts[1].weights, origin)
-    return _figure([*texts, _Pattern(CHANGE, _both(texts[0], texts[1], origin), moved)], f"head {layer}.{head}")
+    return _figure([*texts, _Pattern(CHANGE, _both(texts[0], texts[1], origin), moved)], heading)
 
 
 def difference(run: np.ndarray, other: np.ndarray, origin: np.ndarray) -> np.ndarray:
@@ -101,19 +111,20 @@ def _both(run: _Pattern, other: _Pattern, origin: np.ndarray) -> list[str]:
 
 
 def _figure(drawn: list[_Pattern], heading: str) -> Figure:
+    """One text's pattern, or those of two texts and the difference."""
     longest, moved = max(len(text.tokens) for text in drawn), drawn[-1].weights
-    beside = longest <= BESIDE
+    beside = longest <= BESIDE and len(drawn) > 1
     inner = CELL * longest
     shape: list[list[dict[str, int] | None]]
-    shape = [[{}, {}], [{"colspan": 2}, None]] if beside else [[{}], [{}], [{}]]
+    shape = [[{}, {}], [{"colspan": 2}, None]] if beside else [[{}] for _ in drawn]
     figure = subplots(
         rows=len(shape), cols=len(shape[0]), specs=shape, horizontal_spacing=0.2 if beside else 0,
         subplot_titles=[text.title for text in drawn],
-        vertical_spacing=GAP / (inner * len(shape) + GAP * (len(shape) - 1)),
+        vertical_spacing=GAP / (inner * len(shape) + GAP * (len(shape) - 1)) if len(shape) > 1 else None,
     )  # fmt: skip
     figure.update_annotations(font_size=13)
     places = [(1, 1), (1, 2), (2, 1)] if beside else [(1, 1), (2, 1), (3, 1)]
-    for text, (row, col), axis in zip(drawn, places, ("coloraxis", "coloraxis", "coloraxis2"), strict=True):
+    for text, (row, col), axis in zip(drawn, places, ("coloraxis", "coloraxis", "coloraxis2"), strict=False):
         for trace in _cells(text, axis):
             figure.add_trace(trace, row=row, col=col)
         figure.update_xaxes(_ticks(text.tokens, across=True), row=row, col=col)

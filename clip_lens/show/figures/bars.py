@@ -15,7 +15,7 @@ from clip_lens.core.effects import Effects
 from clip_lens.show.figures.curves import need
 from clip_lens.show.figures.figure import Figure, carrying, subplots
 from clip_lens.show.figures.style import LIGHT, SMALL, template
-from clip_lens.show.figures.words import SIDE_NAMES, bold, hovers, shown, value_name
+from clip_lens.show.figures.words import bold, hovers, shown, side_name, value_name
 from clip_lens.words import counted
 
 LINE, HEAD, FOOT = 20, 40, 52  # pixels: of a bar, of a panel's heading, of the axis below
@@ -68,9 +68,12 @@ def bars(
     parts = [(name, part) for name, part in parts if len(part)]
     if not parts:
         raise ValueError(f"nothing to draw: no row has a value of {value!r}")
-    figure = _canvas([(_heading(name, part), len(part)) for name, part in parts], title)
-    for row, (name, part) in enumerate(parts, start=1):
-        trace = _trace(part, columns, SIDE_NAMES.get(name, name), _hovers(part, columns, effects))
+    labels = [side_name(name, [name for name, _ in parts]) for name, _ in parts]
+    figure = _canvas(
+        [(_heading(label, part), len(part)) for label, (_, part) in zip(labels, parts, strict=True)], title
+    )
+    for row, (label, (_, part)) in enumerate(zip(labels, parts, strict=True), start=1):
+        trace = _trace(part, columns, label, _hovers(part, columns, effects))
         figure.add_trace(trace, row=row, col=1)
         figure.update_yaxes(_labels(part[LABEL]), row=row, col=1)
     figure.update_xaxes(title_text=value_name(value, effects), row=len(parts), col=1)
@@ -129,7 +132,7 @@ def _largest(part: DataFrame, n: int, columns: _Columns) -> DataFrame:
 
 def _heading(name: str, part: DataFrame) -> str:
     pairs = f"<br>{_range(part['n'])} pairs" if "n" in part and api.types.is_numeric_dtype(part["n"]) else ""
-    return f"{SIDE_NAMES.get(name, escape(name))}{pairs}" if name else ""
+    return f"{escape(name)}{pairs}" if name else ""
 
 
 def _range(counts: Series) -> str:

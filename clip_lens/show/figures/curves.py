@@ -17,7 +17,7 @@ from clip_lens.core.table import SIDES
 from clip_lens.model.site import label
 from clip_lens.show.figures.figure import Figure, carrying, subplots
 from clip_lens.show.figures.style import LIGHT, SIDE_COLOURS, faded, template, under
-from clip_lens.show.figures.words import BOUNDS, SIDE_NAMES, bold, value_name
+from clip_lens.show.figures.words import BOUNDS, bold, side_name, value_name
 from clip_lens.words import close
 
 DASHES = ("solid", "dash", "dot", "dashdot")  # a second turn through the colours
@@ -101,7 +101,7 @@ def _lines(frame: DataFrame, columns: _Columns, log: bool, title: str) -> Figure
         part = (frame[frame[by] == name] if by else frame).sort_values(x, kind="stable")
         colour, dash = _look(number, name if by == "side" else None)
         for trace in _line(part, columns, colour, dash):
-            shown = SIDE_NAMES.get(str(name), str(name)) if by == "side" else str(name)
+            shown = side_name(str(name), map(str, series)) if by == "side" else str(name)
             figure.add_trace(trace.update(name=escape(shown, quote=False), legendgroup=str(name)))
     figure.update_layout(showlegend=len(series) > 1)
     figure.update_xaxes(title_text=escape(x), type="log" if log else "linear", **_whole(frame[x], log))
@@ -148,7 +148,7 @@ def scatter(exact: Effects, estimate: Effects, side: str | None = None) -> Figur
     """
     sides = _common_sides(exact, estimate, side)
     panels = [(name, *_matched(exact, estimate, name)) for name in sides]
-    headings = [_agreement(name, points, left_out) for name, points, left_out in panels]
+    headings = [_agreement(side_name(name, sides), points, left_out) for name, points, left_out in panels]
     figure = subplots(rows=len(panels), cols=1, subplot_titles=headings, vertical_spacing=0.2 / len(panels))
     figure.update_annotations(font_size=13)
     for row, (name, points, _) in enumerate(panels, start=1):
@@ -260,11 +260,11 @@ def _means(effects: Effects, side: str) -> dict[Any, float]:
     return {place: float(mean) for place, mean in zip(effects.places, effect, strict=True) if mean == mean}
 
 
-def _agreement(side: str, points: DataFrame, left_out: int) -> str:
+def _agreement(label: str, points: DataFrame, left_out: int) -> str:
     constant = (points[["exact", "estimate"]].nunique() == 1).any()
     r = "not defined, one side is constant" if constant else f"{points['exact'].corr(points['estimate']):.3f}"
     missing = f", {left_out} only in one result" if left_out else ""
-    return f"{SIDE_NAMES[side]}<br>Pearson r = {r}, {len(points)} places{missing}"
+    return f"{label}{'<br>' if label else ''}Pearson r = {r}, {len(points)} places{missing}"
 
 
 def _cloud(side: str, points: DataFrame) -> list[go.Scatter]:
@@ -275,7 +275,7 @@ def _cloud(side: str, points: DataFrame) -> list[go.Scatter]:
             x=ends, y=ends, mode="lines", name="equal", hoverinfo="skip", line={"color": LIGHT.soft, "width": 1}
         ),
         go.Scatter(
-            x=points["exact"], y=points["estimate"], mode="markers", name=SIDE_NAMES[side],
+            x=points["exact"], y=points["estimate"], mode="markers", name="places",
             hovertext=[escape(place, quote=False) for place in points["place"]],
             marker={"color": LIGHT.series[SIDE_COLOURS[side]], "size": 6, "opacity": 0.6},
             hovertemplate="<b>%{hovertext}</b><br>%{x:.4f} exact, %{y:.4f} estimated<extra></extra>",

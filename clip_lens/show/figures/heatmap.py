@@ -12,10 +12,10 @@ import pandas as pd
 from pandas import DataFrame
 
 from clip_lens.core.effects import Effects
-from clip_lens.core.grid import one_side, pivot
+from clip_lens.core.grid import axes_of, one_side, pivot
 from clip_lens.show.figures.figure import Figure, carrying, subplots
 from clip_lens.show.figures.style import LARGE, LIGHT, scale, template
-from clip_lens.show.figures.words import SIDE_NAMES, hovers, record_of, shown, slot_name, value_name
+from clip_lens.show.figures.words import hovers, record_of, shown, side_name, slot_name, value_name
 from clip_lens.words import decimals
 
 SCALE = scale(LIGHT.diverging)
@@ -43,8 +43,8 @@ class Panel(NamedTuple):
 
 def heatmap(
     effects: Effects | DataFrame,
-    rows: str = "slot",
-    columns: str = "layer",
+    rows: str | None = None,
+    columns: str | None = None,
     value: str = "fraction",
     side: str | None = None,
     title: str | None = None,
@@ -53,6 +53,9 @@ def heatmap(
     **how: Any,
 ) -> Figure:
     """A plotly figure of one value of the table, laid out by two columns of the index; a panel for each side.
+
+    Unless told otherwise slot x layer, of single heads or neurons without slots unit x layer, of edges sender x
+    receiver.
 
     Colours run from -limit to limit, white at 0; without `limit` it is the largest absolute value of all panels. Cells
     are printed when they are few; hovering tells value, interval, mean signed effect and pairs. Grey cells have
@@ -119,15 +122,22 @@ def largest(grid: DataFrame) -> float:
 
 
 def _panels(
-    effects: Effects | DataFrame, rows: str, columns: str, value: str, side: str | None, how: dict[str, Any]
+    effects: Effects | DataFrame,
+    rows: str | None,
+    columns: str | None,
+    value: str,
+    side: str | None,
+    how: dict[str, Any],
 ) -> list[Panel]:
     if isinstance(effects, DataFrame):
         return [Panel("", effects, _long(effects, value))]
     if not effects.places:
         raise ValueError(f"nothing to draw: the result has no places, {effects!r}")
+    rows, columns = axes_of(effects.index, rows, columns)
     table, axes = effects.table(**how), effects.axes()
     parts = {name: one_side(table, name) for name in (dict.fromkeys(table["side"]) if side is None else [side])}
-    return [laid_out(name, part, rows, columns, value, effects, axes) for name, part in parts.items()]
+    names = {name: side_name(str(name), map(str, parts)) for name in parts}
+    return [laid_out(names[name], part, rows, columns, value, effects, axes) for name, part in parts.items()]
 
 
 def laid_out(
@@ -194,7 +204,7 @@ def _describe(panel: Panel, between: str) -> str:
     counts = panel.table["n"][panel.table["n"] > 0]
     low, high = (int(counts.min()), int(counts.max())) if len(counts) else (0, 0)
     pairs = f"n = {high} pairs" if low == high else f"n = {low} to {high} pairs"
-    return f"{SIDE_NAMES.get(panel.name, panel.name)}{between}{pairs}"
+    return f"{panel.name}{between}{pairs}" if panel.name else pairs
 
 
 def _draw(figure: Figure, panel: Panel, value: str, where: dict[str, int], drawn: Effects | DataFrame) -> None:
@@ -208,7 +218,7 @@ def _draw(figure: Figure, panel: Panel, value: str, where: dict[str, int], drawn
         text=[[_number(cell, value) for cell in line] for line in grid] if printed else _spots(panel.grid),
         texttemplate="%{text}" if printed else None,
         coloraxis="coloraxis",
-        name=SIDE_NAMES.get(panel.name, panel.name),
+        name=panel.name,
         hovertext=panel.told,
         hovertemplate=spot + ("<br>%{z:.3f}" if panel.told is None else "%{hovertext}") + "<extra></extra>",
         **CELLS,

@@ -20,7 +20,7 @@ from clip_lens.methods.circuits.circuit import Circuit
 from clip_lens.model.site import Edge, Site, label
 from clip_lens.show.figures.figure import Figure, carrying, subplots
 from clip_lens.show.figures.style import LIGHT, SMALL, template, under
-from clip_lens.show.figures.words import SIDE_NAMES, bold, hovers, shown, slot_name
+from clip_lens.show.figures.words import bold, hovers, shown, side_name, slot_name
 from clip_lens.words import counted
 
 READS = {"q": "queries", "k": "keys", "v": "values"}
@@ -110,7 +110,8 @@ def _of_effects(effects: Effects, n: int | None, side: str | None) -> list[Part]
         table = strongest(effects, len(effects.places) if n is None else n, name)
         count = _count(len(table), len(effects.places), "effects")
         frame = table[["place", "side", *shown(effects)]]
-        parts.append(Part(f"{SIDE_NAMES[name]}<br>{count}", table, hovers(table, effects), frame))
+        label = side_name(name, sides)
+        parts.append(Part(f"{label}<br>{count}" if label else count, table, hovers(table, effects), frame))
     return parts
 
 
@@ -152,7 +153,7 @@ def _drawn(parts: Sequence[Part], layout: _Layout, limit: float | None) -> Figur
     steps = _steps(max(len(part.table) for part in parts))
     figure = _canvas(layout, [part.heading for part in parts], len(steps) > 1)
     figure.add_traces(_legend(parts))
-    seen = [set(steps)] * len(figure.data)
+    seen: list[Container[int]] = [set(steps)] * len(figure.data)
     for number, part in enumerate(parts, start=1):
         drawn = [*_lines(part, layout, largest, steps), *((_nodes(part.table[:n], layout), {n}) for n in steps)]
         seen += [at for _, at in drawn]

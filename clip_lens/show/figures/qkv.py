@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from clip_lens.model.site import Edge
 from clip_lens.show.figures.figure import Figure
 from clip_lens.show.figures.heatmap import Panel, assemble, laid_out
 from clip_lens.show.figures.network import READS, single_edges
-from clip_lens.show.figures.words import SIDE_NAMES
+from clip_lens.show.figures.words import side_name
 from clip_lens.words import some
 
 HEAD = "receiving head"
@@ -53,15 +53,21 @@ def qkv(effects: Effects, value: str = "effect", side: str | None = None, **how:
     rows = pd.Series([heads[edge] for edge in edges])
     kinds = pd.Series([edge.receiver.kind for edge in edges])
     order = {**effects.ends(), HEAD: _in_order(heads[edge] for edge in sorted(read, key=_receiver))}
-    panels = []
-    for name in dict.fromkeys(table["side"]) if side is None else [side]:
+    panels, sides = [], list(dict.fromkeys(table["side"])) if side is None else [side]
+    for name in sides:
         part = one_side(table, name).assign(**{HEAD: rows.to_numpy()})
-        panels += _receiving(part, kinds.to_numpy(), value, name, effects, order)
+        panels += _receiving(part, kinds.to_numpy(), value, name, sides, effects, order)
     return assemble(panels, value, effects, title="")
 
 
 def _receiving(
-    part: DataFrame, kinds: Any, value: str, side: str, effects: Effects, order: dict[str, list[str]]
+    part: DataFrame,
+    kinds: Any,
+    value: str,
+    side: str,
+    sides: Sequence[str],
+    effects: Effects,
+    order: dict[str, list[str]],
 ) -> list[Panel]:
     """A side's panels; those that lack a sender or a head have a grey line there, so that all are laid out alike."""
     everything = part[np.isin(kinds, list(READS))]
@@ -69,7 +75,7 @@ def _receiving(
     axes = {"sender": [name for name in order["sender"] if name in there], HEAD: order[HEAD]}
     panels = []
     for kind in (kind for kind in READS if kind in kinds):
-        name = f"{READS[kind]}; {SIDE_NAMES.get(side, side)}"
+        name = "; ".join(filter(None, (READS[kind], side_name(side, sides))))
         panels.append(laid_out(name, part[kinds == kind], "sender", HEAD, value, effects, order).on(axes))
     return panels
 

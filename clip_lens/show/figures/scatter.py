@@ -19,7 +19,7 @@ from clip_lens.show.figures.curves import need
 from clip_lens.show.figures.figure import Figure, carrying
 from clip_lens.show.figures.style import LIGHT, SIDE_COLOURS, template, under
 from clip_lens.show.figures.thumbnails import Pictures, picture_file, thumbnail
-from clip_lens.show.figures.words import SIDE_NAMES
+from clip_lens.show.figures.words import side_name
 
 MOST = 400  # small copies in one figure, of at most some 8 kB each
 SCRIPT = """
@@ -102,7 +102,9 @@ def scatter_pairs(
     figure = PictureFigure()
     groups = list(dict.fromkeys(rows[by])) if grouped else [None]
     for number, group in enumerate(groups):
-        figure.add_trace(_points(rows if group is None else rows[rows[by] == group], (x, y), image, group, number))
+        figure.add_trace(
+            _points(rows if group is None else rows[rows[by] == group], (x, y), image, group, number, groups)
+        )
     figure.update_layout(
         template=template(), height=440, margin={"t": 40 if title else 14, "b": 76, "l": 10, "r": 14},
         hovermode="closest", legend=under(46, 340), showlegend=len(groups) > 1,
@@ -114,7 +116,9 @@ def scatter_pairs(
     return carrying(figure, rows[[name for name in dict.fromkeys(known) if name in rows]])
 
 
-def _points(part: DataFrame, columns: tuple[str, str], image: str, group: Any, number: int) -> go.Scatter:
+def _points(
+    part: DataFrame, columns: tuple[str, str], image: str, group: Any, number: int, groups: list[Any]
+) -> go.Scatter:
     x, y = columns
     words = [name for name in (image, "caption", "foil") if name in part]
     told = "".join(f"<br>%{{customdata[{place}]}}" for place in range(1, 1 + len(words)))
@@ -122,7 +126,7 @@ def _points(part: DataFrame, columns: tuple[str, str], image: str, group: Any, n
     ids = part[image].astype(str) if image in part else [""] * len(part)
     texts = [[escape(text, quote=False) for text in row] for row in part[words].astype(str).to_numpy()]
     details = [[name, *row] for name, row in zip(ids, texts, strict=True)]
-    name, colour = SIDE_NAMES.get(str(group), str(group)), SIDE_COLOURS.get(str(group), number % len(LIGHT.series))
+    name, colour = side_name(str(group), map(str, groups)), SIDE_COLOURS.get(str(group), number % len(LIGHT.series))
     return go.Scatter(
         x=part[x].to_numpy(dtype=float), y=part[y].to_numpy(dtype=float), mode="markers", customdata=details,
         name="pairs" if group is None else escape(name, quote=False),

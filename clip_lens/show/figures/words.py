@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html import escape
 
 import numpy as np
@@ -20,12 +20,16 @@ SLOT_NAMES = {
     "subject_rest": "subject, rest",
     "stop": "full stop",
     "eot": "end of text",
+    "before": "before the change",
+    "changed": "what changes",
+    "between": "between the changes",
+    "after": "after the change",
 }
 SIDE_NAMES = {
     "caption": "negation in the caption",
     "foil": "negation in the foil",
-    "none": "no negation side",
-    "pooled": "both sides pooled",
+    "none": "pairs without a side",
+    "pooled": "all sides pooled",
 }
 COLUMN_NAMES = {"n": "pairs", "jaccard": "Jaccard overlap", "r2": "R\N{SUPERSCRIPT TWO}"}
 """Columns of tables whose names are no words."""
@@ -51,10 +55,20 @@ def slot_name(slot: str | int | None) -> str:
     """
     if slot is None or slot is pd.NA:
         return "all tokens"
-    return SLOT_NAMES.get(slot, slot) if isinstance(slot, str) else f"position {slot}"
+    return SLOT_NAMES.get(slot, slot.replace("_", " ")) if isinstance(slot, str) else f"position {slot}"
 
 
-def place_name(place: Place | None) -> str:
+def side_name(side: str, sides: Iterable[str]) -> str:
+    """A side of some, as a figure or a sentence names it: nothing where pairs have no sides at all.
+
+    Example:
+        >>> side_name("none", ["foil", "none"]), side_name("none", ["none"])
+        ('pairs without a side', '')
+    """
+    return "" if set(sides) <= {"none"} else SIDE_NAMES.get(side, side)
+
+
+def place_name(place: Place) -> str:
     """A place as a sentence names it.
 
     Example:
@@ -66,7 +80,7 @@ def place_name(place: Place | None) -> str:
         return f"{_end_name(place.sender)} \N{RIGHTWARDS ARROW} {_end_name(place.receiver)}"
     if isinstance(place, Site):
         return _site_name(place)
-    return label(place) if place is None else " + ".join(map(place_name, place))
+    return " + ".join(map(place_name, place)) if isinstance(place, tuple) else label(place)
 
 
 def _site_name(site: Site) -> str:

@@ -36,6 +36,8 @@ class Case:
     rows: int = 256
     seed: int = 0
     progress: bool = True
+    jobs: int = 1
+    executor: object = None
 
     @cached_property
     def patching(self) -> Setting:
@@ -49,7 +51,8 @@ class Case:
 
     def patched(self, name: str, places: Sequence[Place]) -> Effects:
         """Activation patching of these places from the text with the negation."""
-        run = lambda chosen: patch_effects(self.encoder, self.batch, chosen, rows=self.rows, progress=self.progress)
+        how = {"rows": self.rows, "progress": self.progress, **self.keep.sharing(name, self.jobs, self.executor)}
+        run = lambda chosen: patch_effects(self.encoder, self.batch, chosen, **how)
         return self.keep.effects(name, self.patching.record(PATCHING), places, run)
 
     def read(self, name: str, record: Record, places: Sequence[Place], compute: Callable[[], Effects]) -> Effects:

@@ -147,8 +147,8 @@ HELD_OUT = {
 FAITHFULNESS = (
     "Faithfulness",
     "f = (m(circuit) - m(empty)) / (m(full) - m(empty)), a ratio of means over pairs, m the metric, every edge "
-    "outside of the circuit carrying the source's value (Mueller et al. 2025, MIB, 2504.13151). Per side of the "
-    "negation, and pooled over both.",
+    "outside of the circuit carrying the source's value (Mueller et al. 2025, MIB, 2504.13151). Per side, "
+    "where pairs have sides, and pooled over all.",
 )
 INTEGRALS = (
     "CPR and CMD",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from clip_lens.core.effects import SEGMENTS
 from clip_lens.core.keep import Keep
+from clip_lens.core.spread import Engine, Spread
 from clip_lens.data.batch import Batch
 from clip_lens.data.images import ImageStore
 from clip_lens.methods.registry import STUDY
@@ -61,6 +62,8 @@ def study(
     seed: int = 0,
     overwrite: bool = False,
     progress: bool = True,
+    jobs: int = 1,
+    executor: Engine | Spread | None = None,
     say: Callable[[str], object] | None = None,
 ) -> Path:
     """The path of a report of the negation study on one model and its pairs; its numbers lie beside it as Parquet.
@@ -71,7 +74,8 @@ def study(
     and 4 to 7). `images` is the bank that labels heads; `any_store=True` takes one of another model. Where no pair is
     in the segment all are traced, and the report says so. Finished results in `out` that fit are reused, so that an
     interrupted study goes on; others are an error, or replaced with `overwrite`. The page is report.html, or
-    study-SEGMENT.html where that is another page already. `say` hears a line per step.
+    study-SEGMENT.html where that is another page already. `say` hears a line per step. The sweeps are
+    shared out to `jobs` processes or an `executor` (`patch_effects`).
 
     Raises:
         ValueError: the batch does not run the text without negation (`align(run="affirmative")`), there is no such
@@ -90,7 +94,7 @@ def study(
         images.require_of(encoder, any_store=any_store)
     hear = say or (lambda line: None)
     keep = Keep(Path(out), hear, overwrite)
-    case, fallback = _traced(Case(encoder, batch, keep, segment, images, rows, seed, progress))
+    case, fallback = _traced(Case(encoder, batch, keep, segment, images, rows, seed, progress, jobs, executor))
     sections: dict[str, Section] = {}
     for question in QUESTIONS:
         hear(f"{question.name} ...")

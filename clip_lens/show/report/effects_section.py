@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import pandas as pd
 from pandas import DataFrame
 
@@ -18,7 +17,7 @@ from clip_lens.show.figures.bars import bars
 from clip_lens.show.figures.figure import Figure
 from clip_lens.show.figures.heatmap import heatmap, largest
 from clip_lens.show.figures.network import network
-from clip_lens.show.figures.words import SHARES, SIDE_NAMES, place_name, slot_name, value_name
+from clip_lens.show.figures.words import SHARES, place_name, side_name, slot_name, value_name
 from clip_lens.show.report.section import Picture, Section, Table
 from clip_lens.show.report.words import gap, reading, what_is_shown, whole
 from clip_lens.words import capital, counted, decimals, interval, listed, minus
@@ -72,9 +71,9 @@ def section_of(name: str, effects: Effects) -> Section:
     left_out = len(shown) - MOST_FIGURES
     return Section(
         name,
-        findings=[_finding(views, effects, side) for side in sides],
+        findings=[_finding(views, effects, side, sides) for side in sides],
         pictures=[
-            _picture(view, side, widest[view.name] if view.mark == "line" else limit, data, wide)
+            _picture(view, side, widest[view.name] if view.mark == "line" else limit, data, wide, sides)
             for view, side in shown[:MOST_FIGURES]
         ],
         tables=[_largest_effects(effects, data)],
@@ -91,21 +90,20 @@ def _largest_effects(effects: Effects, data: str) -> Table:
         "effect": "effect", "effect_lower": "effect, lower", "effect_upper": "effect, upper",
         "n": "pairs", "dropped": "dropped",
     }  # fmt: skip
-    top = effects.top(TOP)
-    if not top["dropped"].any():
-        del names["dropped"]
-    if not effects.record.shares:
-        names = {key: name for key, name in names.items() if key not in SHARES}
+    top, sided = effects.top(TOP), set(effects.pairs["side"]) != {"none"}
+    left_out = [*([] if effects.record.shares else SHARES), *([] if sided else ["side"])]
+    left_out += [] if top["dropped"].any() else ["dropped"]
+    names = {key: name for key, name in names.items() if key not in left_out}
     words = {
         name: place_name(place).removeprefix("the ")
         for name, place in zip(effects.index["place"], effects.places, strict=True)
     }
     top = top.assign(side=lambda table: table["side"].map(NEGATION_IN), place=lambda table: table["place"].map(words))
+    which = f"The largest {effects.record.method.noun}s{' on each side' if sided else ''}"
     return Table(
         top[list(names)].rename(columns=names),
         "The largest effects",
-        f"The largest {effects.record.method.noun}s on each side, in {effects.record.unit}, with 95 % bootstrap "
-        "intervals over pairs.",
+        f"{which}, in {effects.record.unit}, with 95 % bootstrap intervals over pairs.",
         rows=len(top),
         data=data,
     )
@@ -195,9 +193,8 @@ def _moving(views: list[_View]) -> list[_View]:
 
 def _entries(view: _View) -> dict[Any, float]:
     """The largest size of an effect, on any pair, in each row of a view; NaN where there is none."""
-    sizes = view.effects.values.abs()
-    sizes = sizes.nan_to_num(-1.0).amax(1).numpy() if sizes.shape[1] else np.zeros(len(sizes))
-    table = DataFrame({"entry": view.effects.index[view.rows].astype(object), "size": sizes})
+    sizes = view.effects.values.abs().nan_to_num(-1.0).amax(1)
+    table = DataFrame({"entry": view.effects.index[view.rows].astype(object), "size": sizes.numpy()})
     largest = table.groupby("entry", sort=False, dropna=False)["size"].max()
     return {None if pd.isna(entry) else entry: size if size >= 0 else float("nan") for entry, size in largest.items()}
 
@@ -225,9 +222,9 @@ def _value(effects: Effects) -> str:
     return "fraction" if effects.record.shares else "effect"
 
 
-def _picture(view: _View, side: str, limit: float, data: str, wide: bool) -> Picture:
+def _picture(view: _View, side: str, limit: float, data: str, wide: bool, sides: Sequence[str]) -> Picture:
     chosen = view.effects.where(side=side)
-    words = ", ".join(filter(None, (view.name, SIDE_NAMES[side])))
+    words = ", ".join(filter(None, (view.name, side_name(side, sides)))) or "all pairs"
     count = counted(chosen.pairs["key"].nunique(), "pair")
     return Picture(
         _figure(view, chosen, limit),
@@ -281,10 +278,10 @@ def _caption(view: _View, side: str) -> str:
 # Words and numbers
 
 
-def _finding(views: list[_View], effects: Effects, side: str) -> str:
+def _finding(views: list[_View], effects: Effects, side: str, sides: Sequence[str]) -> str:
     """One side's numbers as a sentence: the slot of the largest share at each layer, else the largest effect of all."""
     count = effects.pairs.loc[effects.pairs["side"] == side, "key"].nunique()
-    start = f"{SIDE_NAMES[side].capitalize()} ({counted(count, 'pair')}): "
+    start = f"{capital(side_name(side, sides) or 'all pairs')} ({counted(count, 'pair')}): "
     by_slot = len(views) == 1 and views[0].rows == "slot" and effects.record.shares
     table = effects.table()
     runs = slots_by_layer(table[table["side"] == side]) if by_slot else []

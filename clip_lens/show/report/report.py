@@ -26,7 +26,7 @@ from clip_lens.show.figures.alike import alike
 from clip_lens.show.figures.figure import Figure
 from clip_lens.show.figures.style import swaps
 from clip_lens.show.figures.thumbnails import Pictures, picture_file, thumbnail
-from clip_lens.show.figures.words import SIDE_NAMES, column_name
+from clip_lens.show.figures.words import column_name, side_name
 from clip_lens.show.report.cautions import cautions_of
 from clip_lens.show.report.effects_section import NEGATION_IN, section_of
 from clip_lens.show.report.examples import Example, examples
@@ -34,7 +34,7 @@ from clip_lens.show.report.head import Point, illustration, in_rows, lead, main_
 from clip_lens.show.report.packed import File, as_json, pack
 from clip_lens.show.report.section import PROBABILITY, Data, Picture, Section, Table
 from clip_lens.show.report.words import methods_of
-from clip_lens.words import formatted, minus, probability, unbroken
+from clip_lens.words import capital, formatted, minus, probability, unbroken
 
 WHAT = (
     "method",
@@ -63,7 +63,7 @@ CELL = 96  # pixels of a picture in a table, shown at half of that
 
 
 def report(
-    results: Mapping[str, Effects | Section],
+    results: Mapping[str, Effects | Section] | Effects,
     out: str | os.PathLike[str],
     *,
     title: str = "What patching moves",
@@ -99,6 +99,8 @@ def report(
         >>> "negator" in page.read_text(encoding="utf-8")
         True
     """
+    if isinstance(results, Effects):
+        results = {capital(results.record.method.title) or "Effects": results}
     if not results:
         raise ValueError("no results to report on; give a mapping from a name to an Effects or a Section")
     sections = {name: item if isinstance(item, Section) else section_of(name, item) for name, item in results.items()}
@@ -406,7 +408,7 @@ def _count(pairs: DataFrame) -> dict[str, Any]:
         rows.append(
             {"side": NEGATION_IN[side], "counts": counts, "total": len(part), "d": _cell(float(part["d"].mean()), None)}
         )
-    return {"segments": segments, "rows": rows}
+    return {"segments": segments, "rows": rows, "sided": set(pairs["side"]) != {"none"}}
 
 
 def _examples(sections: Iterable[Section], pictures: Pictures) -> list[dict[str, Any]]:
@@ -414,12 +416,14 @@ def _examples(sections: Iterable[Section], pictures: Pictures) -> list[dict[str,
     pairs = next((section.pairs for section in sections if section.pairs is not None), None)
     if pairs is None:
         return []
-    counts = pairs.drop_duplicates("key")["segment"].value_counts()
+    counts, sides = pairs.drop_duplicates("key")["segment"].value_counts(), set(pairs["side"])
     return [
         {
             "segment": segment,
             "count": int(counts[segment]),
-            "pairs": [{**pair._asdict(), "side": SIDE_NAMES[pair.side], "d": _cell(pair.d, None)} for pair in found],
+            "pairs": [
+                {**pair._asdict(), "side": side_name(pair.side, sides), "d": _cell(pair.d, None)} for pair in found
+            ],
         }
         for segment, found in examples(pairs, pictures).items()
     ]

@@ -38,8 +38,8 @@ SHARE = (
     "Recovered fractions",
     "Where the source is the other text of the pair, or the same text in another tower, the recovered fraction is the "
     "sum of the effects divided by the sum of the differences between the two: 0 is nothing, 1 is everything, and "
-    "values below 0 or above 1 occur. It is a ratio of means, taken for each side separately, because the sides have "
-    "opposite signs.",
+    "values below 0 or above 1 occur. It is a ratio of means, taken for each side separately where pairs have sides, "
+    "because the sides have opposite signs.",
 )
 INTERVAL = (
     "Intervals",
