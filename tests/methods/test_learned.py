@@ -56,7 +56,7 @@ def test_the_known_circuit_is_learned(name, by_slot):
     expected = known(name, True, slots)
     found = learned(tower, len(expected), slots, steps=120, exchanges=20)
     assert found.digest == expected.digest, ((expected - found).edges(), (found - expected).edges())
-    assert found.scores[found.keep].min() > 0.5 and found.scores[~found.keep].isnan().all()
+    assert found.scores[found.keep].min() >= 0.5 and found.scores[~found.keep].isnan().all()
 
 
 def test_the_known_circuit_of_a_bidirectional_tower_is_learned():

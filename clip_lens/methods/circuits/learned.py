@@ -82,8 +82,8 @@ def learn_circuit(
     count. `training` of each circuit is the course up to it: step, share (held), loss, held_out (the same loss of the
     circuit, where looked at), edges (of that circuit). With `exchanges` each circuit is then mended without noise, at
     most so often: edges are opened, and others closed for them, where the gradient says that it helps most, as long as
-    the loss of all pairs falls. Weak edges that a course misses come back so. An interruption (Ctrl-C) gives the sizes
-    that are done. A random order of pairs and gates follows from `seed`.
+    the loss of all pairs falls. Weak edges that a course misses come back so, as gates of one half. An interruption
+    (Ctrl-C) gives the sizes that are done. A random order of pairs and gates follows from `seed`.
 
     Raises:
         ValueError: a share outside of (0, 1], steps or a rate that are not positive, `held_out` outside of [0, 1) or
