@@ -274,7 +274,7 @@ def test_an_interrupted_sweep_goes_on_with_its_next_part(tower, tmp_path, monkey
 
 def test_what_does_not_fit_is_refused_before_anything_runs(tower):
     encoder, found, judged = tower
-    with pytest.raises(ValueError, match=r"give one of exact, eap, eap-ig, .*acdc, learned, random"):
+    with pytest.raises(ValueError, match=r"there are exact, eap, eap-ig, .*acdc, learned, random"):
         discover(encoder, found, judged, method="EAP")
     with pytest.raises(ValueError, match="edges to select from"):
         discover(encoder, found, judged, edges=10**6)

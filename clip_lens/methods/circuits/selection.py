@@ -137,8 +137,8 @@ def _only_certain(effects: Effects, scores: EdgeScores, certain: float, select: 
     means = scores.means(_resamples(effects, RESAMPLES, seed)).sign()
     agree = (means == scores.means().sign()).double().mean(1)
     some = (agree >= certain).nonzero().flatten()
-    cells = tuple([column[number] for number in some.tolist()] for column in scores.cells)
-    return replace(scores, cells=cells, values=scores.values[some])
+    receivers, senders = ([column[number] for number in some.tolist()] for column in scores.cells)
+    return replace(scores, cells=(receivers, senders), values=scores.values[some])
 
 
 def _resamples(effects: Effects, resamples: int, seed: int) -> Float[Tensor, "pair draw"]:
