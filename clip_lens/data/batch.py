@@ -328,7 +328,7 @@ def align(
     of another model.
 
     `slots` says what names the tokens: a slot function `(text, other, info) -> spans`, a rule, or several, of which the
-    first that fits a pair names it; None: the pairs' columns `slot:NAME`, then `template_slots`. Pairs that none of
+    first that fits a pair names it; None: the pairs' columns `slot:NAME`, then `template_slots` for those that differ in a negation. Pairs that none of
     them fits are named by `changed_slots`, and `batch.slot_rules` counts which got what. A function fits a pair if it
     gives spans for both texts, or for one, and the other is that text with words left out.
 
@@ -504,7 +504,7 @@ def _matched(
         for which, whole in zip(zip(*sides, strict=True), tokens, strict=True)
     )
     return Matched(run, other, [line[:n] for line, n in zip(origin.tolist(), run.length, strict=True)], pairs.key,
-                   pairs.info, encoder)  # fmt: skip
+                   pairs.side, pairs.info, encoder)  # fmt: skip
 
 
 def _slot_index(
