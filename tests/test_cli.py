@@ -49,7 +49,20 @@ def run(*words: object) -> int:
 
 @pytest.mark.parametrize(
     "command",
-    [(), ("demo",), ("trace",), ("patch",), ("ablate",), ("paths",), ("study",), ("circuit",), ("embed",), ("info",)],
+    [
+        (),
+        ("demo",),
+        ("trace",),
+        ("patch",),
+        ("ablate",),
+        ("paths",),
+        ("study",),
+        ("circuit",),
+        ("embed",),
+        ("info",),
+        ("compare",),
+        ("gather",),
+    ],
 )
 def test_help_imports_nothing_heavy(command: tuple[str, ...]) -> None:
     code = (
@@ -581,3 +594,51 @@ def test_a_run_by_sides_of_pairs_that_have_none_says_what_to_give(
     error = capsys.readouterr().err
     assert "none of the 12 pairs of colours.csv has a side" in error and "run='foil'" in error
     assert "negat" not in error
+
+
+@pytest.mark.parametrize(
+    "command", [("trace",), ("patch", "--sites", "mlp"), ("paths", "--from", "0.1", "--to", "out")]
+)
+def test_shards_are_gathered_into_what_the_command_without_them_writes(
+    command: tuple[str, ...], tmp_path: Path, loaded: None, capsys: pytest.CaptureFixture
+) -> None:
+    pairs, options = tmp_path / "some.csv", ("--quiet", "--segment", "all")
+    read_pairs()[:70].to_frame().to_csv(pairs, index=False)
+    given = (*command, "--pairs", pairs, "--images", "tiny", *options)
+    assert run(*given, "--out", tmp_path / "whole") == 0
+    for shard in ("1/2", "0/2"):
+        assert run(*given, "--out", tmp_path / "parts", "--shard", shard) == 0
+        if shard == "1/2":
+            assert run("gather", tmp_path / "parts") == 1
+            assert "of 2 shards these are missing: 0/2" in capsys.readouterr().err
+    assert not (tmp_path / "parts" / "report.html").exists()
+    assert run("gather", tmp_path / "parts") == 0
+    assert run(*given, "--out", tmp_path / "parts") == 0
+    assert "there already and fits: reused" in capsys.readouterr().out
+    files = [path.name for path in (tmp_path / "whole").glob("*.parquet")]
+    assert files and (tmp_path / "parts" / "report.html").exists()
+    for name in files:
+        one, two = (Effects.load(tmp_path / folder / name) for folder in ("whole", "parts"))
+        assert torch.equal(one.values.nan_to_num(9e9), two.values.nan_to_num(9e9)) and one.record == two.record
+        pd.testing.assert_frame_equal(one.pairs, two.pairs, check_exact=True)
+
+
+def test_two_processes_write_what_one_writes(tmp_path: Path, loaded: None) -> None:
+    pairs = tmp_path / "some.csv"
+    read_pairs()[:70].to_frame().to_csv(pairs, index=False)
+    given = ("patch", "--sites", "mlp", "--pairs", pairs, "--quiet")
+    assert run(*given, "--out", tmp_path / "one") == run(*given, "--out", tmp_path / "two", "--jobs", 2) == 0
+    one, two = (Effects.load(next((tmp_path / folder).glob("patch*.parquet"))) for folder in ("one", "two"))
+    assert torch.equal(one.values, two.values)
+    assert not list((tmp_path / "two").glob("*.parts"))
+
+
+def test_what_has_no_shards_says_so(few: Path, tmp_path: Path, loaded: None, capsys: pytest.CaptureFixture) -> None:
+    for command in ("study", "circuit"):
+        assert run(command, "--pairs", few, "--out", tmp_path, "--shard", "0/2", "--quiet") == 1
+        assert f"{command} has no shards" in capsys.readouterr().err
+    assert run("patch", "--pairs", few, "--out", tmp_path, "--shard", "2/2") == 1
+    assert "the first is 0 and the last 1" in capsys.readouterr().err
+    assert run("gather", tmp_path / "nothing") == 1 and "no folder" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert run("gather", tmp_path / "empty") == 1 and "no shards" in capsys.readouterr().err

@@ -1,5 +1,5 @@
-"""Real engines: Ray with a worker that is killed, dask's local cluster, submitit. They take minutes and packages of their
-own: `pip install -e ".[dev,engines]"`, then `pytest -n 0 -m engines tests/test_engines.py`."""
+"""Real engines: Ray with a worker that is killed, dask's local cluster, submitit. They take minutes and packages of
+their own: `pip install -e ".[dev,engines]"`, then `pytest -n 0 -m engines tests/test_engines.py`."""
 
 import os
 import signal

@@ -126,8 +126,8 @@ class Job:
         """Refuses a shard for a command whose steps need whole results."""
         if self.shard is not None:
             raise ValueError(
-                f"{command} has no shards, its steps need one another's whole results; give --jobs, or shards to trace, "
-                "patch, ablate and paths"
+                f"{command} has no shards, its steps need one another's whole results; give --jobs, or shards "
+                "to trace, patch, ablate and paths"
             )
 
     def chosen(self, effects: Effects) -> Effects:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import HookedTextEncoder
-from clip_lens.model.site import PARTS, Edge, Kind, Outside, Place, Site, hook_name, members, start_layer
+from clip_lens.model.site import PARTS, Edge, Kind, Match, Outside, Place, Site, hook_name, members, start_layer
 from clip_lens.words import unknown
 
 Slot: TypeAlias = str | int | None
@@ -100,6 +100,8 @@ def address(places: Sequence[Place], encoder: HookedTextEncoder, batch: Batch) -
         if not members(place):
             if isinstance(place, Outside):
                 raise ValueError(f"{place}: a name only; give the circuit itself to faithfulness")
+            if isinstance(place, Match):
+                raise ValueError(f"{place}: a term of a sum can't be patched; patch the edges into q and k")
             raise ValueError("an empty tuple is no place: name at least one site or edge")
         sites.append([])
         edges.append([])

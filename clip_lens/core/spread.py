@@ -62,9 +62,9 @@ class Engine(Protocol):
 class Spread:
     """An engine, the folder through which its workers and this process talk, and how many shards there are.
 
-    `engine=2` is two processes of this machine. Every worker must see `folder`: on several machines give one that they share. Shards that lie there already, of the
-    same call, are not computed again; without a folder a temporary one is used, and removed when all is done.
-    `shards=None`: one for every 64 pairs.
+    `engine=2` is two processes of this machine. Every worker must see `folder`: on several machines give one that they
+    share. Shards that lie there already, of the same call, are not computed again; without a folder a temporary one is
+    used, and removed when all is done. `shards=None`: one for every 64 pairs.
 
     Raises:
         ValueError: less than one shard.

@@ -94,6 +94,9 @@ ATTRIBUTION = _estimate("attribution", "attribution patching")
 EAP = _estimate("eap", "EAP")
 EAP_IG = _estimate("eap-ig", "EAP-IG")
 BOTH = _estimate("eap-and-attribution", "attribution patching and EAP")
+RELP = _estimate("relp", "RelP")
+EXACT_SOFTMAX = _estimate("qk", "attribution patching with exact softmax")
+ATP_STAR = _estimate("atp-star", "AtP*")
 
 DIRECT = register(
     Method(
@@ -122,6 +125,21 @@ ATTENTION = register(
         "attention", "attention", "reads", "mean weight", "is paid",
         "Nothing is patched: each {mark} is the attention that a head pays to {slot}, at the later position where that "
         "is largest, in the text with the negation.", ATTENDED, "attention weight", "mean attention weight",
+    )
+)  # fmt: skip
+MATCHED = register(
+    Method(
+        "attention-attribution", "attention attribution", "reads", "mean contribution", "is written",
+        "Nothing is patched: each {mark} is what the query reads of one part of the stream times what the key reads of "
+        "another, with the LayerNorm frozen.",
+        (
+            "Attention attribution",
+            "With its LayerNorm frozen a head's attention score, before the softmax, is a sum over pairs of parts: "
+            "what the query reads of one, times what the key reads of another, over the root of the head's width. Rows "
+            "are "
+            "the query's side, columns the key's; all cells together are the score.",
+        ),
+        share="share of the score",
     )
 )  # fmt: skip
 FAITHFULNESS = register(

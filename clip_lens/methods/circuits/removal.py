@@ -50,9 +50,10 @@ class Part:
     @cached_property
     def total(self) -> Float[Tensor, "pair"]:
         """`metric(every edge patched) - metric(run)`: with what every sender sends to the output patched, nothing else
-        reaches it."""
+        reaches it. What reaches an activation is patched edge by edge."""
         removed = torch.zeros_like(self.graph.edges)
         removed[-1] = True
+        removed = removed if self.setting.metric.target is None else self.graph.edges
         return self._values(removed[None])[0]
 
     @property
@@ -81,9 +82,16 @@ def parts(setting: Setting) -> Iterator[Part]:
     """The batch some pairs at a time, prepared so that any set of the encoder's edges can be patched.
 
     Raises:
-        ValueError: hooks of the user's on the tower, or a metric that gives something else than one number per row.
+        ValueError: hooks of the user's on the tower, or a metric that gives something else than one number per row, or
+            that reads a residual stream within the tower, which no edge runs to.
     """
     setting.without_hooks("edges are sums that a hook would change")
+    target = setting.metric.target
+    if target is not None and not target.behind_edges(setting.encoder.n_layers):
+        raise ValueError(
+            f"{target}: no edge runs to a residual stream within the tower, so that no circuit computes it; read what "
+            "a head or an MLP makes of it"
+        )
     encoder = setting.encoder
     graph = Graph.of(encoder.n_layers, encoder.n_heads)
     each = torch.zeros(len(graph.receivers), *graph.edges.shape, dtype=torch.bool, device=encoder.device)

@@ -74,8 +74,8 @@ def study(
     and 4 to 7). `images` is the bank that labels heads; `any_store=True` takes one of another model. Where no pair is
     in the segment all are traced, and the report says so. Finished results in `out` that fit are reused, so that an
     interrupted study goes on; others are an error, or replaced with `overwrite`. The page is report.html, or
-    study-SEGMENT.html where that is another page already. `say` hears a line per step. The sweeps are shared out to `jobs`
-    processes or an `executor` (`patch_effects`).
+    study-SEGMENT.html where that is another page already. `say` hears a line per step. The sweeps are
+    shared out to `jobs` processes or an `executor` (`patch_effects`).
 
     Raises:
         ValueError: the batch does not run the text without negation (`align(run="affirmative")`), there is no such
