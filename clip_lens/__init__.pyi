@@ -39,6 +39,7 @@ from .methods.circuits.discover import discover as discover
 from .methods.circuits.faithfulness import completeness as completeness
 from .methods.circuits.faithfulness import faithfulness as faithfulness
 from .methods.circuits.faithfulness import minimality as minimality
+from .methods.circuits.learned import learn_circuit as learn_circuit
 from .methods.circuits.selection import sized_circuits as sized_circuits
 from .methods.circuits.selection import stability as stability
 from .methods.circuits.selection import top_edges as top_edges

@@ -141,7 +141,7 @@ def address(places: Sequence[Place], encoder: HookedTextEncoder, batch: Batch) -
 def address_edges(
     chosen: Bool[Tensor, "place receiver sender"], senders: Sequence[Site], receivers: Sequence[Site], n_layers: int
 ) -> Addresses:
-    """The addresses of sets of edges given as masks, one place per mask: single units, at every position.
+    """The addresses of sets of edges given as masks, one place per mask: single units, at their receivers' slots.
 
     Masks of several places hold thousands of edges; as `Edge` objects they would cost more than running them.
     """
@@ -152,8 +152,11 @@ def address_edges(
     start = torch.where(chosen.any(2), layer, n_layers).amin(1)
     none = Entries(chosen.new_zeros(0, 3, dtype=torch.long), chosen.new_zeros(len(chosen) + 1, dtype=torch.long))
     offset = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    edges = Entries(torch.stack([sender, receiver, torch.zeros_like(sender)], 1), offset)
-    return Addresses((), (), tuple(senders), tuple(receivers), (None,), none, edges, start)
+    bare, slots = _Numbers(), _Numbers()
+    at = torch.tensor([(bare[replace(site, slot=None)], slots[_typed(site.slot)]) for site in receivers], device=device)
+    edges = Entries(torch.stack([sender, *at[receiver].unbind(1)], 1), offset)
+    names = tuple(pair[1] for pair in slots)  # type: ignore[index]
+    return Addresses((), (), tuple(senders), tuple(bare), names, none, edges, start)  # type: ignore[arg-type]
 
 
 def _typed(slot: Slot) -> tuple[type, Slot]:

@@ -242,7 +242,7 @@ def run_rows(
     if chunk.whole:
         return _run_whole(chunk, place, pair)
     layer, read = int(chunk.addresses.start[place[0]]), chunk.read.rows(pair)
-    at = _window(first, read.at, chunk.positions.shape[-1], encoder.causal)
+    at = window(first, read.at, chunk.positions.shape[-1], encoder.causal)
     x = chunk.resid(layer)[pair[:, None], at]
 
     def where(name: str) -> Int[Tensor, "row at"]:
@@ -318,7 +318,7 @@ def place_hooks(
     return [*edges.receiving(), *hooks, *edges.capturing()]
 
 
-def _window(first: Int[Tensor, "row"], pooled: Int[Tensor, "row"], width: int, causal: bool) -> Int[Tensor, "row at"]:
+def window(first: Int[Tensor, "row"], pooled: Int[Tensor, "row"], width: int, causal: bool) -> Int[Tensor, "row at"]:
     """The positions that rows hold: equally many each, up to the pooled one, from the first change or earlier on."""
     if not causal:
         return torch.arange(width, device=first.device).expand(len(first), -1)

@@ -93,6 +93,10 @@ def _estimate(key: str, title: str) -> Method:
 ATTRIBUTION = _estimate("attribution", "attribution patching")
 EAP = _estimate("eap", "EAP")
 EAP_IG = _estimate("eap-ig", "EAP-IG")
+EAP_IG_CERTAIN = _estimate("eap-ig-certain", "EAP-IG, certain signs")
+EAP_IG_ENDS = _estimate("eap-ig-both-ends", "EAP-IG, from both ends")
+EAP_IG_NODES = _estimate("eap-ig-nodes", "EAP-IG, nodes")
+EAP_IG_LOSS = _estimate("eap-ig-loss", "EAP-IG of the loss")
 BOTH = _estimate("eap-and-attribution", "attribution patching and EAP")
 RELP = _estimate("relp", "RelP")
 EXACT_SOFTMAX = _estimate("qk", "attribution patching with exact softmax")
@@ -150,6 +154,7 @@ FAITHFULNESS = register(
     )
 )  # fmt: skip
 ACDC = register(Method("acdc", "ACDC", "judges", definition=CIRCUITS))
+LEARNED = register(Method("learned", "learned gates", "judges", definition=CIRCUITS))
 RANDOM = register(Method("random", "random circuits", "judges", definition=CIRCUITS))
 EXACT = register(Method("exact", "exact edge scores", caption=DIRECTLY, definition=EFFECTS))
 PROBE = register(Method("probe", "linear probes", "reads", "accuracy", "is read", unit="share"))
