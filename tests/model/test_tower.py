@@ -81,6 +81,7 @@ def by_hand(module: Any, tokens: Tensor) -> dict[str, Tensor]:
         seen[here + "hook_resid_pre"] = x
         for part in ("q", "k", "v"):
             seen[here + f"hook_{part}_input"] = torch.stack([x] * HEADS, dim=2)
+            seen[here + f"attn.hook_{part}_input"] = seen[here + f"hook_{part}_input"]
         first = _norm(block.ln_1, x)
         seen |= {here + "ln1.hook_scale": first["scale"], here + "ln1.hook_normalized": first["normalized"]}
         attn, out = block.attn, torch.zeros_like(x) + block.attn.out_proj.bias
@@ -151,7 +152,9 @@ def test_every_hook_has_the_value_and_shape_of_a_run_by_hand(causal: bool, token
 def test_costly_hooks_are_cached_only_by_name(tower: HookedTextTower, tokens: Tensor) -> None:
     _, cache = tower.run_with_cache(tokens)
     assert isinstance(cache, ActivationCache)
-    assert set(tower.hook_dict) - set(cache.keys()) == {name for name in tower.hook_dict if name.endswith(ON_DEMAND)}
+    assert set(tower.hook_dict) - set(cache.keys()) == {
+        name for name in tower.hook_dict if name.endswith(tuple(ON_DEMAND))
+    }
     for asked in (
         "blocks.1.attn.hook_result",
         ["blocks.1.attn.hook_result"],
