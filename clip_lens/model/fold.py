@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from clip_lens.model.tower import LayerNorm

@@ -78,10 +78,11 @@ def _filled(
 
 
 class Settable(nn.Module):
-    """A module whose views of packed weights can be assigned to: `attn.W_O = value` writes into the packed weight."""
+    """A module whose weights can be assigned to, views of packed ones too: `attn.W_O = value` writes the numbers into
+    the weight that is there, which stays as frozen as it is."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(getattr(type(self), name, None), property):
+        if isinstance(getattr(type(self), name, None), property) or name in self.__dict__.get("_parameters", ()):
             with torch.no_grad():
                 getattr(self, name).copy_(torch.as_tensor(value))  # shapes that differ are PyTorch's error
         else:
@@ -278,7 +279,7 @@ class HookedTextTower(TextTokens, TowerWeights, HookedRootModule):
         super().__init__()
         self.cfg, self.tokenizer, self.turn, self._traced = cfg, tokenizer, Turn(), False
         self.W_E, self.W_pos, self.W_U, self.b_U = _frozen(W_E), _frozen(W_pos), _frozen(W_U), _frozen(b_U)
-        self.blocks, self.ln_final = nn.ModuleList(blocks), ln_final
+        self._modules |= {"blocks": nn.ModuleList(blocks), "ln_final": ln_final}
         self.hook_embed, self.hook_pos_embed = HookPoint(), HookPoint()
         self.hook_norm, self.hook_projection = HookPoint(), HookPoint()
         self.eval()

@@ -39,13 +39,16 @@ class TowerWeights:
     """What a tower's weights are called, and what can be done with them."""
 
     cfg: Any
-    blocks: Any
-    ln_final: Any
     turn: Turn
+    _modules: dict[str, Any]
     W_E: Tensor
     W_pos: Tensor
     W_U: Tensor
     b_U: Tensor
+
+    # Submodules as attributes of the class: protocols are checked, from Python 3.12 on, without `__getattr__`.
+    blocks = property(lambda self: self._modules["blocks"], doc="The blocks, layer by layer.")
+    ln_final = property(lambda self: self._modules["ln_final"], doc="The norm in front of the text projection.")
 
     @property
     def unembed(self) -> Unembed:
