@@ -160,6 +160,7 @@ def test_get_token_position(tower: HookedTextTower, run: Tensor) -> None:
     twice = "dogs and dogs"
     assert tower.get_token_position("dogs", twice) == tower.get_token_position(3255, twice) == 1
     assert tower.get_token_position("dogs", twice, mode="last") == 3
+    assert tower.to_single_token("dogs") == 3255
     assert tower.get_token_position("no", run) == tower.get_token_position("no", run[0]) == 3
     for asked, said in (
         (("cats", TEXT), "nowhere"),
@@ -381,6 +382,22 @@ def test_every_head_activation_is_its_own_sweep(tower: HookedTextTower, run: Ten
     assert torch.equal(every[name](tower, other, cache, metric), torch.stack(alone))
 
 
+def test_a_patch_of_ones_own(tower: HookedTextTower, run: Tensor, other: Tensor) -> None:
+    """Neurons, which no `get_act_patch_*` patches."""
+    _, cache = tower.run_with_cache(run)
+
+    def setter(value: Tensor, index: list[int], clean: Tensor) -> Tensor:
+        value[:, index[1]] = clean[:, index[1]]
+        return value
+
+    axes = ("layer", "pos")
+    found = patching.generic_activation_patch(tower, other, cache, metric, setter, "post", axes)
+    for layer, pos in torch.cartesian_prod(torch.arange(LAYERS), torch.arange(7)).tolist():
+        put = lambda value, hook, pos=pos: value.index_copy(1, torch.tensor([pos]), cache[hook.name][:, [pos]])
+        expected = metric(tower.run_with_hooks(other, fwd_hooks=[(f"blocks.{layer}.mlp.hook_post", put)]))
+        assert abs(float(found[layer, pos] - expected)) <= 2e-6
+
+
 def test_every_block_is_its_own_sweep(tower: HookedTextTower, run: Tensor, other: Tensor) -> None:
     _, cache = tower.run_with_cache(run)
     alone = (patching.get_act_patch_resid_pre, patching.get_act_patch_attn_out, patching.get_act_patch_mlp_out)
@@ -597,3 +614,61 @@ def test_a_notebook_of_which_only_the_model_line_changed() -> None:
 
 def test_an_activation_cache_is_transformer_lens_own(tower: HookedTextTower, run: Tensor) -> None:
     assert isinstance(tower.run_with_cache(run)[1], ActivationCache)
+
+
+# --- names that need a line each ------------------------------------------------------------------------------------
+
+
+def test_a_backward_cache_needs_a_scalar(tower: HookedTextTower, run: Tensor) -> None:
+    with pytest.raises(RuntimeError):
+        tower.run_with_cache(run, incl_bwd=True)
+    tower.reset_hooks()
+
+
+def test_the_root_modules_own_methods(run: Tensor) -> None:
+    tower = random_encoder(dtype=torch.float64).tower
+    assert {name for name, point in tower.hook_dict.items()} <= set(tower.mod_dict)
+    assert list(tower.hook_points()) == list(tower.hook_dict.values())
+    cached, forward, _ = tower.get_caching_hooks(names_filter="blocks.1.hook_mlp_out")
+    tower.run_with_hooks(run, fwd_hooks=forward)
+    expected = tower.run_with_cache(run)[1]["mlp_out", 1]
+    close(cached["blocks.1.hook_mlp_out"], expected)
+    kept = tower.add_caching_hooks(names_filter="blocks.1.hook_mlp_out")
+    assert tower.hooked == ("blocks.1.hook_mlp_out",)
+    tower(run)
+    close(kept["blocks.1.hook_mlp_out"], expected)
+    tower.remove_all_hook_fns()
+    tower.clear_contexts()
+    assert tower.hooked == ()
+    tower.check_hooks_to_add(tower.hook_embed, "hook_embed", lambda value, hook: value)
+
+
+def test_detection_patterns_of_tokens(run: Tensor) -> None:
+    """Rows read the token behind an earlier one that is the same, or the same token itself."""
+    tokens = torch.tensor([[5, 8, 5, 8]])
+    alike = head_detector.compute_head_attention_similarity_score
+    previous = head_detector.get_previous_token_head_detection_pattern(tokens)
+    assert alike(previous, previous, exclude_bos=False, exclude_current_token=False, error_measure="mul") == 1
+    duplicate = head_detector.get_duplicate_token_head_detection_pattern(tokens)
+    assert duplicate.tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0]]
+    induction = head_detector.get_induction_head_detection_pattern(tokens)
+    assert induction.tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]
+
+
+def test_factored_matrices(tower: HookedTextTower) -> None:
+    OV = tower.OV
+    A, B = OV.A, OV.B
+    assert (OV.shape, OV.ndim, OV.ldim, OV.mdim, OV.rdim) == ((LAYERS, HEADS, WIDTH, WIDTH), 4, WIDTH, D_HEAD, WIDTH)
+    assert OV.has_leading_dims
+    close(OV.T.AB, (A @ B).mT)
+    close(OV.BA, B @ A)
+    close(OV.U @ torch.diag_embed(OV.S) @ OV.V.mT, A @ B)
+    assert all(map(torch.equal, OV.svd(), (OV.U, OV.S, OV.Vh)))
+    close(OV.norm(), torch.linalg.matrix_norm(A @ B))
+    close(OV.collapse_l().mT @ OV.collapse_l(), (A @ B).mT @ (A @ B))
+    close(OV.collapse_r() @ OV.collapse_r().mT, (A @ B) @ (A @ B).mT)
+    close(OV.make_even().AB, A @ B)
+    close(OV.unsqueeze(0).AB, (A @ B)[None])
+    close(OV.eigenvalues.sum(-1).real, torch.einsum("lhii->lh", A @ B))
+    assert OV.get_corner(2).shape == (2, 2, 2, 2)
+    assert len(OV.pair) == 2
