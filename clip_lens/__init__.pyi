@@ -1,6 +1,8 @@
 """The public names, once: `__init__.py` resolves them lazily, type checkers and editors read them here."""
 
 from .core.effects import Effects as Effects
+from .core.metric import activation as activation
+from .core.metric import attention_score as attention_score
 from .core.metric import cosine as cosine
 from .core.metric import kl as kl
 from .core.metric import logit as logit
@@ -8,6 +10,8 @@ from .core.metric import metric as metric
 from .core.metric import rank as rank
 from .core.record import Method as Method
 from .core.record import Record as Record
+from .core.shard import Shard as Shard
+from .core.shard import gather as gather
 from .core.source import counterpart as counterpart
 from .core.source import mean as mean
 from .core.source import noise as noise
@@ -15,6 +19,9 @@ from .core.source import other_tower as other_tower
 from .core.source import resample as resample
 from .core.source import source as source
 from .core.source import zeros as zeros
+from .core.spread import Spread as Spread
+from .core.spread import on_ray as on_ray
+from .core.subspace import subspace as subspace
 from .core.via import via as via
 from .data.batch import Batch as Batch
 from .data.batch import align as align
@@ -32,6 +39,7 @@ from .methods.circuits.discover import discover as discover
 from .methods.circuits.faithfulness import completeness as completeness
 from .methods.circuits.faithfulness import faithfulness as faithfulness
 from .methods.circuits.faithfulness import minimality as minimality
+from .methods.circuits.learned import learn_circuit as learn_circuit
 from .methods.circuits.selection import sized_circuits as sized_circuits
 from .methods.circuits.selection import stability as stability
 from .methods.circuits.selection import top_edges as top_edges
@@ -42,6 +50,8 @@ from .methods.direct import direct_effects as direct_effects
 from .methods.gradient import gradient_effects as gradient_effects
 from .methods.labels import labels as labels
 from .methods.lens import logit_lens as logit_lens
+from .methods.matching import attention_attribution as attention_attribution
+from .methods.optimal import optimal as optimal
 from .methods.patching import patch_effects as patch_effects
 from .methods.paths import path_effects as path_effects
 from .methods.probes.probe import probe as probe
@@ -50,6 +60,7 @@ from .methods.scores import group_scores as group_scores
 from .methods.scores import scores as scores
 from .methods.statistics import correlations as correlations
 from .methods.steering import steer as steer
+from .methods.subspaces import learn_basis as learn_basis
 from .model.compare import same_weights as same_weights
 from .model.encoder import HookedTextEncoder as HookedTextEncoder
 from .model.load import load as load

@@ -80,3 +80,36 @@ def test_the_committed_file_is_of_the_embedded_model_as_it_is():
         assert part["record"]["weights"] == encoder.digest and part["record"]["held_out"] == f"by {by}"
         assert len(part["f"]) == 3 * 2 * 3 * len(SHARES)
     assert told["chance"]["circuits of each size"] == 99
+
+
+def test_learned_circuits_are_told_with_their_weights(split, monkeypatch):
+    encoder, found, judged = split
+    monkeypatch.setattr(script, "SIZES", (0.5,))
+    monkeypatch.setattr(script, "SLOT_SIZES", (0.2,))
+    told = script.of_rules(encoder, found, judged, 1)
+    json.dumps(told, allow_nan=False)
+    slots = found.occurring
+    assert told["weights of every edge at every slot"] == 39 * len(slots) + 7
+    circuits = {
+        "learned, seed 0": clip_lens.learn_circuit(encoder, found, share=0.5)[0].pruned(),
+        "learned by slot, seed 0": clip_lens.learn_circuit(encoder, found, share=0.2, slots=slots)[0].pruned(),
+    }
+    for name, circuit in circuits.items():
+        (line,) = [one for one in told["f"] if one["circuit"] == name and one["side"] == "foil"]
+        table = faithfulness(encoder, judged, circuit).table()
+        assert line["f"] == pytest.approx(table.loc[table["side"] == "foil", "f"].item(), abs=1e-4)
+        into_out = sum(edge.receiver.kind == "out" for edge in circuit.edges())
+        each = 1 if circuit.slots else len(slots)
+        assert line["weights"] == each * (len(circuit) - into_out) + into_out
+        assert len(told["courses"][name]) == len(circuit.training)
+    assert 0 <= told["cancellation over slots"]["of all"] <= 1
+
+
+def test_the_committed_learned_circuits_are_of_the_embedded_model_as_it_is():
+    told = json.loads((ROOT / "tutorials" / "results" / "learned_circuits.json").read_text(encoding="utf-8"))
+    assert told["record"]["weights"] == clip_lens.load().digest and told["record"]["held_out"] == "by text"
+    assert (told["found on"], told["judged on"], told["seeds"]) == (150, 150, 3)
+    pooled = [line for line in told["f"] if line["side"] == "pooled"]
+    assert len(pooled) == (5 + 3) * len(script.SIZES) + 3 * len(script.SLOT_SIZES)
+    f = {(line["circuit"], line["share"]): line["f"] for line in pooled}
+    assert min(f[f"learned, seed {seed}", 0.2] for seed in range(3)) > f["EAP-IG", 0.2] + 0.2

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clip_lens.data.batch import Batch
 from clip_lens.model.encoder import HookedTextEncoder
-from clip_lens.model.site import PARTS, Edge, Kind, Outside, Place, Site, hook_name, members, start_layer
+from clip_lens.model.site import PARTS, Edge, Kind, Match, Outside, Place, Site, hook_name, members, start_layer
 from clip_lens.words import unknown
 
 Slot: TypeAlias = str | int | None
@@ -100,6 +100,8 @@ def address(places: Sequence[Place], encoder: HookedTextEncoder, batch: Batch) -
         if not members(place):
             if isinstance(place, Outside):
                 raise ValueError(f"{place}: a name only; give the circuit itself to faithfulness")
+            if isinstance(place, Match):
+                raise ValueError(f"{place}: a term of a sum can't be patched; patch the edges into q and k")
             raise ValueError("an empty tuple is no place: name at least one site or edge")
         sites.append([])
         edges.append([])
@@ -139,7 +141,7 @@ def address(places: Sequence[Place], encoder: HookedTextEncoder, batch: Batch) -
 def address_edges(
     chosen: Bool[Tensor, "place receiver sender"], senders: Sequence[Site], receivers: Sequence[Site], n_layers: int
 ) -> Addresses:
-    """The addresses of sets of edges given as masks, one place per mask: single units, at every position.
+    """The addresses of sets of edges given as masks, one place per mask: single units, at their receivers' slots.
 
     Masks of several places hold thousands of edges; as `Edge` objects they would cost more than running them.
     """
@@ -150,8 +152,11 @@ def address_edges(
     start = torch.where(chosen.any(2), layer, n_layers).amin(1)
     none = Entries(chosen.new_zeros(0, 3, dtype=torch.long), chosen.new_zeros(len(chosen) + 1, dtype=torch.long))
     offset = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    edges = Entries(torch.stack([sender, receiver, torch.zeros_like(sender)], 1), offset)
-    return Addresses((), (), tuple(senders), tuple(receivers), (None,), none, edges, start)
+    bare, slots = _Numbers(), _Numbers()
+    at = torch.tensor([(bare[replace(site, slot=None)], slots[_typed(site.slot)]) for site in receivers], device=device)
+    edges = Entries(torch.stack([sender, *at[receiver].unbind(1)], 1), offset)
+    names = tuple(pair[1] for pair in slots)  # type: ignore[index]
+    return Addresses((), (), tuple(senders), tuple(bare), names, none, edges, start)  # type: ignore[arg-type]
 
 
 def _typed(slot: Slot) -> tuple[type, Slot]:

@@ -1,4 +1,4 @@
-"""Metrics: a text embedding -> one number per row, and what a reader of that number must know.
+"""Metrics: a text embedding, or an activation -> one number per row, and what a reader of that number must know.
 
 A metric says itself whether its sign turns with the side (*oriented*), in which unit it is, and which one it is: a
 digest of what it holds. `metric` makes one of a function.
@@ -15,7 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from clip_lens.core.identity import adopt, identity_of_function
+from clip_lens.core.target import Slot, Target
 from clip_lens.data.batch import Batch
+from clip_lens.model.site import BEHIND, LAYOUTS, Site
 from clip_lens.words import unknown
 
 
@@ -70,7 +72,7 @@ NO_DIRECTION = (
 )
 
 
-Function: TypeAlias = Callable[[Float[Tensor, "row d_embed"], Readout], Float[Tensor, "row"]]
+Function: TypeAlias = Callable[[Float[Tensor, "row n"], Readout], Float[Tensor, "row"]]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -81,7 +83,7 @@ class Metric:
     over pairs of both sides take `sigma * value` (method, section 1), as for the logit. Not oriented is what grows on
     both sides the more a patch moves, such as the cosine with the other text. `divergence`: it says how far a row is
     from the unpatched run, where it is 0 and smallest, so that a change for the better is none. `holds` is what a
-    closure or a partial holds.
+    closure or a partial holds. `target`: the activation that it reads in place of the unit embedding.
 
     Raises:
         ValueError: a divergence that is oriented.
@@ -93,6 +95,7 @@ class Metric:
     name: str = ""
     holds: Any = None
     divergence: bool = False
+    target: Target | None = None
 
     def __post_init__(self) -> None:
         if self.divergence and self.oriented:
@@ -101,7 +104,7 @@ class Metric:
         object.__setattr__(self, "name", self.name or own)
         adopt(self, self.function)
 
-    def __call__(self, u: Float[Tensor, "row d_embed"], readout: Readout) -> Float[Tensor, "row"]:
+    def __call__(self, u: Float[Tensor, "row n"], readout: Readout) -> Float[Tensor, "row"]:
         return self.function(u, readout)
 
     @property
@@ -288,3 +291,77 @@ def kl(bank: Float[Tensor, "text d_embed"]) -> Metric:
 
     name = f"kl over {len(bank)} texts"
     return metric(divergence, oriented=False, unit="nats", name=name, holds=bank, divergence=True)
+
+
+def activation(site: Site, along: Float[Tensor, "n"] | None = None, *, key: Slot = None) -> Metric:
+    """A metric: an activation of the run in place of its embedding: every verb then says what moves it. Not oriented.
+
+    It is read at the last token of the site's slot, at the pooled position where the site names none. `along` is the
+    direction `<x, along>` of what has several numbers: of a stream (`embed resid mid attn mlp`, d_model), of a head or
+    its q, k, v (d_head), of all neurons (d_mlp). A neuron is its one number after the activation function. A pattern's
+    cell is the weight that the site's slot pays to the last token of `key`. The unit is that of the activation.
+
+    What is computed behind the site moves nothing, 0, and does not run. `total` is what patching everything before
+    the site moves (method, section 10).
+
+    Raises:
+        ValueError: a head or a pattern without unit, a pattern without `key`, a `key` of something else, or a direction
+            where one number is read and none where several are; (from the verb) a site that this encoder or batch does
+            not have, a pair without that slot, or a direction of another length.
+
+    Example:
+        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+        >>> batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder)
+        >>> neuron = activation(Site("neuron", 2, 17, slot="negator"))
+        >>> clip_lens.patch_effects(encoder, batch, encoder.sites("mlp"), metric=neuron).values[2:].abs().max()
+        tensor(0.)
+    """
+    layout = LAYOUTS.get(site.kind)
+    if layout is None or site.kind in BEHIND:
+        kinds = ", ".join(kind for kind in LAYOUTS if kind not in BEHIND)
+        raise ValueError(f"{site} has no activation within the tower; {kinds} have")
+    one = site.unit is not None and site.kind in ("pattern", "neuron")
+    if layout.unit_axis is not None and site.unit is None and site.kind != "neuron":
+        raise ValueError(f"{site}: name one head, as in Site({site.kind!r}, {site.layer}, 0)")
+    if layout.query_by_key != (key is not None):
+        raise ValueError(f"{site}: give key= for a pattern, the slot that is attended to, and for nothing else")
+    if one != (along is None):
+        raise ValueError(
+            f"{site} has {'one number, so that along= says nothing' if one else 'several numbers: give along='}"
+        )
+    return _of_target(Target(site, key), along, "attention weight" if layout.query_by_key else "activation")
+
+
+def attention_score(layer: int, head: int, query: Slot, key: Slot) -> Metric:
+    """A metric: `q . k / sqrt(d_head)`, the attention score of a head before the softmax, from the last token of the
+    slot `query` (None = the pooled position) to that of `key`. Not oriented.
+
+    Example:
+        >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+        >>> batch = clip_lens.align(clip_lens.read_pairs()[:8], store, encoder)
+        >>> score = attention_score(0, 3, "eot", "negator")
+        >>> queries = encoder.edges(receivers=[Site("q", 0, 3)])
+        >>> clip_lens.patch_effects(encoder, batch, queries, metric=score).record.metric
+        MetricRecord(name='score 0.3 @eot -> @negator', oriented=False, unit='attention score', ...)
+    """
+    return _of_target(Target(Site("pattern", layer, head, query), key, scores=True), None, "attention score")
+
+
+def _of_target(target: Target, along: Float[Tensor, "n"] | None, unit: str) -> Metric:
+    direction = None if along is None else torch.as_tensor(along).detach().clone()
+
+    def read(x: Float[Tensor, "row n"], readout: Readout) -> Float[Tensor, "row"]:
+        if direction is None:
+            return x[:, 0]
+        if direction.shape != x.shape[1:]:
+            raise ValueError(f"{target} has {x.shape[1]} numbers; along= has the shape {tuple(direction.shape)}")
+        return x @ direction.to(x)
+
+    return Metric(
+        read,
+        False,
+        unit,
+        f"{target}{'' if along is None else ' along a direction'}",
+        (target, direction),
+        target=target,
+    )

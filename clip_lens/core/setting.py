@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from clip_lens.core.address import Addresses
+from clip_lens.core.address import Addresses, address
 from clip_lens.core.effects import segments
 from clip_lens.core.metric import NO_DIRECTION, Metric, Readout, TextsOnly, as_metric, logit
 from clip_lens.core.record import Method, MetricRecord, Record, SourceRecord, versions
@@ -65,6 +65,9 @@ class Setting:
         shard = executor if isinstance(executor, Shard) else None
         setting = cls(encoder, batch, as_source(source), as_metric(metric), rows, progress, shard)
         setting.check()
+        if (target := setting.metric.target) is not None:
+            address([target.site], encoder, batch)  # says what there is
+            target.check(encoder, batch)
         return setting
 
     @classmethod
@@ -116,13 +119,16 @@ class Setting:
 
     @property
     def everything(self) -> Place:
-        """The place that patches everything: of another tower what its projection gives, of a run of this one its last
-        residual stream, else what every sender sends to the output (with every edge patched, nothing else reaches
-        it)."""
-        if hasattr(self.fetch, "tower"):
+        """The place that patches everything: of another tower what its projection gives, of a run of this one the last
+        residual stream that the metric depends on, else what every sender sends to the output (with every edge patched,
+        nothing else reaches it), or, where the metric reads an activation, every sender before it."""
+        target, encoder = self.metric.target, self.encoder
+        if hasattr(self.fetch, "tower") and target is None:
             return Site("projection")
         if getattr(self.fetch, "is_run", False):
-            return Site("resid", self.encoder.n_layers)
+            return Site("resid", encoder.n_layers if target is None else target.site.layer)
+        if target is not None:
+            return target.senders(encoder.n_layers, encoder.n_heads)
         return tuple(self.encoder.edges(receivers=[Site("out")]))
 
     def patchable(self, places: Iterable[Place | str]) -> tuple[Place, ...]:
@@ -155,9 +161,9 @@ class Setting:
         for number, index in enumerate(self.batch.chunks(at_once)):
             if self.shard is not None and not self.shard.takes(number):
                 continue
-            chunk = prepare(self.encoder, self.batch, addresses, self.fetch, index, also, own)
+            chunk = prepare(self.encoder, self.batch, addresses, self.fetch, index, also, own, self.metric.target)
             readout = Readout.of(chunk.batch, chunk.embedding, read_other(chunk, self.fetch))
-            self.check_metric(self.metric(chunk.embedding, readout), index)
+            self.check_metric(self.metric(chunk.seen, readout), index)
             yield index, chunk, readout
 
     @staticmethod

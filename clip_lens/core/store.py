@@ -21,7 +21,7 @@ from torch import Tensor
 
 from clip_lens.core.record import Record, as_json, of_json
 from clip_lens.files import written_whole
-from clip_lens.model.site import Edge, Outside, Place, Site
+from clip_lens.model.site import Edge, Match, Outside, Place, Site
 
 FORMAT = 2
 EFFECTS, TABLE, DIGEST = b"clip_lens", b"clip_lens_table", b"clip_lens_digest"
@@ -241,7 +241,7 @@ def _column_names(keys: Iterable[Any]) -> list[str]:
 
 def _note(fields: Mapping[str, Any]) -> dict[str, Any]:
     """All but index and values, as JSON: a site is [kind, layer, unit, slot], an edge {"sender": .., "receiver": ..}, a
-    tuple a list of those, a circuit's outside its fields."""
+    tuple a list of those, a circuit's outside and a term of a score their fields."""
     return {
         "format": FORMAT,
         "dtype": str(fields["values"].dtype).removeprefix("torch."),
@@ -272,12 +272,16 @@ def _entry(place: Place) -> Any:
         return {"sender": _entry(place.sender), "receiver": _entry(place.receiver)}
     if isinstance(place, Outside):
         return asdict(place)
+    if isinstance(place, Match):
+        return {"head": _entry(place.head), "at": place.at, "query": _entry(place.query), "key": _entry(place.key)}
     return [place.kind, place.layer, place.unit, place.slot]
 
 
 def _place(entry: Any) -> Any:
     if isinstance(entry, dict) and "circuit" in entry:
         return Outside(**entry)
+    if isinstance(entry, dict) and "head" in entry:
+        return Match(_place(entry["head"]), entry["at"], _place(entry["query"]), _place(entry["key"]))
     if isinstance(entry, dict):
         return Edge(_place(entry["sender"]), _place(entry["receiver"]))
     return Site(*entry) if isinstance(entry[0], str) else tuple(_place(member) for member in entry)

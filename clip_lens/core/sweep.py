@@ -55,7 +55,7 @@ def sweep(
 
 def unpatched(setting: Setting, chunk: Chunk, readout: Readout) -> dict[str, Tensor]:
     """The metric of a chunk's unpatched run, and d."""
-    baseline = setting.metric(chunk.embedding, readout)
+    baseline = setting.metric(chunk.seen, readout)
     return {"baseline": baseline, "d": logit_difference(chunk.batch.sigma, readout)}
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
 from typing import NamedTuple, TypeAlias, TypeVar, cast
@@ -35,8 +35,9 @@ from clip_lens.core.spread import Engine, Spread, shared_out
 from clip_lens.core.sweep import sweep
 from clip_lens.data.batch import Batch
 from clip_lens.methods.registry import ATTRIBUTION, BOTH, EAP, EAP_IG
+from clip_lens.methods.rules import PLAIN, RULES, Rule, RuleName, through_softmax
 from clip_lens.model.encoder import Cache, Hook, HookedTextEncoder
-from clip_lens.model.site import LAYOUTS, Edge, Place, Site, hook_name, members
+from clip_lens.model.site import LAYOUTS, Edge, Place, Site, hook_name, members, precedes
 from clip_lens.model.tower import Block
 
 T = TypeVar("T", bound=Hashable)
@@ -52,6 +53,7 @@ def gradient_effects(
     source: Source | Function | str = counterpart,
     metric: Metric | str = logit,
     steps: int = 1,
+    rule: RuleName = "plain",
     rows: int = 64,
     progress: bool = True,
     jobs: int = 1,
@@ -69,12 +71,20 @@ def gradient_effects(
     It is the derivative of patching at weight 0, hence additive: a tuple of places is the sum of its members, what they
     share counted once. `total`, `baseline` and where NaN stands are those of `patch_effects`. A metric that is
     smallest at the run, such as `kl`, has no gradient there: it needs `steps` above 1.
+
+    `rule` says what the gradient goes through (method, section 10). "relp" (Rezaei Jafari et al. 2508.21258):
+    LayerNorm's scale, attention patterns and each neuron's slope f(x)/x are constants; q and k get 0. "qk": where a q
+    or k is patched, or what it reads, the softmax (and the LayerNorm before it) is computed anew, one position at a
+    time, and the gradient begins at the pattern. "atp*" (Kramar et al. 2403.00745): that, and GradDrop: the mean over
+    layers of |attribution|, the gradient through one layer's attention and MLP dropped each time, over L - 1 of the L
+    layers since a place's own gives 0. Its values have no sign: they are not additive and not oriented.
+
     `rows` bounds the pairs in one pass and with them the memory; it changes nothing else. `jobs`
     and `executor` are those of `patch_effects`.
 
     Raises:
-        ValueError: what `patch_effects` raises, `steps` below 1, a metric without gradient, or an encoder that was
-            loaded in inference mode.
+        ValueError: what `patch_effects` raises, `steps` below 1, an unknown rule, GradDrop of a single layer, a metric
+            without gradient, or an encoder that was loaded in inference mode.
 
     Example:
         >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
@@ -89,10 +99,17 @@ def gradient_effects(
         raise ValueError(
             f"{encoder.name} was loaded in torch.inference_mode, which keeps no gradients; load it outside"
         )
+    if rule not in RULES:
+        raise ValueError(f"rule={rule!r}; give one of {', '.join(RULES)}")
+    chosen = RULES[rule]
+    if chosen.drops and encoder.n_layers < 2:
+        raise ValueError(f"rule={rule!r} drops one layer at a time, and {encoder.name} has only one; give rule='qk'")
     setting = Setting.of(encoder, batch, source=source, metric=metric, rows=rows, progress=progress, executor=executor)
     setting.without_hooks("gradients are taken through parts of runs")
-    score, also = partial(chunk_attributions, steps=steps), [EMBEDDING] if steps > 1 else []
-    record = setting.record(method_of(places, steps), **conventions(steps))
+    score, also = partial(chunk_attributions, steps=steps, rule=chosen), [EMBEDDING] if steps > 1 else []
+    record = setting.record(chosen.method or method_of(places, steps), rule=chosen.says, **conventions(steps))
+    if chosen.drops:
+        record = replace(record, metric=replace(record.metric, oriented=False))
     with torch.inference_mode(False):
         return sweep(setting, places, score, record, also=also, gradients=True)
 
@@ -116,29 +133,47 @@ def conventions(steps: int) -> dict[str, str | int]:
 
 
 def chunk_attributions(
-    chunk: Chunk, metric: Metric, readout: Readout, rows: int, advance: Callable[[int], object], *, steps: int
+    chunk: Chunk,
+    metric: Metric,
+    readout: Readout,
+    rows: int,
+    advance: Callable[[int], object],
+    *,
+    steps: int,
+    rule: Rule = PLAIN,
 ) -> Float[Tensor, "place_and_everything pair"]:
     """The attribution of every place of a chunk but the last, which is patched: it is the total."""
-    terms = Terms.of(chunk)
+    terms = Terms.of(chunk, rule)
+    layers = range(chunk.encoder.n_layers) if rule.drops else [None]
+    values = rule.joined([attributions(chunk, metric, readout, terms, steps, rule, layer) for layer in layers])
+    patched = chunk_effects(chunk, metric, readout, rows, advance, slice(-1, None))
+    return patched + torch.cat([values, torch.zeros_like(values[:1])])
+
+
+def attributions(
+    chunk: Chunk, metric: Metric, readout: Readout, terms: Terms, steps: int, rule: Rule, dropped: int | None
+) -> Float[Tensor, "place pair"]:
+    """The attribution of every place but the last, the gradient through layer `dropped` left out."""
     run = chunk.encoder.tower.embed(chunk.tokens)
     toward = (chunk.source[EMBEDDING] - run).nan_to_num(0.0) if steps > 1 else torch.zeros_like(run)
     values = terms.masks.new_zeros(len(chunk.addresses) - 1, len(run))
     changes: dict[str, Tensor] = {}
     for step in range(steps, 0, -1):  # first the run itself, whose activations the source's differ from
-        found = backward(chunk, run + (1 - step / steps) * toward, metric, readout, terms.hooks)
-        changes = changes or {
-            name: (chunk.source[name] - found.value[name]).nan_to_num(0.0) for name in chunk.addresses.hooks
-        }
-        for group, lines in terms.lines.items():
-            if group in terms.receivers:
-                scores = edge_scores(chunk, group, terms.receivers[group], found)
-            else:
-                scores = site_scores(chunk, group, changes[group], found)
-            place, row, column, mask = lines.unbind(1)
-            masked = torch.einsum("mpn,pnrc->mrcp", terms.masks, scores)
-            values.index_add_(0, place, masked[mask, row, column])
-    patched = chunk_effects(chunk, metric, readout, rows, advance, slice(-1, None))
-    return patched + torch.cat([values / steps, torch.zeros_like(values[:1])])
+        start = run + (1 - step / steps) * toward
+        with chunk.encoder.tower.hooks(fwd_hooks=rule.hooks(chunk.encoder)):
+            found = backward(chunk, start, metric, readout, terms.hooks, rule.dropping(dropped))
+            changes = changes or {
+                name: (chunk.source[name] - found.value[name]).nan_to_num(0.0) for name in chunk.addresses.hooks
+            }
+            for group, lines in terms.lines.items():
+                if group in terms.receivers:
+                    scores = edge_scores(chunk, group, terms.receivers[group], found, rule)
+                else:
+                    scores = site_scores(chunk, group, changes[group], found, rule)
+                place, row, column, mask = lines.unbind(1)
+                masked = torch.einsum("mpn,pnrc->mrcp", terms.masks, scores)
+                values.index_add_(0, place, masked[mask, row, column])
+    return values / steps
 
 
 Members: TypeAlias = dict[str, dict[tuple[int, int, int], set[int]]]
@@ -159,10 +194,11 @@ class Terms:
     """Where a gradient or an activation is needed."""
 
     @classmethod
-    def of(cls, chunk: Chunk) -> Terms:
+    def of(cls, chunk: Chunk, rule: Rule = PLAIN) -> Terms:
         device, n_layers = chunk.positions.device, chunk.encoder.n_layers
         found, receivers = _edge_members(chunk.addresses)
         hooks = [name for norm, sites in receivers.items() for name in _read_at(norm, sites, n_layers)]
+        hooks += rule.reads([*chunk.addresses.hooks, *hooks])
         found |= _site_members(chunk)
         sets = _numbered(frozenset(slots) for entries in found.values() for slots in entries.values())
         differs = torch.arange(chunk.positions.shape[-1], device=device) >= chunk.first[:, None]
@@ -242,20 +278,29 @@ def backward(
     metric: Metric,
     readout: Readout,
     names: Sequence[str],
+    after: Sequence[Hook] = (),
 ) -> Found:
-    """Activations and gradients of the run that starts from some input embeddings: one pass forward, one backward."""
+    """Activations and gradients of the run that starts from some input embeddings: one pass forward, one backward.
+    Hooks in `after` act behind those that keep an activation."""
     value: dict[str, Tensor] = {}
     hooks: list[Hook] = [(name, partial(_keep, into=value, name=name)) for name in names]
     with torch.enable_grad():
         leaf = embedding.detach().requires_grad_()
-        y = chunk.encoder.tower.run_with_hooks(leaf, fwd_hooks=list(hooks), start_at_layer=0)
-        result = metric(chunk.encoder.read(y, chunk.pooled), readout)
+        read = chunk.read
+        if read.target is not None:
+            hooks.append((read.hook, partial(_keep, into=value, name=read.hook)))
+        y = chunk.encoder.tower.run_with_hooks(leaf, fwd_hooks=[*hooks, *after], start_at_layer=0)
+        seen = chunk.encoder.read(y, chunk.pooled) if read.target is None else chunk.target_in(value)
+        result = metric(seen, readout)
         if not result.requires_grad:
             raise ValueError(
                 f"the metric {metric.name} has no gradient with respect to the embedding: where it is a step function, "
                 "as a rank is, patch the places (patch_effects, path_effects); else compute it from `u` in torch"
             )
-        gradient = torch.autograd.grad(result.sum(), [value[name] for name in names])
+        # What stands behind a target has no part in it.
+        gradient = torch.autograd.grad(
+            result.sum(), [value[name] for name in names], allow_unused=True, materialize_grads=True
+        )
     held = {name: tensor.detach() for name, tensor in value.items()}
     return Found(held, dict(zip(names, gradient, strict=True)))
 
@@ -265,11 +310,14 @@ def _keep(activation: Tensor, hook: object, *, into: dict[str, Tensor], name: st
 
 
 def site_scores(
-    chunk: Chunk, name: str, change: Float[Tensor, "pair ..."], found: Found
+    chunk: Chunk, name: str, change: Float[Tensor, "pair ..."], found: Found, rule: Rule
 ) -> Float[Tensor, "pair pos 1 unit_and_all"]:
     """Change times gradient at a hook, by position and unit, and for all units together in the last column."""
     layout = LAYOUTS[chunk.addresses.kinds[chunk.addresses.hooks.index(name)]]
     precision = chunk.encoder.precision
+    if rule.exact and name.endswith(("hook_q", "hook_k")):
+        units = through_softmax(name, change, found.value, found.gradient, chunk.encoder.causal).to(precision)
+        return torch.cat([units, units.sum(-1, keepdim=True)], -1).unsqueeze(2)
     product = (change.to(precision) * found.gradient[name].to(precision)).movedim(layout.pos_axis, 1)
     if layout.unit_axis is None:
         return product.sum(-1)[:, :, None, None]
@@ -278,11 +326,35 @@ def site_scores(
 
 
 def edge_scores(
-    chunk: Chunk, norm: str, receivers: Sequence[Site], found: Found
+    chunk: Chunk, norm: str, receivers: Sequence[Site], found: Found, rule: Rule
 ) -> Float[Tensor, "pair pos receiver sender"]:
     """What each sender would send times the gradient at each receiver's input."""
     change, gradient = (x.to(chunk.encoder.precision) for x in (chunk.change, received(chunk, norm, receivers, found)))
-    return torch.einsum("spnd,rpnd->pnrs", change, gradient)
+    scores = torch.einsum("spnd,rpnd->pnrs", change, gradient)
+    if rule.exact:
+        for number, receiver in enumerate(receivers):
+            if receiver.kind in ("q", "k"):
+                scores[:, :, number] = exact_scores(chunk, receiver, found)
+    return scores
+
+
+def exact_scores(chunk: Chunk, receiver: Site, found: Found) -> Float[Tensor, "pair pos sender"]:
+    """What each sender would move through a head's q or k, its LayerNorm and its softmax computed anew."""
+    block, head = cast(Block, chunk.encoder.tower.blocks[receiver.layer]), cast(int, receiver.unit)
+    weight = getattr(block.attn, f"W_{receiver.kind.upper()}")[head]
+    x, name = found.value[f"blocks.{receiver.layer}.hook_resid_pre"], hook_name(receiver, chunk.encoder.n_layers)
+    normed = block.ln1(x)
+    scores = []
+    for sender, change in zip(chunk.addresses.senders, chunk.change, strict=True):
+        if not precedes(sender, receiver):
+            scores.append(torch.zeros_like(x[..., 0]))
+            continue
+        moved = (block.ln1(x + change) - normed) @ weight
+        whole = torch.zeros_like(found.value[name]).index_copy(
+            2, torch.tensor([head], device=x.device), moved[:, :, None]
+        )
+        scores.append(through_softmax(name, whole, found.value, found.gradient, chunk.encoder.causal)[:, :, head])
+    return torch.stack(scores, -1).to(chunk.encoder.precision)
 
 
 def received(

@@ -93,7 +93,14 @@ def _estimate(key: str, title: str) -> Method:
 ATTRIBUTION = _estimate("attribution", "attribution patching")
 EAP = _estimate("eap", "EAP")
 EAP_IG = _estimate("eap-ig", "EAP-IG")
+EAP_IG_CERTAIN = _estimate("eap-ig-certain", "EAP-IG, certain signs")
+EAP_IG_ENDS = _estimate("eap-ig-both-ends", "EAP-IG, from both ends")
+EAP_IG_NODES = _estimate("eap-ig-nodes", "EAP-IG, nodes")
+EAP_IG_LOSS = _estimate("eap-ig-loss", "EAP-IG of the loss")
 BOTH = _estimate("eap-and-attribution", "attribution patching and EAP")
+RELP = _estimate("relp", "RelP")
+EXACT_SOFTMAX = _estimate("qk", "attribution patching with exact softmax")
+ATP_STAR = _estimate("atp-star", "AtP*")
 
 DIRECT = register(
     Method(
@@ -124,6 +131,21 @@ ATTENTION = register(
         "is largest, in the text with the negation.", ATTENDED, "attention weight", "mean attention weight",
     )
 )  # fmt: skip
+MATCHED = register(
+    Method(
+        "attention-attribution", "attention attribution", "reads", "mean contribution", "is written",
+        "Nothing is patched: each {mark} is what the query reads of one part of the stream times what the key reads of "
+        "another, with the LayerNorm frozen.",
+        (
+            "Attention attribution",
+            "With its LayerNorm frozen a head's attention score, before the softmax, is a sum over pairs of parts: "
+            "what the query reads of one, times what the key reads of another, over the root of the head's width. Rows "
+            "are "
+            "the query's side, columns the key's; all cells together are the score.",
+        ),
+        share="share of the score",
+    )
+)  # fmt: skip
 FAITHFULNESS = register(
     Method(
         "faithfulness", "faithfulness of circuits", "judges", share="share that is lost",
@@ -132,6 +154,7 @@ FAITHFULNESS = register(
     )
 )  # fmt: skip
 ACDC = register(Method("acdc", "ACDC", "judges", definition=CIRCUITS))
+LEARNED = register(Method("learned", "learned gates", "judges", definition=CIRCUITS))
 RANDOM = register(Method("random", "random circuits", "judges", definition=CIRCUITS))
 EXACT = register(Method("exact", "exact edge scores", caption=DIRECTLY, definition=EFFECTS))
 PROBE = register(Method("probe", "linear probes", "reads", "accuracy", "is read", unit="share"))

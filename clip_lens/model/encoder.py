@@ -409,26 +409,46 @@ class HookedTextEncoder:
             raise ValueError(f"{self.name} has {kind} sites at layers 0..{depth - 1}, got {wrong}")
         return [Site(kind, layer, unit, slot) for layer in chosen for unit in self.units(kind) for slot in tuple(slots)]
 
-    def edges(self, *, senders: Iterable[Site] | None = None, receivers: Iterable[Site] | None = None) -> list[Edge]:
+    def edges(
+        self,
+        *,
+        senders: Iterable[Site] | None = None,
+        receivers: Iterable[Site] | None = None,
+        slots: Iterable[str | int] | None = None,
+    ) -> list[Edge]:
         """Every edge from some senders to some receivers, single units each, receivers in the order of the tower and
         within one the senders: 15,355 in ViT-B/32.
 
         `None`: all there are. A site without unit stands for all heads of its layer; a receiver's slot goes with it.
+        With `slots` every receiver but the output, which is read at the pooled position, stands there once for each.
 
         Raises:
             ValueError: no edge is among them.
+            TypeError: one slot's name instead of a list of slots.
 
         Example:
             >>> encoder = clip_lens.load()
             >>> len(encoder.edges()), [str(edge) for edge in encoder.edges(receivers=[Site("q", 0, unit=0)])]
             (1108, ['embed -> q 0.0'])
+            >>> [str(edge) for edge in encoder.edges(receivers=[Site("q", 0, unit=0)], slots=["negator", "eot"])]
+            ['embed -> q 0.0 @negator', 'embed -> q 0.0 @eot']
         """
         if senders is None:
             senders = writers(self.n_layers, self.n_heads)
         if receivers is None:
             receivers = readers(self.n_layers, self.n_heads)
+        if isinstance(slots, str):
+            raise TypeError(f"slots are a list, got the text {slots!r}; write slots=[{slots!r}]")
+        if slots is not None:
+            at = tuple(slots)
+            receivers = [
+                replace(site, slot=slot) for site in receivers for slot in ((None,) if site.kind == "out" else at)
+            ]
         ends = [
-            sorted({unit for site in sites for unit in self._single(site)}, key=order) for sites in (senders, receivers)
+            sorted(
+                dict.fromkeys(unit for site in sites for unit in self._single(site)), key=lambda site: order(site)[:4]
+            )
+            for sites in (senders, receivers)
         ]
         edges = [Edge(sender, receiver) for receiver in ends[1] for sender in ends[0] if precedes(sender, receiver)]
         if not edges:

@@ -278,7 +278,28 @@ class Outside:
         return f"outside {self.circuit}{ranking}, {self.edges} of {self.of} edges{pruned}"
 
 
-Place: TypeAlias = Site | Edge | Outside | tuple[Site | Edge, ...]
+@dataclass(frozen=True)
+class Match:
+    """A term of a head's attention score: what its query reads of one part of the stream times what its key reads of
+    another. A place of an attribution, never of a patch.
+
+    `head` is the pattern whose score it is, its slot the query's; `at` is the key's slot.
+
+    Example:
+        >>> str(Match(Site("pattern", 2, 1, "eot"), "negator", Site("mlp", 0), Site("token")))
+        'mlp 0 x token in score 2.1 @eot -> @negator'
+    """
+
+    head: Site
+    at: str | int
+    query: Site
+    key: Site
+
+    def __str__(self) -> str:
+        return f"{self.query} x {self.key} in {str(self.head).replace('pattern', 'score')} -> @{self.at}"
+
+
+Place: TypeAlias = Site | Edge | Outside | Match | tuple[Site | Edge, ...]
 
 
 def place_of(given: Place | str) -> Place:
@@ -299,14 +320,14 @@ def place_of(given: Place | str) -> Place:
 
 
 def members(place: Place) -> tuple[Site | Edge, ...]:
-    """The sites and edges of a place: one, or those of a tuple, which are patched together; a circuit's outside lists
-    none.
+    """The sites and edges of a place: one, or those of a tuple, which are patched together; a circuit's outside and a
+    term of a score list none.
 
     Example:
         >>> members(Site("mlp", 1))
         (Site(kind='mlp', layer=1, unit=None, slot=None),)
     """
-    if isinstance(place, Outside):
+    if isinstance(place, Outside | Match):
         return ()
     return place if isinstance(place, tuple) else (place,)
 
@@ -351,7 +372,7 @@ def at_slot(place: Place, slot: str | int | None) -> Place:
         >>> str(at_slot(Site("mlp", 4), "eot"))
         'mlp 4 @eot'
     """
-    if isinstance(place, Outside):
+    if isinstance(place, Outside | Match):
         raise ValueError(f"{place} has no slot of its own")
     moved = tuple(
         replace(member, receiver=replace(member.receiver, slot=slot))
@@ -394,7 +415,7 @@ def label(place: Place) -> str:
         >>> label(tuple(Site("head", 2, head) for head in range(8)))
         'head 2.0 + head 2.1 + ... (8 places)'
     """
-    names = [str(place)] if isinstance(place, Outside) else [str(member) for member in members(place)]
+    names = [str(place)] if isinstance(place, Outside | Match) else [str(member) for member in members(place)]
     if len(names) > 4:
         return f"{names[0]} + {names[1]} + ... ({len(names)} places)"
     return " + ".join(names)
@@ -403,7 +424,8 @@ def label(place: Place) -> str:
 def index_rows(places: Iterable[Place]) -> list[dict[str, object]]:
     """One mapping per place with the columns `place, kind, layer, unit, slot, sender, receiver`; what a tuple's members
     don't share is None. An edge's layer and unit are in its sender and receiver, its slot is the receiver's. A
-    circuit's outside has the kind "circuit".
+    circuit's outside has the kind "circuit". A term of a score has the kind "score"; its sender is what the query
+    reads, its receiver what the key reads.
 
     Example:
         >>> index_rows([Edge(Site("embed"), Site("mlp", 4))])[0]["sender"]
@@ -411,13 +433,16 @@ def index_rows(places: Iterable[Place]) -> list[dict[str, object]]:
     """
     rows = []
     for place in places:
-        fields = [_fields(member) for member in ([place] if isinstance(place, Outside) else members(place))]
+        fields = [_fields(member) for member in ([place] if isinstance(place, Outside | Match) else members(place))]
         shared = {name: value for name, value in fields[0].items() if all(line[name] == value for line in fields)}
         rows.append({"place": label(place), **dict.fromkeys(fields[0]), **shared})
     return rows
 
 
-def _fields(member: Site | Edge | Outside) -> dict[str, object]:
+def _fields(member: Site | Edge | Outside | Match) -> dict[str, object]:
+    if isinstance(member, Match):
+        head = {"kind": "score", "layer": member.head.layer, "unit": member.head.unit, "slot": member.head.slot}
+        return {**head, "sender": str(member.query), "receiver": str(member.key)}
     if isinstance(member, Outside):
         empty = dict.fromkeys(("layer", "unit", "slot", "sender", "receiver"))
         return {"kind": "circuit", **empty}

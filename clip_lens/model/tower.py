@@ -350,7 +350,8 @@ class HookedTextTower(TextTokens, TowerWeights, HookedRootModule):
         are skipped. It may hold some positions of each row only: `at` says which, and `rest("blocks.{l}.attn.hook_k")`,
         `...hook_v` give keys and values at every position, of which those at `at` are replaced. That is exact when
         nothing at the other positions depends on what changed: in a causal tower, for all positions from the change on.
-        `read` says which of the context's positions the last block and the output are computed at, one in each row.
+        `read` says which of the context's positions the last block to run and the output are computed at, one in each
+        row.
 
         Raises:
             ValueError: tokens longer than the context, a return type that CLIP has not, `at` without `rest`,
@@ -369,10 +370,9 @@ class HookedTextTower(TextTokens, TowerWeights, HookedRootModule):
         if at is None:
             at = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
         only = None if read is None else (at == read[:, None]).int().argmax(1, keepdim=True)
-        last = self.cfg.n_layers - 1
         layers = range(self.cfg.n_layers)[start_at_layer or 0 : stop_at_layer]
         for layer in layers:
-            x = self.blocks[layer](x, at, _filled(layer, at, rest), only if layer == last else None)
+            x = self.blocks[layer](x, at, _filled(layer, at, rest), only if layer == layers[-1] else None)
         if stop_at_layer is not None:
             return x
         x = _pick(x, only) if only is not None and not layers else x

@@ -278,7 +278,8 @@ def test_html_escapes_what_others_wrote():
         (lambda: Circuit(Graph.of(3, 2).edges, 3, 2, torch.zeros(2, 2)), r"scores must be .* Got \[2, 2\]"),
         (lambda: Circuit.of([Edge(Site("embed"), Site("mlp", 3))], n_layers=3, n_heads=2), "3 layers x 2 heads"),
         (lambda: Circuit.of([Edge(Site("embed"), Site("q", 0, 2))], n_layers=3, n_heads=2), "no such edge"),
-        (lambda: Circuit.of([Edge(Site("embed"), Site("q", 0, 1, "eot"))], n_layers=3, n_heads=2), "every token"),
+        (lambda: Graph.of(3, 2, ("eot", "eot")), "each once"),
+        (lambda: Graph.of(3, 2, ("eot", 3)), "all names or all positions"),
     ],
 )
 def test_what_is_no_circuit_is_refused(make, message):

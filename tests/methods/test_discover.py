@@ -186,7 +186,8 @@ def test_a_finder_says_how_it_finds():
         empty.circuit(None, finders.Options(), None, None)
     assert all((finder.score is None) != (finder.search is None) for finder in finders.FINDERS.values())
     assert [finder.file(finders.Options()) for finder in finders.FINDERS.values()] == [
-        "exact-200", "eap-200", "eap-ig-200", "acdc-0.02", "random-200"
+        "exact-200", "eap-200", "eap-ig-200", "eap-ig-certain-200", "eap-ig-both-ends-200", "eap-ig-nodes-200",
+        "eap-ig-loss-200", "acdc-0.02", "learned-200", "random-200",
     ]  # fmt: skip
 
 
@@ -273,7 +274,7 @@ def test_an_interrupted_sweep_goes_on_with_its_next_part(tower, tmp_path, monkey
 
 def test_what_does_not_fit_is_refused_before_anything_runs(tower):
     encoder, found, judged = tower
-    with pytest.raises(ValueError, match="give one of exact, eap, eap-ig, acdc, random"):
+    with pytest.raises(ValueError, match=r"there are exact, eap, eap-ig, .*acdc, learned, random"):
         discover(encoder, found, judged, method="EAP")
     with pytest.raises(ValueError, match="edges to select from"):
         discover(encoder, found, judged, edges=10**6)
@@ -309,3 +310,38 @@ def test_what_the_methods_are_worth_on_the_embedded_model(tmp_path):
     assert stability(exact, 100)["jaccard"].item() > 0.78  # .80
     most = gradient_effects(encoder, halves[0], encoder.edges(), steps=5, progress=False)
     assert stability(most, 100)["jaccard"].item() > 0.85  # .87 on 600 pairs
+
+
+@pytest.mark.parametrize("method", ["eap-ig-certain", "eap-ig-both-ends", "eap-ig-nodes", "eap-ig-loss"])
+def test_other_rules_choose_by_the_scores_they_name(tower, method, tmp_path):
+    encoder, found, judged = tower
+    finder = finders.FINDERS[method]
+    done = discover(encoder, found, judged, method=method, edges=EDGES, steps=3, keep=Keep(tmp_path))
+    measure = finders.loss_of(clip_lens.logit) if method == "eap-ig-loss" else clip_lens.logit
+    scores = gradient_effects(encoder, found, encoder.edges(), steps=3, metric=measure)
+    torch.testing.assert_close(done.scores.values, scores.values)
+    assert done.circuit.keep.equal(top_edges(scores, EDGES, **finder.choose).keep)
+    assert done.name == finder.method.title and not done.areas[done.areas["circuit"] == done.name].empty
+    named = "scores-eap-ig-loss.parquet" if method == "eap-ig-loss" else "scores-eap-ig.parquet"
+    assert (tmp_path / named).exists()
+
+
+def test_the_loss_of_a_metric_is_its_squared_change():
+    u = torch.nn.functional.normalize(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    readout = clip_lens.core.metric.Readout(torch.full((3, 4), 2.0), u.roll(1, 0), u)
+    expected = [(2 * float(a.sum()) - 2 * float(b.sum())) ** 2 for a, b in zip(u, u.roll(1, 0), strict=True)]
+    loss = finders.loss_of(clip_lens.logit)
+    assert loss(u, readout).tolist() == pytest.approx(expected, rel=1e-5)
+    assert finders.loss_of(loss) is loss and loss.identity != finders.loss_of(clip_lens.cosine).identity
+
+
+def test_a_learned_circuit_is_discovered_and_reused(tower, tmp_path, monkeypatch):
+    encoder, found, judged = tower
+    keep = Keep(tmp_path)
+    done = discover(encoder, found, judged, method="learned", edges=EDGES, seed=2, keep=keep)
+    alone = clip_lens.learn_circuit(encoder, found, share=EDGES / 46, seed=2)[0]
+    assert done.circuit.digest == alone.digest and done.circuit.selection.asked == EDGES
+    monkeypatch.setattr(finders, "learn_circuit", None)
+    again = discover(encoder, found, judged, method="learned", edges=EDGES, seed=2, keep=keep)
+    assert again.circuit.digest == done.circuit.digest and again.circuit.training.equals(done.circuit.training)
+    assert len(done.summary) == 3 and done.summary["CMD"].isna().all()

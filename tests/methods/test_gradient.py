@@ -388,7 +388,7 @@ def test_total_baseline_pairs_and_nan_are_those_of_patch_effects(name, source):
         assert torch.allclose(found.baseline, exact.baseline, rtol=0, atol=1e-12)
         assert found.pairs.drop(columns="d").equals(exact.pairs.drop(columns="d")) and found.places == exact.places
         changed = {name for name in found.meta if found.meta[name] != exact.meta.get(name)}
-        assert changed == {"method", "steps", "gradient", "difference"}
+        assert changed == {"method", "steps", "rule", "gradient", "difference"}
 
 
 @BOTH

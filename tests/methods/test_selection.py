@@ -229,3 +229,81 @@ def test_edges_that_never_change_are_stable():
 def test_what_can_not_be_selected_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(made())
+
+
+def ends(edge):
+    """The nodes that an edge runs between; a head's q, k and v are the head."""
+    owner = Site("head", edge.receiver.layer, edge.receiver.unit) if edge.receiver.kind in "qkv" else edge.receiver
+    return edge.sender, owner
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_from_both_ends_takes_the_strongest_edge_at_what_it_has(seed):
+    effects = made(seed=seed)
+    scores = {edge: abs(dict(ranked(effects, False))[str(edge)]) for edge in effects.places}
+    behind, ahead, taken = {Site("out")}, {Site("embed")}, []
+    for _ in range(12):
+        near = [e for e in scores if e not in taken and (ends(e)[1] in behind or ends(e)[0] in ahead)]
+        best = max(near, key=scores.__getitem__)
+        taken.append(best)
+        sender, owner = ends(best)
+        behind |= {sender} if owner in behind else set()
+        ahead |= {owner} if sender in ahead else set()
+    circuit = top_edges(effects, 12, select="both ends")
+    assert set(circuit.edges()) == set(taken)
+    assert str(circuit.selection) == "12 of 46 edges grown from both ends by absolute score"
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_nodes_are_taken_by_the_sum_of_what_they_send(signed):
+    effects = made(seed=4)
+    scores = dict(ranked(effects, True))
+    sums = {}
+    for edge in effects.places:
+        sums[edge.sender] = sums.get(edge.sender, 0.0) + scores[str(edge)]
+    del sums[Site("embed")]
+    order = sorted(sums, key=lambda site: -(sums[site] if signed else abs(sums[site])))
+    for n in (0, 1, 20, 46):
+        expected = []
+        for size in range(len(order) + 1):
+            nodes = {Site("embed"), Site("out"), *order[:size]}
+            among = [str(edge) for edge in effects.places if set(ends(edge)) <= nodes]
+            if len(among) > n:
+                break
+            expected = among
+        assert sorted(lines(top_edges(effects, n, select="nodes", signed=signed))) == sorted(expected)
+
+
+def test_edges_with_a_certain_sign_are_those_that_keep_it_in_resamples():
+    values = torch.full((46, 8), 0.01, dtype=torch.float64)
+    values[:6] = 0.5
+    values[3] = torch.tensor([10.0, -8.0] * 4)  # the largest mean of all, of no certain sign
+    effects = made(values, sigma=[1] * 8)
+    assert effects.places[3] in top_edges(effects, 1)
+    circuit = top_edges(effects, 6, certain=0.95)
+    assert circuit.edges() == list(effects.places[:3] + effects.places[4:7])
+    assert len(top_edges(effects, 46, certain=1.0)) == 45
+    assert str(circuit.selection) == (
+        "the top 6 of 46 edges with a sign that is certain in 0.95 of the resamples by absolute score"
+    )
+    assert [len(one) for one in sized_circuits(effects, (1.0,), certain=0.95)] == [len(circuit_of_45(effects).pruned())]
+    with pytest.raises(ValueError, match=r"certain=1\.5"):
+        top_edges(effects, 3, certain=1.5)
+    with pytest.raises(ValueError, match="for select='top'"):
+        top_edges(effects, 3, certain=0.9, select="greedy")
+
+
+def circuit_of_45(effects):
+    return top_edges(effects, 46, certain=0.95)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_other_rule_finds_what_is_written_by_hand(name):
+    tower = handmade(name)
+    effects = patch_effects(tower.encoder, tower.batch, tower.encoder.edges(), progress=False)
+    for how in ({"certain": 0.95}, {"select": "both ends"}):
+        assert set(top_edges(effects, len(tower.edges), **how).edges()) == tower.edges
+    nodes = {node for edge in tower.edges for node in ends(edge)}
+    among = [edge for edge in tower.encoder.edges() if set(ends(edge)) <= nodes]
+    found = top_edges(effects, len(among), select="nodes")
+    assert set(found.edges()) == set(among) and set(top_edges(effects, len(among)).edges()) >= tower.edges

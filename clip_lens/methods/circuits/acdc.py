@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,7 +15,7 @@ from clip_lens.core.record import Record
 from clip_lens.core.setting import Setting
 from clip_lens.core.source import Function, Source, counterpart
 from clip_lens.data.batch import Batch
-from clip_lens.methods.circuits.circuit import Circuit, Graph, Selection
+from clip_lens.methods.circuits.circuit import Circuit, Graph, Selection, Slots
 from clip_lens.methods.circuits.removal import Removal
 from clip_lens.methods.registry import ACDC
 from clip_lens.model.encoder import HookedTextEncoder
@@ -33,6 +33,7 @@ def acdc(
     threshold: float,
     *,
     among: Circuit | Iterable[Edge] | None = None,
+    slots: Iterable[str | int] = (),
     source: Source | Function | str = counterpart,
     metric: Metric | str = logit,
     rows: int = 256,
@@ -44,8 +45,9 @@ def acdc(
     already, changes the mean over pairs of the metric (of an oriented one `sigma * metric`, so that both sides count
     alike) by less than the threshold in absolute value; of a divergence from the run, such as `kl(...)`, when it
     increases its mean by less (method, section 8; Conmy et al. 2023). Removed edges carry the source's value. `among`
-    starts from a circuit: what is outside of it is removed from the beginning. The circuit's scores are those changes,
-    in units of the metric; of an oriented one positive = the edge supports d.
+    starts from a circuit: what is outside of it is removed from the beginning. With `slots` an edge goes at one slot at
+    a time, and what is left is a circuit by slot (method, section 10). The circuit's scores are those changes, in units
+    of the metric; of an oriented one positive = the edge supports d.
 
     The next candidates run together, each with all before it removed too, and count up to the first that stays; edges
     into what the output can no longer read are not run where the source has every position. Both give what
@@ -65,8 +67,8 @@ def acdc(
     if not threshold > 0:
         raise ValueError(f"threshold={threshold}: a change of the metric below which an edge goes, so more than 0")
     setting = Setting.of(encoder, batch, source=source, metric=metric, rows=rows, progress=progress)
-    start = _start(encoder, among)
-    removal = Removal.of(setting)
+    start = _start(encoder, among, tuple(slots))
+    removal = Removal.of(setting, start.slots)
     search = Search(
         removal, start.graph, ~start.keep, threshold, setting.metric.divergence, max(1, rows // removal.n)
     )  # fmt: skip
@@ -77,7 +79,9 @@ def acdc(
     log.info("ACDC ran %d sets of edges on %d pairs", search.sets, removal.n)
     selection = Selection("removal", of=len(start), threshold=threshold)
     record = acdc_record(setting, threshold, start)
-    return Circuit(start.keep & ~search.removed, start.n_layers, start.n_heads, search.scores, "", record, selection)
+    return replace(
+        start, keep=start.keep & ~search.removed, scores=search.scores, name="", record=record, selection=selection
+    )
 
 
 def acdc_record(setting: Setting, threshold: float, start: Circuit | None = None) -> Record:
@@ -87,13 +91,13 @@ def acdc_record(setting: Setting, threshold: float, start: Circuit | None = None
     return setting.record(ACDC, threshold=float(threshold), one_sided=one_sided, started_from=edges)
 
 
-def _start(encoder: HookedTextEncoder, among: Circuit | Iterable[Edge] | None) -> Circuit:
-    full = Circuit.full(encoder)
+def _start(encoder: HookedTextEncoder, among: Circuit | Iterable[Edge] | None, slots: Slots) -> Circuit:
     if among is None:
-        return full
+        return Circuit.full(encoder, slots)
     if not isinstance(among, Circuit):
-        among = Circuit.of(among, n_layers=encoder.n_layers, n_heads=encoder.n_heads)
-    return full & among
+        among = Circuit.of(among, n_layers=encoder.n_layers, n_heads=encoder.n_heads, slots=slots)
+    among = among.at_slots(slots or among.slots)
+    return Circuit.full(encoder, among.slots) & among
 
 
 @dataclass(eq=False)
@@ -130,10 +134,10 @@ class Search:
     def _block(self, candidates: list[Cell], ahead: int) -> list[tuple[Cell, bool]]:
         """The next candidates, `ahead` of which must run, and which need not: what they enter is read by nothing any
         more, if all before them go."""
-        removed, block, node, reads = self.removed.clone(), [], -1, True
+        removed, block, receiver, reads = self.removed.clone(), [], -1, True
         for cell in candidates:
-            if self.skips and node != (node := int(self.graph.node_of[cell[0]])):
-                reads = bool(self.graph.to_out(self.graph.edges & ~removed)[node])
+            if self.skips and receiver != (receiver := cell[0]):
+                reads = bool(self.graph.read(self.graph.edges & ~removed)[receiver])
             if reads and ahead == 0:
                 break
             ahead -= reads

@@ -10,12 +10,12 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from html import escape
 from itertools import combinations
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -34,68 +34,117 @@ if TYPE_CHECKING:
 FORMAT = "clip_lens circuit 2"
 OLD = "clip_lens circuit 1"
 
-Rule = Literal["", "all", "top", "greedy", "above", "removal", "drawn", "joined"]
+Rule = Literal[
+    "", "all", "top", "greedy", "both ends", "nodes", "above", "certain", "removal", "learned", "drawn", "joined"
+]
 Ranking = Literal["", "signed", "absolute"]
+
+
+Slots: TypeAlias = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
 class Graph:
     """The senders and receivers of a tower of some depth and number of heads, and which pairs of them are edges.
 
-    `node_of[receiver]` is the number of the sender that a receiver belongs to (a head's q, k and v to the head), that
-    of `out` is the number of senders.
+    With `slots` every receiver but `out` stands there once for each of them, at its tokens: an edge has a weight of its
+    own at each slot (method, section 10; Haklay et al. 2025). `node_of[receiver]` is the number of the sender that a
+    receiver belongs to (a head's q, k and v to the head), that of `out` is the number of senders. `slot_of[receiver]`
+    is the number of its slot, 0 without.
 
     Example:
         >>> graph = Graph.of(6, 4)
         >>> len(graph.senders), len(graph.receivers), int(graph.edges.sum())
         (31, 79, 1108)
+        >>> int(Graph.of(6, 4, ("negator", "eot")).edges.sum()) == 2 * (1108 - 31) + 31
+        True
     """
 
     senders: tuple[Site, ...]
     receivers: tuple[Site, ...]
     edges: Bool[Tensor, "receiver sender"]
     node_of: Int[Tensor, "receiver"]
+    slot_of: Int[Tensor, "receiver"]
+    slots: Slots
     sender_at: Mapping[Site, int]
     receiver_at: Mapping[Site, int]
 
     @staticmethod
-    def of(n_layers: int, n_heads: int) -> Graph:
-        known = _graph(n_layers, n_heads)
-        return replace(known, edges=known.edges.clone(), node_of=known.node_of.clone())
+    def of(n_layers: int, n_heads: int, slots: Slots = ()) -> Graph:
+        """The graph of a tower of this shape, by slot where some are given.
 
-    def nodes(self, keep: Bool[Tensor, "receiver sender"]) -> Bool[Tensor, "node sender"]:
-        """Which node reads from which sender, through any of its inputs; the last node is `out`."""
-        count = torch.zeros(len(self.senders) + 1, len(self.senders), dtype=torch.int32)
-        return count.index_add(0, self.node_of, keep.int()) > 0
+        Raises:
+            ValueError: a slot comes twice, or names and positions are mixed, which may overlap.
+        """
+        if len(set(slots)) < len(slots) or len({isinstance(slot, str) for slot in slots}) > 1:
+            raise ValueError(f"the slots of a graph are all names or all positions, each once. Got {slots}")
+        known = _graph(n_layers, n_heads, slots)
+        copies = {name: getattr(known, name).clone() for name in ("edges", "node_of", "slot_of")}
+        return replace(known, **copies)
 
-    def from_embed(self, keep: Bool[Tensor, "receiver sender"]) -> Bool[Tensor, "node"]:
-        """Which nodes something of the embedding reaches along kept edges."""
-        reads, reached = self.nodes(keep), torch.zeros(len(self.senders) + 1, dtype=torch.bool)
-        reached[0] = True
-        for node in range(1, len(reached)):
-            reached[node] = (reads[node] & reached[:-1]).any()
-        return reached
+    def reached(self, keep: Bool[Tensor, "receiver sender"]) -> Bool[Tensor, "receiver sender"]:
+        """Whether something of the embedding reaches each sender along kept edges, at the slot of each receiver.
 
-    def to_out(self, keep: Bool[Tensor, "receiver sender"]) -> Bool[Tensor, "node"]:
-        """Which nodes reach the output along kept edges."""
-        reads, reaches = self.nodes(keep), torch.zeros(len(self.senders) + 1, dtype=torch.bool)
-        reaches[-1] = True
-        for node in range(len(reads) - 1, 0, -1):
-            reaches[:-1] |= reads[node] & reaches[node]
-        return reaches
+        What a head reads as key or value at one slot may reach any other; a query or an MLP's input stays at its own.
+        The output may be pooled at any slot.
+        """
+        sends = torch.zeros(max(1, len(self.slots)), len(self.senders), dtype=torch.bool)
+        sends[:, 0] = True
+        spreads = self._spreads
+        for node, rows in self._rows[:-1]:
+            reads = (keep[rows] & sends[self.slot_of[rows]]).any(1)
+            sends[self.slot_of[rows[reads]], node] = True
+            sends[:, node] |= (reads & spreads[rows]).any()
+        return torch.where(self._is_out[:, None], sends.any(0), sends[self.slot_of])
+
+    def read(self, keep: Bool[Tensor, "receiver sender"]) -> Bool[Tensor, "receiver"]:
+        """Whether what each receiver reads can reach the output along kept edges."""
+        read, spreads = self._is_out.clone(), self._spreads
+        for node, rows in reversed(self._rows[:-1]):
+            by = keep[:, node] & read
+            wanted = torch.zeros(max(1, len(self.slots)), dtype=torch.bool)
+            wanted[self.slot_of[by]] = True
+            wanted |= (by & self._is_out).any()
+            read[rows] = torch.where(spreads[rows], wanted.any(), wanted[self.slot_of[rows]])
+        return read
+
+    @property
+    def _is_out(self) -> Bool[Tensor, "receiver"]:
+        return self.node_of == len(self.senders)
+
+    @property
+    def _spreads(self) -> Bool[Tensor, "receiver"]:
+        return torch.tensor([site.kind in ("k", "v", "out") for site in self.receivers])
+
+    @cached_property
+    def _rows(self) -> list[tuple[int, Int[Tensor, "own"]]]:
+        """Every node but the embedding, with the receivers that belong to it, in the order of the tower."""
+        nodes = range(1, len(self.senders) + 1)
+        return [(node, (self.node_of == node).nonzero().flatten()) for node in nodes]
 
 
 @lru_cache(maxsize=16)
-def _graph(n_layers: int, n_heads: int) -> Graph:
+def _graph(n_layers: int, n_heads: int, slots: Slots) -> Graph:
     """The one graph of a shape, never handed out: whoever edits a tensor of theirs edits nobody else's."""
-    senders, receivers = writers(n_layers, n_heads), readers(n_layers, n_heads)
+    senders, bare = writers(n_layers, n_heads), readers(n_layers, n_heads)
     sender_at = {site: number for number, site in enumerate(senders)}
-    owner = [Site("head", site.layer, site.unit) if site.kind in "qkv" else site for site in receivers]
+    owner = [Site("head", site.layer, site.unit) if site.kind in "qkv" else site for site in bare]
+    node_of = [sender_at.get(site, len(senders)) for site in owner]
+    edges = torch.tensor([[precedes(sender, receiver) for sender in senders] for receiver in bare])
+    at = [
+        (number, slot)
+        for number, site in enumerate(bare)
+        for slot in (range(len(slots)) if slots and site.kind != "out" else (None,))
+    ]
+    rows = [number for number, _ in at]
+    receivers = tuple(bare[number] if slot is None else replace(bare[number], slot=slots[slot]) for number, slot in at)
     return Graph(
         tuple(senders),
-        tuple(receivers),
-        torch.tensor([[precedes(sender, receiver) for sender in senders] for receiver in receivers]),
-        torch.tensor([sender_at.get(site, len(senders)) for site in owner]),
+        receivers,
+        edges[rows],
+        torch.tensor(node_of)[rows],
+        torch.tensor([slot or 0 for _, slot in at]),
+        slots,
         MappingProxyType(sender_at),
         MappingProxyType({site: number for number, site in enumerate(receivers)}),
     )
@@ -135,7 +184,11 @@ class Selection:
             "all": "every edge",
             "top": f"the top {number}{by}",
             "greedy": f"{number} grown from the output{by}",
+            "both ends": f"{number} grown from both ends{by}",
+            "nodes": f"every edge among the strongest nodes, at most {number},{by}",
+            "certain": f"the top {number} with a sign that is certain in {bound} of the resamples{by}",
             "above": f"{number} above {bound}{by}",
+            "learned": f"{number} learned as gates",
             "removal": f"{number} left by a search with the threshold {bound}",
             "drawn": f"{number} drawn at random",
             "joined": "joined of two circuits",
@@ -155,6 +208,10 @@ class Circuit:
     are in units of the metric, positive = the edge supports the model's own d, NaN where there is none. `name` is what
     tables and pictures call it, by default the title of its record's method; `record` says what was run on what to find
     it, None where nothing was; `selection` by which rule its edges were chosen. Both tensors are copies of those given.
+
+    With `slots` it is a circuit by position (method, section 10): an edge is kept at some of them, a line of `keep` is
+    a receiver at a slot, and what is counted as edges everywhere are these weights. `training` is the course of a
+    circuit that was learned.
 
     Raises:
         ValueError: matrices of another shape than this depth and number of heads have, or a kept pair of a receiver
@@ -178,13 +235,15 @@ class Circuit:
     name: str = ""
     record: Record | None = None
     selection: Selection = LISTED
+    slots: Slots = ()
+    training: DataFrame | None = None
 
     def __post_init__(self) -> None:
         keep, graph = torch.as_tensor(self.keep).detach().cpu().clone(), self.graph
         if keep.dtype != torch.bool or keep.shape != graph.edges.shape:
             raise ValueError(
                 f"keep must be truth values [receiver, sender] = {list(graph.edges.shape)} for {self.n_layers} "
-                f"layers x {self.n_heads} heads. Got {keep.dtype} of shape {list(keep.shape)}"
+                f"layers x {self.n_heads} heads{_at_slots(self.slots)}. Got {keep.dtype} of shape {list(keep.shape)}"
             )
         if bool((keep & ~graph.edges).any()):
             receiver, sender = (keep & ~graph.edges).nonzero()[0].tolist()
@@ -205,42 +264,49 @@ class Circuit:
         n_layers: int,
         n_heads: int,
         name: str = "",
+        slots: Iterable[str | int] = (),
     ) -> Circuit:
         """The circuit of some edges; a mapping gives their scores. An end without unit is all heads of its layer.
 
+        With `slots`, or where an edge has a slot, the circuit is by slot: over these and those of the edges. There an
+        edge without slot is kept at each.
+
         Raises:
-            ValueError: an edge that a tower of this depth and number of heads does not have, or one at a slot: a
-                circuit's edges carry every token.
+            ValueError: an edge that a tower of this depth and number of heads does not have.
 
         Example:
             >>> from clip_lens import Edge, Site
             >>> len(Circuit.of([Edge(Site("embed"), Site("v", 0))], n_layers=2, n_heads=2).edges())
             2
         """
-        graph = Graph.of(n_layers, n_heads)
+        edges = edges if isinstance(edges, Mapping) else list(edges)
+        named = [edge.receiver.slot for edge in edges]
+        slots = tuple(dict.fromkeys([*slots, *(slot for slot in named if slot is not None)]))
+        graph = Graph.of(n_layers, n_heads, slots)
         keep, scores = torch.zeros_like(graph.edges), torch.full(graph.edges.shape, torch.nan, dtype=torch.float64)
         for edge in edges:
             for at in _cells(edge, graph, n_heads):
                 keep[at] = True
                 scores[at] = edges[edge] if isinstance(edges, Mapping) else torch.nan
-        return cls(keep, n_layers, n_heads, scores if isinstance(edges, Mapping) else None, name)
+        return cls(keep, n_layers, n_heads, scores if isinstance(edges, Mapping) else None, name, slots=slots)
 
     @classmethod
-    def full(cls, encoder: HookedTextEncoder) -> Circuit:
-        """The circuit of every edge that an encoder has.
+    def full(cls, encoder: HookedTextEncoder, slots: Iterable[str | int] = ()) -> Circuit:
+        """The circuit of every edge that an encoder has, at every one of some slots.
 
         Example:
             >>> Circuit.full(clip_lens.load())
             Circuit(1108 of 1108 edges, 32 of 32 nodes; every edge; tiny)
         """
-        keep = Graph.of(encoder.n_layers, encoder.n_heads).edges
+        slots = tuple(slots)
+        keep = Graph.of(encoder.n_layers, encoder.n_heads, slots).edges
         record = Record(model=encoder.full_name, weights=encoder.digest)
-        return cls(keep, encoder.n_layers, encoder.n_heads, None, "every edge", record, Selection("all"))
+        return cls(keep, encoder.n_layers, encoder.n_heads, None, "every edge", record, Selection("all"), slots)
 
     @property
     def graph(self) -> Graph:
         """The senders and receivers that `keep` refers to."""
-        return Graph.of(self.n_layers, self.n_heads)
+        return Graph.of(self.n_layers, self.n_heads, self.slots)
 
     @property
     def digest(self) -> str:
@@ -251,7 +317,9 @@ class Circuit:
             >>> full.digest == full.named("all").digest != (full - full).digest
             True
         """
-        return cast(str, identity_of(self.n_layers, self.n_heads, self.keep))
+        slots = tuple(sorted(self.slots, key=str))
+        by_slot = (slots,) if slots else ()
+        return cast(str, identity_of(self.n_layers, self.n_heads, self.at_slots(slots).keep, *by_slot))
 
     def named(self, name: str) -> Circuit:
         """The same circuit under another name.
@@ -261,6 +329,27 @@ class Circuit:
             'all'
         """
         return replace(self, name=name)
+
+    def at_slots(self, slots: Iterable[str | int]) -> Circuit:
+        """The same circuit as one by slot: every edge at each of some slots, with its score.
+
+        Raises:
+            ValueError: it is by slot already, and these are others.
+
+        Example:
+            >>> from clip_lens import Edge, Site
+            >>> edges = [Edge(Site("embed"), Site("v", 0, 0)), Edge(Site("head", 0, 0), Site("out"))]
+            >>> [str(edge) for edge in Circuit.of(edges, n_layers=1, n_heads=1).at_slots(["negator", "eot"]).edges()]
+            ['embed -> v 0.0 @negator', 'embed -> v 0.0 @eot', 'head 0.0 -> out']
+        """
+        if (slots := tuple(slots)) == self.slots:
+            return self
+        if self.slots and set(self.slots) != set(slots):
+            raise ValueError(f"{self.name} is by the slots {self.slots}, and can't be told at others, {slots}")
+        own, receivers = self.graph.receiver_at, Graph.of(self.n_layers, self.n_heads, slots).receivers
+        rows = [own[site if self.slots else replace(site, slot=None)] for site in receivers]
+        scores = None if self.scores is None else self.scores[rows]
+        return replace(self, keep=self.keep[rows], scores=scores, slots=slots)
 
     def as_text(self) -> dict[str, str]:
         """How it came about, as lines for files and pages: a heading and a text each.
@@ -273,6 +362,7 @@ class Circuit:
         said = {
             "name": self.name,
             "selection": str(self.selection),
+            "slots": ", ".join(map(str, self.slots)),
             "pairs per edge": "" if entered is None else " to ".join(map(str, dict.fromkeys(entered))),
             **({} if self.record is None else self.record.as_text()),
         }
@@ -324,10 +414,10 @@ class Circuit:
             True
         """
         graph = self.graph
-        sends, reads = graph.from_embed(self.keep)[:-1], graph.to_out(self.keep)[graph.node_of]
+        on_a_path = graph.reached(self.keep) & graph.read(self.keep)[:, None]
         asked = len(self) if self.selection.asked is None else self.selection.asked
         selection = replace(self.selection, asked=asked, pruned=True)
-        return replace(self, keep=self.keep & sends & reads[:, None], selection=selection)
+        return replace(self, keep=self.keep & on_a_path, selection=selection)
 
     def nodes(self) -> DataFrame:
         """The senders, and the output, that have an edge: node, kind, layer, unit, incoming, outgoing (edges kept),
@@ -369,7 +459,8 @@ class Circuit:
 
     def to_networkx(self) -> DiGraph:
         """A `networkx.DiGraph` of the nodes: embed, heads, MLPs, out. Nodes have kind, layer, unit; an arc has
-        `through`, the inputs that it enters (of q, k, v, mlp, out), `scores` by input, and the largest, `score`.
+        `through`, the inputs that it enters (of q, k, v, mlp, out; by slot "v @eot"), `scores` by input, and the
+        largest, `score`.
 
         Example:
             >>> graph = Circuit.full(clip_lens.load()).to_networkx()
@@ -379,15 +470,19 @@ class Circuit:
         import networkx
 
         graph = networkx.DiGraph(**self.as_text())
-        sites = [*self.graph.senders, Site("out")]
+        sites, receivers, node_of = (
+            [*self.graph.senders, Site("out")],
+            self.graph.receivers,
+            self.graph.node_of.tolist(),
+        )
         for row in self.nodes().itertuples():
             site = next(site for site in sites if str(site) == row.node)
             graph.add_node(row.node, kind=site.kind, layer=site.layer, unit=site.unit)
         for r, s in self.keep.nonzero().tolist():
-            ends = str(sites[s]), str(sites[int(self.graph.node_of[r])])
+            ends = str(sites[s]), str(sites[node_of[r]])
             score = float("nan") if self.scores is None else float(self.scores[r, s])
             known = graph.edges[ends]["scores"] if graph.has_edge(*ends) else {}
-            scores = {**known, self.graph.receivers[r].kind: score}
+            scores = {**known, _input(receivers[r]): score}
             strongest = max(scores.values(), key=lambda number: -1.0 if number != number else abs(number))
             graph.add_edge(*ends, through=tuple(scores), scores=scores, score=strongest)
         return graph
@@ -405,7 +500,7 @@ class Circuit:
         """Scores are the left circuit's, since those of two methods or models have no common scale."""
         name = f"({self.name}) {sign} ({other.name})"
         record, selection = _shared(self.record, other.record), Selection("joined")
-        return replace(self, keep=keep, name=name, record=record, selection=selection)
+        return replace(self, keep=keep, name=name, record=record, selection=selection, training=None)
 
     def _same(self, other: Circuit) -> Circuit:
         if (self.n_layers, self.n_heads) != (other.n_layers, other.n_heads):
@@ -413,7 +508,12 @@ class Circuit:
                 f"circuits of towers of one shape can be compared, not {self.n_layers} layers x {self.n_heads} heads "
                 f"and {other.n_layers} x {other.n_heads}"
             )
-        return other
+        if set(self.slots) != set(other.slots):
+            raise ValueError(
+                f"circuits by the same slots can be compared, not by {self.slots or 'none'} and "
+                f"{other.slots or 'none'}; Circuit.at_slots says a circuit of edges by slot"
+            )
+        return other.at_slots(self.slots)
 
     def jaccard(self, other: Circuit) -> float:
         """Edges in both / edges in either: 1 = the same edges, 0 = none in common; two empty circuits are the same.
@@ -426,8 +526,31 @@ class Circuit:
             >>> full.jaccard(full - full), full.jaccard(full)
             (0.0, 1.0)
         """
-        either = int((self.keep | self._same(other).keep).sum())
-        return int((self.keep & other.keep).sum()) / either if either else 1.0
+        either = len(self | other)
+        return len(self & other) / either if either else 1.0
+
+    def diff(self, other: Circuit) -> DataFrame:
+        """Where two circuits part: a row per edge of either, those of both last.
+
+        Columns: edge, sender, receiver, kept_by ("first", "second" or "both"), score (the first's), other_score.
+
+        Raises:
+            ValueError: what `jaccard` refuses.
+
+        Example:
+            >>> full = Circuit.full(clip_lens.load())
+            >>> full.diff(full - full)["kept_by"].value_counts().to_dict()
+            {'first': 1108}
+        """
+        other = self._same(other)
+        parts = {"first": self - other, "second": other - self, "both": self & other}
+        scores = [circuit.scored() for circuit in (self, other)]
+        lines = [
+            (str(edge), str(edge.sender), str(edge.receiver), kept_by, *(own.get(edge, float("nan")) for own in scores))
+            for kept_by, circuit in parts.items()
+            for edge in circuit.edges()
+        ]
+        return DataFrame(lines, columns=["edge", "sender", "receiver", "kept_by", "score", "other_score"])
 
     @staticmethod
     def overlaps(circuits: Mapping[str, Circuit]) -> DataFrame:
@@ -517,6 +640,8 @@ class Circuit:
             "name": self.name,
             "record": None if self.record is None else as_json(self.record),
             "selection": _given(self.selection),
+            **({"slots": list(self.slots)} if self.slots else {}),
+            **({} if self.training is None else {"training": _lines(self.training)}),
             "scored": self.scores is not None,
             "edges": {str(edge): None if n != n else n for edge, n in self.scored().items()},
         }
@@ -579,7 +704,8 @@ def random_circuit(like: Circuit, seed: int = 0) -> Circuit:
     keep[drawn[:, 0], drawn[:, 1]] = True
     name, selection = f"random({seed})", replace(like.selection, rule="drawn", asked=asked, of=len(cells), pruned=False)
     selection = replace(selection, threshold=None, entered=None)
-    made = replace(like, keep=keep, scores=None, name=name, record=_of_tower(like.record), selection=selection)
+    record = _of_tower(like.record)
+    made = replace(like, keep=keep, scores=None, name=name, record=record, selection=selection, training=None)
     return made.pruned() if like.selection.pruned else made
 
 
@@ -612,24 +738,41 @@ def _given(selection: Selection) -> dict[str, Any]:
     return {name: value for name, value in named.items() if value != getattr(LISTED, name)}
 
 
+def _lines(table: DataFrame) -> list[dict[str, Any]]:
+    """A table's lines as JSON has them, None where there is no number."""
+    return [{name: None if n != n else n for name, n in line.items()} for line in table.to_dict("records")]
+
+
 def _selection(plain: Mapping[str, Any]) -> Selection:
     entered = plain.get("entered")
     return Selection(**{**plain, "entered": None if entered is None else tuple(entered)})
 
 
+def _at_slots(slots: Slots) -> str:
+    return f" at {len(slots)} slots" if slots else ""
+
+
+def _input(receiver: Site) -> str:
+    """What an edge enters, within a node."""
+    return receiver.kind if receiver.slot is None else f"{receiver.kind} @{receiver.slot}"
+
+
 def _cells(edge: Edge, graph: Graph, n_heads: int) -> list[tuple[int, int]]:
-    """The rows and columns of an edge in the matrix, one per head where an end has no unit."""
-    if edge.receiver.slot is not None:
-        raise ValueError(f"a circuit's edges carry every token, got one at a slot: {edge}")
+    """The rows and columns of an edge in the matrix, one per head where an end has no unit, and per slot where the
+    receiver has none."""
     receivers, senders = (
         [replace(site, unit=unit) for unit in range(n_heads)]
         if site.unit is None and site.kind in ("head", "q", "k", "v")
         else [site]
         for site in (edge.receiver, edge.sender)
     )
+    if graph.slots and edge.receiver.slot is None and edge.receiver.kind != "out":
+        receivers = [replace(site, slot=slot) for site in receivers for slot in graph.slots]
     if any(r not in graph.receiver_at for r in receivers) or any(s not in graph.sender_at for s in senders):
         depth = sum(site.kind == "mlp" for site in graph.senders)
-        raise ValueError(f"{edge}: a tower of {depth} layers x {n_heads} heads has no such edge")
+        raise ValueError(
+            f"{edge}: a tower of {depth} layers x {n_heads} heads{_at_slots(graph.slots)} has no such edge"
+        )
     return [(graph.receiver_at[r], graph.sender_at[s]) for r in receivers for s in senders]
 
 
@@ -654,7 +797,9 @@ def _fields(content: Any, path: str) -> dict[str, Any]:
         record = None if content["record"] is None else of_json(content["record"])
         selection = _selection(content["selection"])
         lines, scored = dict(content["edges"]), bool(content["scored"])
-        graph = Graph.of(int(n_layers), int(n_heads))
+        slots = tuple(content.get("slots", ()))
+        graph = Graph.of(int(n_layers), int(n_heads), slots)
+        training = DataFrame(content["training"]) if "training" in content else None
         numbers = torch.tensor([float("nan") if n is None else float(n) for n in lines.values()], dtype=torch.float64)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is a circuit's file, but damaged: {type(error).__name__} {error}") from error
@@ -671,5 +816,5 @@ def _fields(content: Any, path: str) -> dict[str, Any]:
         scores[list(rows), list(columns)] = numbers
     return {
         "keep": keep, "n_layers": n_layers, "n_heads": n_heads, "scores": scores if scored else None, "name": name,
-        "record": record, "selection": selection,
+        "record": record, "selection": selection, "slots": slots, "training": training,
     }  # fmt: skip

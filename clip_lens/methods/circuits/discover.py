@@ -183,12 +183,15 @@ def discover(
     """The circuit that a method finds on the pairs of `found`, and how it does on those of `judged`: a `Discovery`.
 
     `method` is a key of `FINDERS`. "exact" patches every edge by itself, "eap" and "eap-ig" (with `steps`) estimate
-    that, and the `edges` with the largest mean signed scores by size are the circuit; "random" draws as many; "acdc"
-    removes edges from the whole tower while the metric changes by less than `threshold`. f, CPR, CMD (method, section
-    8; MIB, 2504.13151) are measured on `judged` alone: of circuits of MIB's sizes, pruned after selection, for the
-    method and for random circuits from five seeds; and of the circuit, as selected and pruned. `exact=True` patches
-    every edge on `judged`, to compare the method's scores with. ACDC gives one circuit and no order of edges, so it has
-    neither CPR nor CMD.
+    that, and the `edges` with the largest mean signed scores by size are the circuit. "eap-ig-certain",
+    "eap-ig-both-ends" and "eap-ig-nodes" choose otherwise by the scores of "eap-ig" (`top_edges`); "eap-ig-loss" scores
+    edges by the squared change of the metric. "acdc" removes edges from the whole tower while the metric changes by
+    less than `threshold`, "learned" learns `edges` of them together (`learn_circuit`), "random" draws as many.
+
+    f, CPR, CMD (method, section 8; MIB, 2504.13151) are measured on `judged` alone: of circuits of MIB's sizes, pruned
+    after selection, for the method and for random circuits from five seeds; and of the circuit, as selected and pruned.
+    `exact=True` patches every edge on `judged`, to compare the method's scores with. ACDC gives one circuit and no
+    order of edges, so it has neither CPR nor CMD; nor has a learned one here, whose other sizes `learn_circuit` learns.
 
     The two batches usually run the caption, `align(..., run="caption")`, and come from `Batch.split`: by text where
     texts recur (`batch.split(by="text")`), since a split by image leaves texts that the circuit was found on among
@@ -221,7 +224,7 @@ def discover(
     done = Discovery(
         method=finder.method,
         circuit=circuit,
-        judged=Faithfulness(bench.sizes(circuit, scores, f"sizes-{finder.method.key}")),
+        judged=Faithfulness(bench.sizes(circuit, scores, finder)),
         chosen=Faithfulness(bench.chosen(circuit, f"chosen-{file}")),
         found_on=len(found),
         repeated=repeated(found, judged),
@@ -301,14 +304,14 @@ class _Bench:
     keep: Keep | None
     shared: Keep | None
 
-    def sizes(self, circuit: Circuit, scores: Effects | None, name: str) -> Effects:
+    def sizes(self, circuit: Circuit, scores: Effects | None, finder: Finder) -> Effects:
         """What circuits of MIB's sizes lose: those that the scores select, by either ranking, and random ones."""
         drawn_itself = circuit.selection.rule == "drawn"
         seeds = range(self.seed + (not drawn_itself), self.seed + BASELINES + 1)
         parts = [self.random(seed) for seed in seeds]
         if scores is not None:
-            both = [one for signed in (True, False) for one in sized_circuits(scores, signed=signed)]
-            own = self.judged([one.named(circuit.name) for one in both], self.keep, name)
+            both = [one for signed in (True, False) for one in sized_circuits(scores, signed=signed, **finder.choose)]
+            own = self.judged([one.named(circuit.name) for one in both], self.keep, f"sizes-{finder.method.key}")
             parts.insert(0, own)
         return joined(parts)
 

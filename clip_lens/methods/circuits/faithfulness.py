@@ -52,11 +52,13 @@ def faithfulness(
 
     In a circuit's run every edge outside it carries the source's value (method, section 8). Each circuit is run as it
     is given; whether it was pruned, its place says. Circuits usually run the caption: `align(..., run="caption")`.
+    Circuits by slot count weights, an edge at a slot each; one of edges stands beside them as it is, or counted like
+    them as `circuit.at_slots(slots)`.
     `jobs` and `executor` are those of `patch_effects`.
 
     Raises:
-        ValueError: no circuit, one of a tower of another shape, hooks of yours on the tower, or what `patch_effects`
-            refuses.
+        ValueError: no circuit, one of a tower of another shape, circuits by different slots, hooks of yours on the
+            tower, a source that differs from the run at a token in none of the slots, or what `patch_effects` refuses.
 
     Example:
         >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
@@ -92,11 +94,13 @@ def _lost(
         raise ValueError("no circuits to judge; top_edges and acdc find some")
     for circuit in circuits:
         _fits(circuit, encoder)
-    removed = torch.stack([circuit.graph.edges & ~circuit.keep for circuit in circuits])
+    slots = next((circuit.slots for circuit in circuits if circuit.slots), ())
+    run = [circuit.at_slots(slots) for circuit in circuits]
+    removed = torch.stack([circuit.graph.edges & ~circuit.keep for circuit in run])
     distinct, which = removed.unique(dim=0, return_inverse=True)  # small circuits are often empty once pruned
 
     def parts(advance: Callable[[int], object]) -> Iterator[Part]:
-        for part in removals(setting):
+        for part in removals(setting, slots):
             moved = {"values": part.values(distinct)[which], "total": part.total}
             yield part.index, {**moved, **unpatched(setting, part.chunk, part.readout)}
             advance(len(circuits) * len(part.index))
@@ -201,13 +205,14 @@ class Faithfulness:
         `CPR` = integral of f over the share of edges asked for (larger is better), of circuits ranked by signed score;
         `CMD` = integral of |1 - f| (smaller is better), of circuits ranked by size: trapezoids on a linear axis from
         the smallest share to 1, where f = 1 by definition (method, section 8; Mueller et al. 2025). NaN where that
-        ranking is missing. Columns: circuit, side, CPR, CPR_lower, CPR_upper, CMD, CMD_lower, CMD_upper, points, n.
+        ranking is missing; circuits without a ranking, such as learned ones, count for both. Columns: circuit, side,
+        CPR, CPR_lower, CPR_upper, CMD, CMD_lower, CMD_upper, points, n.
         Pairs are resampled jointly at all sizes, with the draws of `Effects.table`; below five pairs there is no
         interval: NaN.
 
         Raises:
-            ValueError: circuits without a share and a ranking, as `sized_circuits` gives them, or a share that comes
-                twice.
+            ValueError: circuits without a share, as `sized_circuits` and `learn_circuit` give them, or a share that
+                comes twice.
 
         Example:
             >>> encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
@@ -243,14 +248,15 @@ def _curves(places: Sequence[Outside]) -> dict[tuple[str, str], dict[float, int]
     """The rows of each name's circuits by share, for either ranking."""
     curves: dict[tuple[str, str], dict[float, int]] = {}
     for row, place in enumerate(places):
-        if place.share is None or place.ranking not in MEASURES:
+        if place.share is None or place.ranking not in ("", *MEASURES):
             raise ValueError(f"CPR and CMD need circuits of several sizes, as sized_circuits gives them. Got {place}")
-        curve = curves.setdefault((place.circuit, place.ranking), {})
-        if place.share in curve:
-            raise ValueError(
-                f"the share {place.share:g} of {place.circuit} ({place.ranking}) comes twice; name them apart"
-            )
-        curve[place.share] = row
+        for ranking in [place.ranking] if place.ranking else MEASURES:
+            curve = curves.setdefault((place.circuit, ranking), {})
+            if place.share in curve:
+                raise ValueError(
+                    f"the share {place.share:g} of {place.circuit} ({ranking}) comes twice; name them apart"
+                )
+            curve[place.share] = row
     return curves
 
 
@@ -381,7 +387,7 @@ def completeness(
     """
     _fits(circuit, encoder)
     setting = Setting.of(encoder, batch, source=source, metric=metric, rows=rows)
-    trial = _Trial.of(Removal.of(setting), circuit, by)
+    trial = _Trial.of(Removal.of(setting, circuit.slots), circuit, by)
     generator = torch.Generator().manual_seed(seed)
     nothing = torch.zeros(1, len(trial.members), dtype=torch.bool)
     drawn = torch.rand(samples, len(trial.members), generator=generator) < 0.5
@@ -453,7 +459,7 @@ def minimality(
     """
     _fits(circuit, encoder)
     setting = Setting.of(encoder, batch, source=source, metric=metric, rows=rows)
-    trial = _Trial.of(Removal.of(setting), circuit, by)
+    trial = _Trial.of(Removal.of(setting, circuit.slots), circuit, by)
     n = len(trial.members)
     generator = torch.Generator().manual_seed(seed)
     others = torch.cat([torch.zeros(1, n, dtype=torch.bool), torch.rand(samples, n, generator=generator) < 0.5])

@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxtyping import Float
+from torch import Tensor
+
 from clip_lens.core.effects import Effects
 from clip_lens.core.keep import REMEDY, Keep
+from clip_lens.core.metric import Metric, Readout
 from clip_lens.core.record import Method, Record
 from clip_lens.core.setting import Setting
 from clip_lens.methods.circuits.acdc import acdc, acdc_record
 from clip_lens.methods.circuits.circuit import Circuit, random_circuit
+from clip_lens.methods.circuits.learned import Plan, learn_circuit, learned_record
 from clip_lens.methods.circuits.selection import top_edges
 from clip_lens.methods.gradient import conventions, gradient_effects
 from clip_lens.methods.patching import patch_effects
-from clip_lens.methods.registry import ACDC, EAP, EAP_IG, EXACT, PATCHING, RANDOM
+from clip_lens.methods.registry import (
+    ACDC,
+    EAP,
+    EAP_IG,
+    EAP_IG_CERTAIN,
+    EAP_IG_ENDS,
+    EAP_IG_LOSS,
+    EAP_IG_NODES,
+    EXACT,
+    LEARNED,
+    PATCHING,
+    RANDOM,
+)
 from clip_lens.model.encoder import HookedTextEncoder
 from clip_lens.model.site import Edge
 from clip_lens.words import unknown
 
+CERTAIN = 0.95
+"""The share of resamples that have to agree on the sign of an edge's score."""
+LEARNED_ON = 32
+"""Pairs of a step when gates are learned."""
 PASS = 64
 """Pairs in one backward pass at most: a backward pass keeps what a forward pass can forget."""
 
@@ -41,8 +62,9 @@ class Finder:
 
     `score` gives the effects of some edges on a setting's pairs, of which the strongest are the circuit; `search` gives
     a circuit. `record` says beforehand what the result will say of itself, so that a kept one can stand for it; None
-    where nothing is worth keeping. `in_parts`: edges can be scored some at a time. `bound` is the option that decides
-    how large the circuit is; the names of its files say it.
+    where nothing is worth keeping. `scored_by` is the key of the method whose scores these are, where that is another
+    one; `choose` says how `top_edges` takes edges by them. `in_parts`: edges can be scored some at a time. `bound` is
+    the option that decides how large the circuit is; the names of its files say it.
     """
 
     method: Method
@@ -50,6 +72,8 @@ class Finder:
     search: Callable[[Setting, Options], Circuit] | None = None
     record: Callable[[Setting, Options], Record] | None = None
     in_parts: bool = False
+    scored_by: str = ""
+    choose: Mapping[str, Any] = field(default_factory=dict)
     bound: Literal["edges", "threshold"] = "edges"
 
     def file(self, options: Options) -> str:
@@ -64,13 +88,13 @@ class Finder:
         compute = lambda some: score(setting, some, options)
         if keep is None or self.record is None:
             return compute(edges)
-        name, wanted = name or f"scores-{self.method.key}", self.record(setting, options)
+        name, wanted = name or f"scores-{self.scored_by or self.method.key}", self.record(setting, options)
         return keep.effects(name, wanted, edges, compute, whole=not self.in_parts)
 
     def circuit(self, setting: Setting, options: Options, scores: Effects | None, keep: Keep | None) -> Circuit:
         """The circuit that the scores select, or that the search finds, not pruned."""
         if scores is not None:
-            return top_edges(scores, options.edges).named(self.method.title)
+            return top_edges(scores, options.edges, **self.choose).named(self.method.title)
         if self.search is None:
             raise TypeError(f"the finder {self.method.key!r} has neither a score nor a search; give it one")
         there = None if keep is None or self.record is None else kept_circuit(
@@ -98,6 +122,32 @@ def _eap_ig(setting: Setting, edges: Sequence[Edge], options: Options) -> Effect
     return gradient_effects(setting.encoder, setting.batch, edges, steps=options.steps, **how)
 
 
+def _eap_ig_loss(setting: Setting, edges: Sequence[Edge], options: Options) -> Effects:
+    return _eap_ig(replace(setting, metric=loss_of(setting.metric)), edges, options)
+
+
+def _eap_ig_loss_record(setting: Setting, options: Options) -> Record:
+    return _eap_ig_record(replace(setting, metric=loss_of(setting.metric)), options)
+
+
+def loss_of(measure: Metric) -> Metric:
+    """What a metric loses, squared: 0 for the unpatched run, so that edges are scored by how much a circuit needs them
+    whichever way they work. A divergence is its own loss.
+
+    Example:
+        >>> loss_of(clip_lens.logit)
+        Metric(squared change of logit, not oriented, in logits squared)
+    """
+    if measure.divergence:
+        return measure
+
+    def squared(u: Float[Tensor, "row d_embed"], readout: Readout) -> Float[Tensor, "row"]:
+        return (measure(u, readout) - measure(readout.run, readout)).square()
+
+    name, unit = f"squared change of {measure.name}", f"{measure.unit} squared"
+    return Metric(squared, False, unit, name, holds=measure.identity, divergence=True)
+
+
 def _eap_ig_record(setting: Setting, options: Options) -> Record:
     method = EAP_IG if options.steps > 1 else EAP
     return setting.record(method, **conventions(options.steps))
@@ -105,6 +155,18 @@ def _eap_ig_record(setting: Setting, options: Options) -> Record:
 
 def _acdc(setting: Setting, options: Options) -> Circuit:
     return acdc(setting.encoder, setting.batch, options.threshold, **given(setting))
+
+
+def _learned(setting: Setting, options: Options) -> Circuit:
+    how = {**given(setting), "rows": min(setting.rows, LEARNED_ON), "seed": options.seed}
+    every = len(setting.encoder.edges())
+    return learn_circuit(setting.encoder, setting.batch, share=options.edges / every, **how)[0]
+
+
+def _learned_record(setting: Setting, options: Options) -> Record:
+    every = len(setting.encoder.edges())
+    of_one = replace(setting, rows=min(setting.rows, LEARNED_ON))
+    return learned_record(of_one, Plan(seed=options.seed), [options.edges / every])
 
 
 def _drawn(setting: Setting, options: Options) -> Circuit:
@@ -118,9 +180,16 @@ FINDERS = {
         Finder(EAP, _eap, record=lambda setting, options: setting.record(EAP, **conventions(1))),
         Finder(EAP_IG, _eap_ig, record=_eap_ig_record),
         Finder(
+            EAP_IG_CERTAIN, _eap_ig, record=_eap_ig_record, scored_by=EAP_IG.key, choose={"certain": CERTAIN},
+        ),
+        Finder(EAP_IG_ENDS, _eap_ig, record=_eap_ig_record, scored_by=EAP_IG.key, choose={"select": "both ends"}),
+        Finder(EAP_IG_NODES, _eap_ig, record=_eap_ig_record, scored_by=EAP_IG.key, choose={"select": "nodes"}),
+        Finder(EAP_IG_LOSS, _eap_ig_loss, record=_eap_ig_loss_record),
+        Finder(
             ACDC, search=_acdc, record=lambda setting, options: acdc_record(setting, options.threshold),
             bound="threshold",
         ),
+        Finder(LEARNED, search=_learned, record=_learned_record),
         Finder(RANDOM, search=_drawn),
     )
 }  # fmt: skip

@@ -14,7 +14,7 @@ from clip_lens.core.address import address_edges
 from clip_lens.core.metric import Readout
 from clip_lens.core.rows import Chunk, chunk_effects
 from clip_lens.core.setting import Setting
-from clip_lens.methods.circuits.circuit import Graph
+from clip_lens.methods.circuits.circuit import Graph, Slots
 
 ENTRIES = 2**22
 """Edges in all sets that are addressed at once, 100 MB of indices."""
@@ -28,10 +28,7 @@ class Part:
     index: Int[Tensor, "pair"]
     chunk: Chunk
     readout: Readout
-
-    @property
-    def graph(self) -> Graph:
-        return Graph.of(self.chunk.encoder.n_layers, self.chunk.encoder.n_heads)
+    graph: Graph
 
     def values(self, removed: Bool[Tensor, "set receiver sender"]) -> Float[Tensor, "set pair"]:
         """`metric(patched) - metric(run)`, every edge of a set patched together; 0 where a set is empty, NaN where the
@@ -50,9 +47,10 @@ class Part:
     @cached_property
     def total(self) -> Float[Tensor, "pair"]:
         """`metric(every edge patched) - metric(run)`: with what every sender sends to the output patched, nothing else
-        reaches it."""
+        reaches it. What reaches an activation is patched edge by edge."""
         removed = torch.zeros_like(self.graph.edges)
         removed[-1] = True
+        removed = removed if self.setting.metric.target is None else self.graph.edges
         return self._values(removed[None])[0]
 
     @property
@@ -77,20 +75,47 @@ def at_once(graph: Graph) -> int:
     return max(1, ENTRIES // int(graph.edges.sum()))
 
 
-def parts(setting: Setting) -> Iterator[Part]:
-    """The batch some pairs at a time, prepared so that any set of the encoder's edges can be patched.
+def parts(setting: Setting, slots: Slots = ()) -> Iterator[Part]:
+    """The batch some pairs at a time, prepared so that any set of the encoder's edges can be patched, at any of some
+    slots.
 
     Raises:
-        ValueError: hooks of the user's on the tower, or a metric that gives something else than one number per row.
+        ValueError: hooks of the user's on the tower, a metric that gives something else than one number per row or that
+            reads a residual stream within the tower, which no edge runs to, a slot that the batch has not, or a source
+            that differs from the run at a position that is in no slot.
     """
     setting.without_hooks("edges are sums that a hook would change")
+    target = setting.metric.target
+    if target is not None and not target.behind_edges(setting.encoder.n_layers):
+        raise ValueError(
+            f"{target}: no edge runs to a residual stream within the tower, so that no circuit computes it; read what "
+            "a head or an MLP makes of it"
+        )
     encoder = setting.encoder
-    graph = Graph.of(encoder.n_layers, encoder.n_heads)
+    graph = Graph.of(encoder.n_layers, encoder.n_heads, slots)
+    for slot in slots:
+        setting.batch.where(slot)
     each = torch.zeros(len(graph.receivers), *graph.edges.shape, dtype=torch.bool, device=encoder.device)
     each[torch.arange(len(each)), torch.arange(len(each)), 0] = True  # a place per receiver: every layer is started at
     addresses = address_edges(each, graph.senders, graph.receivers, encoder.n_layers)
     for index, chunk, readout in setting.chunks(addresses):
-        yield Part(setting, index.cpu(), chunk, readout)
+        if slots:
+            _check_covered(setting, chunk, index, slots)
+        yield Part(setting, index.cpu(), chunk, readout, graph)
+
+
+def _check_covered(setting: Setting, chunk: Chunk, index: Int[Tensor, "pair"], slots: Slots) -> None:
+    """Refuses slots beside which the source sends something too: a circuit by slot is of all that can be sent."""
+    named = torch.stack([setting.batch[index].where(slot) for slot in slots])[..., : chunk.tokens.shape[1]].any(0)
+    sent = (chunk.change != 0).any(-1).any(0) & ~named
+    if sent.any():
+        pair = int(sent.any(1).nonzero()[0])
+        caption = setting.batch.pairs.caption[int(index[pair])]
+        raise ValueError(
+            f"the source differs from the run at tokens that are in none of the slots {', '.join(map(str, slots))}, in "
+            f"{int(sent.any(1).sum())} pairs such as {caption!r}: name their slots too, leave out pairs that no "
+            "template of slots fits, or give positions, slots=range(n)"
+        )
 
 
 @dataclass(frozen=True)
@@ -101,14 +126,14 @@ class Removal:
     prepared: tuple[Part, ...]
 
     @classmethod
-    def of(cls, setting: Setting) -> Removal:
-        """The batch of a setting.
+    def of(cls, setting: Setting, slots: Slots = ()) -> Removal:
+        """The batch of a setting, for edges at these slots.
 
         Raises:
             ValueError: what `parts` refuses, or a source that has nothing for any pair.
         """
         with torch.no_grad():
-            removal = cls(tuple(parts(setting)))
+            removal = cls(tuple(parts(setting, slots)))
         if removal.n == 0:
             raise ValueError(f"{setting.source} has nothing for any of the {len(setting.batch)} pairs")
         return removal
