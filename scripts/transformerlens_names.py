@@ -184,8 +184,9 @@ CACHE = (
 
 FACTORED = (
     works("A B AB", "test_factored_circuits"),
-    works("BA T U S V Vh svd eigenvalues norm pair unsqueeze make_even collapse_l collapse_r get_corner ndim shape "
+    works("BA T U S V svd eigenvalues norm pair unsqueeze make_even collapse_l collapse_r get_corner ndim shape "
           "ldim mdim rdim has_leading_dims", "test_factored_matrices"),
+    works("Vh", "test_factored_matrices", "deprecated by TransformerLens: it is `V`"),
 )  # fmt: skip
 
 PATCHING = (
@@ -237,7 +238,8 @@ TOOLS = (
            "load an untrained module of your own"),
     absent("JacobianLens JSpaceDecomposition", "insists on an instance of TransformerBridge and on a vocabulary that "
            "comes out (`test_the_jacobian_lens_insists_on_a_bridge`)"),
-    absent("LearnedSubspace NormMatchedPlacebo SparseProbeConvergenceError SubspaceBasis arbitrary_targets get_sparse_decomposition "
+    absent("LearnedSubspace NormMatchedPlacebo SparseProbeConvergenceError SubspaceBasis arbitrary_targets "
+           "get_sparse_decomposition "
            "mean_difference_basis neuron_basis orthonormal_subspace probe_basis projection_kernel random_basis "
            "random_neuron_basis random_projection_kernel_moments solve_coordinate_patch sweep_sparse_probe",
            "never meet a model: they take tensors, and work on those of any"),

@@ -663,7 +663,9 @@ def test_factored_matrices(tower: HookedTextTower) -> None:
     close(OV.T.AB, (A @ B).mT)
     close(OV.BA, B @ A)
     close(OV.U @ torch.diag_embed(OV.S) @ OV.V.mT, A @ B)
-    assert all(map(torch.equal, OV.svd(), (OV.U, OV.S, OV.Vh)))
+    assert all(map(torch.equal, OV.svd(), (OV.U, OV.S, OV.V)))
+    with pytest.warns(DeprecationWarning, match="has always returned V"):
+        assert torch.equal(OV.Vh, OV.V)
     close(OV.norm(), torch.linalg.matrix_norm(A @ B))
     close(OV.collapse_l().mT @ OV.collapse_l(), (A @ B).mT @ (A @ B))
     close(OV.collapse_r() @ OV.collapse_r().mT, (A @ B) @ (A @ B).mT)
