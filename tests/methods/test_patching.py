@@ -20,6 +20,7 @@ from clip_lens.core.metric import logit, metric
 from clip_lens.core.source import counterpart, noise, resample
 from clip_lens.data.batch import align
 from clip_lens.data.pairs import Pairs
+from clip_lens.data.slots import template_slots
 from clip_lens.methods.patching import patch_effects
 from clip_lens.model.load import load
 from clip_lens.model.site import LAYOUTS, NO_LAYER, Layout, Site, members
@@ -202,7 +203,7 @@ def batch_of(encoder, run, cases=CASES):
     everything = Pairs(
         [str(n) for n in range(len(CASES))], ["a"] * len(CASES), ["b"] * len(CASES), [f"pair {i}.png" for i in range(6)]
     )
-    return align(pairs, random_store(everything, encoder.d_embed), encoder, run=run)
+    return align(pairs, random_store(everything, encoder.d_embed), encoder, run=run, slots=template_slots)
 
 
 def oracles(name, run):
