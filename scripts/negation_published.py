@@ -31,7 +31,8 @@ from clip_lens.methods.patching import patch_effects
 from clip_lens.methods.scores import pair_scores
 from clip_lens.methods.statistics import correlation, correlations
 from clip_lens.model.encoder import HookedTextEncoder
-from clip_lens.show.figures.heatmap import SIDE_NAMES, heatmap
+from clip_lens.show.figures.heatmap import heatmap
+from clip_lens.show.figures.words import SIDE_NAMES
 from clip_lens.show.report.section import Picture, Section, Table
 
 FIELDS = {

@@ -68,6 +68,16 @@ def circuit(encoder, batch):
     return clip_lens.top_edges(eap(encoder, batch), 20)
 
 
+def in_groups(encoder):
+    """Groups of two texts and two images: every pair, and the same with its texts swapped and another's image."""
+    pairs, store = pairs_and_store()
+    texts, images = [*zip(pairs.caption, pairs.foil, strict=True)], [*pairs.image[3:], *pairs.image[:3]]
+    both = [*texts, *((foil, caption) for caption, foil in texts)]
+    info = pd.DataFrame({"question": [*range(len(texts))] * 2})
+    twice = Pairs(range(len(both)), *zip(*both, strict=True), [*pairs.image, *images], info=info)
+    return clip_lens.align(twice, store, encoder, run="caption")
+
+
 SOURCES = {
     "counterpart": lambda encoder, batch: clip_lens.counterpart,
     "zeros": lambda encoder, batch: clip_lens.zeros,
@@ -76,6 +86,8 @@ SOURCES = {
     "noise": lambda encoder, batch: clip_lens.noise(1.0, seed=0),
     "resample": lambda encoder, batch: clip_lens.resample(seed=0),
     "steered": lambda encoder, batch: steered({Site("resid", 1, slot="eot"): vector(encoder)}),
+    "subspace": lambda encoder, batch: clip_lens.subspace(Site("resid", 1, slot="eot"), vector(encoder)[:, None]),
+    "another tower": lambda encoder, batch: clip_lens.other_tower(loaded(encoder.causal).to(encoder.device)),
     "via": lambda encoder, batch: clip_lens.via(Site("head", 0, 0), freeze=("head",)),
 }
 METRICS = {
@@ -117,6 +129,22 @@ VERBS = {
     "completeness": lambda e, b: clip_lens.completeness(e, b, circuit(e, b), samples=3, greedy=2),
     "minimality": lambda e, b: clip_lens.minimality(e, b, circuit(e, b), samples=2).drop(columns="removed"),
     "stability": lambda e, b: clip_lens.stability(eap(e, b), 10, resamples=5),
+    "group_scores": lambda e, b: clip_lens.group_scores(e, in_groups(e)),
+    "attention_attribution": lambda e, b: clip_lens.attention_attribution(e, b, 1, 1, "eot", "sot"),
+    "learn_circuit": lambda e, b: clip_lens.learn_circuit(e, b, share=0.3, steps=3, progress=False)[0].scores,
+    "learn_basis": lambda e, b: clip_lens.learn_basis(e, b, Site("resid", 1, slot="eot")).vectors,
+    "optimal": lambda e, b: clip_lens.patch_effects(
+        e, b, [Site("mlp", 1)], source=clip_lens.optimal(e, b, [Site("mlp", 1)], steps=3, progress=False)
+    ),
+    "an activation as the metric": lambda e, b: clip_lens.patch_effects(
+        e, b, e.sites("head", layers=[0]), metric=clip_lens.attention_score(1, 1, "eot", "sot")
+    ),
+    **{
+        f"gradient_effects by {rule}": lambda e, b, rule=rule: clip_lens.gradient_effects(
+            e, b, e.edges()[::3], rule=rule
+        )
+        for rule in ("relp", "qk", "atp*")
+    },
     "discover": lambda e, b: clip_lens.discover(e, b[:3], b[3:], edges=10, steps=1).circuit.keep,
     **{
         f"patch_effects from {name}": lambda e, b, source=source: clip_lens.patch_effects(

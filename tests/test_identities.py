@@ -348,7 +348,8 @@ def one_by_one(encoder, batch, place, pair):
     origin, hooks, found = batch.origin[pair].tolist(), [], False
     pooled = int(encoder.pool(batch.tokens)[pair])
     slots = [batch.slots[s] if s >= 0 else None for s in batch.slot[pair].tolist()]
-    _, cache = encoder.tower.run_with_cache(other)
+    ends = [member.sender if isinstance(member, Edge) else member for member in members(place)]
+    _, cache = encoder.tower.run_with_cache(other, names_filter=[hook_name(end, encoder.n_layers) for end in ends])
     edges = {}
     for member in members(place):
         site = member.receiver if isinstance(member, Edge) else member

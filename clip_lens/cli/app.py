@@ -210,6 +210,7 @@ def circuit(
     discovery = discover(
         job.encoder, found, judged, method=method, edges=edges, steps=steps, threshold=threshold, exact=exact,
         source=_source(source, std, seed)[0], keep=job.keep, rows=job.rows, seed=seed, progress=job.progress,
+        jobs=job.jobs,
     )  # fmt: skip
     file = FINDERS[method].file(Options(edges, steps, threshold, seed))
     compared = f"{file}-exact" if exact else file

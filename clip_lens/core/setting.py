@@ -6,8 +6,9 @@ It owns the loop over chunks of pairs, what a record says of the four, and the t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import pandas as pd
 import torch
@@ -41,6 +42,8 @@ class Setting:
     rows: int = 256
     progress: bool = True
     shard: Shard | None = None
+    sharing: Mapping[str, Any] = field(default_factory=dict)
+    """The options with which further verbs on this setting share their work out."""
 
     @classmethod
     def of(
@@ -52,6 +55,7 @@ class Setting:
         metric: object = logit,
         rows: int = 256,
         progress: bool = True,
+        jobs: int = 1,
         executor: object = None,
     ) -> Setting:
         """The setting of a verb that patches; with a `Shard` as executor, of that part of its work.
@@ -63,7 +67,8 @@ class Setting:
         if rows < 1:
             raise ValueError(f"rows={rows}: at least one sequence must fit into a forward")
         shard = executor if isinstance(executor, Shard) else None
-        setting = cls(encoder, batch, as_source(source), as_metric(metric), rows, progress, shard)
+        sharing = {} if shard is not None else {"jobs": jobs, "executor": executor}
+        setting = cls(encoder, batch, as_source(source), as_metric(metric), rows, progress, shard, sharing)
         setting.check()
         if (target := setting.metric.target) is not None:
             address([target.site], encoder, batch)  # says what there is

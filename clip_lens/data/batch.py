@@ -328,9 +328,10 @@ def align(
     of another model.
 
     `slots` says what names the tokens: a slot function `(text, other, info) -> spans`, a rule, or several, of which the
-    first that fits a pair names it; None: the pairs' columns `slot:NAME`, then `template_slots`. Pairs that none of
-    them fits are named by `changed_slots`, and `batch.slot_rules` counts which got what. A function fits a pair if it
-    gives spans for both texts, or for one, and the other is that text with words left out.
+    first that fits a pair names it; None: the pairs' columns `slot:NAME`, then `template_slots` for pairs that differ
+    in a negation. Pairs that none of them fits are named by `changed_slots`, and `batch.slot_rules` counts which got
+    what. A function fits a pair if it gives spans for both texts, or for one, and the other is that text with words
+    left out.
 
     `images=None`: texts alone, without a direction, for what needs none (`metric=cosine`, attention, probes) or until
     `batch.along(w)` gives one. `against` is a column of the pairs with a second image each: texts are then judged along
@@ -504,7 +505,7 @@ def _matched(
         for which, whole in zip(zip(*sides, strict=True), tokens, strict=True)
     )
     return Matched(run, other, [line[:n] for line, n in zip(origin.tolist(), run.length, strict=True)], pairs.key,
-                   pairs.info, encoder)  # fmt: skip
+                   pairs.side, pairs.info, encoder)  # fmt: skip
 
 
 def _slot_index(

@@ -97,13 +97,14 @@ class Written:
 
 @dataclass(frozen=True)
 class Matched:
-    """What a slot rule sees: both texts of every pair, and for each unpadded token of the run the position of its
-    counterpart in the other (-1 = none)."""
+    """What a slot rule sees: both texts of every pair, for each unpadded token of the run the position of its
+    counterpart in the other (-1 = none), and which text has the negation ("caption", "foil" or "none")."""
 
     run: Written
     other: Written
     origin: Sequence[Sequence[int]]
     key: Sequence[str]
+    side: Sequence[str]
     info: pd.DataFrame
     encoder: Tokenizes
 
@@ -112,8 +113,9 @@ class Matched:
 
     def of(self, rows: Sequence[int]) -> Matched:
         """Some of the pairs."""
-        origin, key = [self.origin[row] for row in rows], [self.key[row] for row in rows]
-        return Matched(self.run.of(rows), self.other.of(rows), origin, key, self.info.iloc[list(rows)], self.encoder)
+        origin, key, side = ([each[row] for row in rows] for each in (self.origin, self.key, self.side))
+        info = self.info.iloc[list(rows)]
+        return Matched(self.run.of(rows), self.other.of(rows), origin, key, side, info, self.encoder)  # type: ignore[arg-type]
 
     def pairs(self, row: int) -> list[tuple[int, int]]:
         """The positions that are matched in one pair, of the run and of the other, left to right."""
@@ -545,7 +547,17 @@ def _standing(phrase: str, text: str) -> list[tuple[int, int]]:
 
 
 template = SlotRule(partial(_by_function, template_slots), "template_slots", SLOTS)
-DEFAULT = (column_slots, template, changed_slots)
+
+
+@rule(template.title, SLOTS)
+def negations(pairs: Matched) -> Named:
+    """The slots of `template_slots` for pairs that differ in a negation: of others no word is the negator's place."""
+    named = template(pairs)
+    run, other = ([n if side != "none" else None for n, side in zip(each, pairs.side, strict=True)] for each in named)
+    return run, other
+
+
+DEFAULT = (column_slots, negations, changed_slots)
 
 
 Slots: TypeAlias = SlotFunction | SlotRule | Sequence[SlotFunction | SlotRule] | None

@@ -463,7 +463,7 @@ class HookedTextEncoder:
         if kind not in LAYOUTS or LAYOUTS[kind].unit_axis is None:
             return (None,)
         neurons = ".mlp." in LAYOUTS[kind].hook
-        return range(self.tower.cfg.d_mlp if neurons else self.n_heads)  # type: ignore[arg-type]
+        return range(self.tower.cfg.d_mlp if neurons else self.n_heads)
 
     def to(self, *args: Any, **kwargs: Any) -> HookedTextEncoder:
         """The encoder itself, moved or cast as `torch.nn.Module.to` does."""

@@ -5,7 +5,7 @@
 | hook_embed, hook_pos_embed | pair pos d_model |
 | blocks.{l}.hook_resid_pre, hook_resid_mid, hook_resid_post | pair pos d_model |
 | blocks.{l}.hook_attn_out, hook_mlp_in, hook_mlp_out | pair pos d_model |
-| blocks.{l}.hook_q_input, hook_k_input, hook_v_input | pair pos head d_model |
+| blocks.{l}.hook_q_input, hook_k_input, hook_v_input, and behind each attn.hook_q_input ... | pair pos head d_model |
 | blocks.{l}.attn.hook_q, hook_k, hook_v, hook_z | pair pos head d_head |
 | blocks.{l}.attn.hook_attn_scores, hook_pattern | pair head query key |
 | blocks.{l}.attn.hook_result | pair pos head d_model |
@@ -14,18 +14,18 @@
 | blocks.{l}.ln1, blocks.{l}.ln2, ln_final: hook_normalized (before weight and bias) | pair pos d_model |
 | hook_norm (what ln_final gives), hook_projection (the output) | pair pos d_model, pair pos d_embed |
 
-Split inputs, `hook_mlp_in` and `hook_result` need no flag: they are computed when something is hooked there.
+Split inputs, `hook_mlp_in` and `hook_result` need no flag: they are computed when something is hooked there. The flags,
+`set_use_attn_result` and the like, say what a cache of everything holds.
 `hook_norm` and `hook_projection` are not HookedTransformer's, so a cache has them when they are asked for by name.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
 from math import sqrt
-from threading import RLock
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,44 +36,26 @@ from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
 
-ON_DEMAND = (
-    "hook_q_input", "hook_k_input", "hook_v_input", "hook_mlp_in", "hook_result", "hook_norm", "hook_projection",
-)  # fmt: skip
-"""Hooks that cost, that would change which path is computed, or that HookedTransformer has not: cached only when they
-are asked for by name."""
+from clip_lens.model.tokens import TextTokens
+from clip_lens.model.turn import Turn, in_turn
+from clip_lens.model.weights import TowerWeights
+from clip_lens.words import nearest
+
+ON_DEMAND = {
+    "hook_q_input": "use_split_qkv_input",
+    "hook_k_input": "use_split_qkv_input",
+    "hook_v_input": "use_split_qkv_input",
+    "hook_mlp_in": "use_hook_mlp_in",
+    "hook_result": "use_attn_result",
+    "hook_norm": None,
+    "hook_projection": None,
+}
+"""Hooks that cost, that would change which path is computed, or that HookedTransformer has not, and the flag with which
+HookedTransformer has them: cached only when they are asked for, by name or by flag."""
 
 
 PYTORCH_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Where a module keeps what was registered on it: PyTorch has no public way to ask."""
-
-P, R = ParamSpec("P"), TypeVar("R")
-
-
-class Turn:
-    """A lock that one thread at a time holds, as often as it likes; a copy of it is a lock of its own."""
-
-    def __init__(self) -> None:
-        self._lock = RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
-        return Turn, ()
-
-
-def _in_turn(method: Callable[P, R]) -> Callable[P, R]:
-    """The method of a tower, run while no other thread runs the tower or has hooks on it."""
-
-    @wraps(method)
-    def waiting(*args: P.args, **kwargs: P.kwargs) -> R:
-        with args[0].turn:
-            return method(*args, **kwargs)
-
-    return waiting
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
@@ -95,6 +77,18 @@ def _filled(
     )
 
 
+class Settable(nn.Module):
+    """A module whose weights can be assigned to, views of packed ones too: `attn.W_O = value` writes the numbers into
+    the weight that is there, which stays as frozen as it is."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(getattr(type(self), name, None), property) or name in self.__dict__.get("_parameters", ()):
+            with torch.no_grad():
+                getattr(self, name).copy_(torch.as_tensor(value))  # shapes that differ are PyTorch's error
+        else:
+            super().__setattr__(name, value)
+
+
 class LayerNorm(nn.Module):
     """`w * (x - mean) / scale + b` with `scale = sqrt(var + eps)`."""
 
@@ -112,7 +106,7 @@ class LayerNorm(nn.Module):
         return self.hook_normalized((centred / scale).to(x.dtype)) * self.w + self.b
 
 
-class Attention(nn.Module):
+class Attention(Settable):
     """Multi-head attention on packed weights; `W_Q [head d_model d_head]` and the like are views of them."""
 
     def __init__(self, n_heads: int, qkv: Tensor, qkv_bias: Tensor, out: Tensor, out_bias: Tensor, causal: bool):
@@ -125,6 +119,7 @@ class Attention(nn.Module):
         self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
         self.hook_attn_scores, self.hook_pattern = HookPoint(), HookPoint()
         self.hook_z, self.hook_result = HookPoint(), HookPoint()
+        self.hook_q_input, self.hook_k_input, self.hook_v_input = HookPoint(), HookPoint(), HookPoint()
 
     def _weight(self, part: int) -> Float[Tensor, "head d_model d_head"]:
         return self.qkv_weight.view(3, self.n_heads, self.d_head, self.d_model)[part].transpose(1, 2)
@@ -183,7 +178,7 @@ class Attention(nn.Module):
         return F.linear(z.flatten(2), self.out_weight, self.b_O)
 
 
-class MLP(nn.Module):
+class MLP(Settable):
     """`act(x W_in + b_in) W_out + b_out`."""
 
     def __init__(self, fc: nn.Linear, act: nn.Module, out_weight: Tensor, out_bias: Tensor):
@@ -204,29 +199,38 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: attention, then MLP."""
 
+    hook_out_is_single_residual_stream = True
+    """What TransformerLens' logit lens asks of a block before it reads `hook_resid_post`."""
+
     def __init__(self, ln1: LayerNorm, attn: Attention, ln2: LayerNorm, mlp: MLP):
         super().__init__()
         self.ln1, self.attn, self.ln2, self.mlp = ln1, attn, ln2, mlp
         self.hook_resid_pre, self.hook_resid_mid, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
         self.hook_q_input, self.hook_k_input, self.hook_v_input = HookPoint(), HookPoint(), HookPoint()
         self.hook_attn_out, self.hook_mlp_in, self.hook_mlp_out = HookPoint(), HookPoint(), HookPoint()
+        self._splits = (
+            (self.hook_q_input, attn.hook_q_input),
+            (self.hook_k_input, attn.hook_k_input),
+            (self.hook_v_input, attn.hook_v_input),
+        )  # HookedTransformer's name of each and TransformerBridge's; a tuple, since looking up submodules takes time
 
-    def _qkv(self, x: Tensor, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        splits = (self.hook_q_input, self.hook_k_input, self.hook_v_input)
-        if any(hook.has_hooks() for hook in splits):
-            heads = lambda y: y.unsqueeze(2).repeat(1, 1, self.attn.n_heads, 1)
-            inputs = (heads(queries), heads(x), heads(x))
-            q, k, v = (
-                self.attn.project_split(part, self.ln1(hook(y)))
-                for part, (hook, y) in enumerate(zip(splits, inputs, strict=True))
-            )
-            return q, k, v
+    def _split_qkv(self, x: Tensor, queries: Tensor) -> tuple[Tensor, ...]:
+        heads = lambda y: y.unsqueeze(2).repeat(1, 1, self.attn.n_heads, 1)
+        found = [
+            self.attn.project_split(part, self.ln1(second(first(heads(y)))))
+            for part, ((first, second), y) in enumerate(zip(self._splits, (queries, x, x), strict=True))
+        ]
+        if self.ln1.hook_scale.has_hooks() or self.ln1.hook_normalized.has_hooks():
+            self.ln1(x)  # last, so that a cache holds what all heads share and not one split input's
+        return tuple(found)
+
+    def _qkv(self, x: Tensor, queries: Tensor) -> tuple[Tensor, ...]:
+        if any(hook.fwd_hooks or hook.bwd_hooks for names in self._splits for hook in names):
+            return self._split_qkv(x, queries)
         normalized = self.ln1(x)
         if queries is x:
-            q, k, v = self.attn.project(slice(0, 3), normalized)
-        else:
-            (q,), (k, v) = self.attn.project(slice(0, 1), self.ln1(queries)), self.attn.project(slice(1, 3), normalized)
-        return q, k, v
+            return self.attn.project(slice(0, 3), normalized)
+        return self.attn.project(slice(0, 1), self.ln1(queries)) + self.attn.project(slice(1, 3), normalized)
 
     def forward(
         self,
@@ -245,7 +249,7 @@ class Block(nn.Module):
         return self.hook_resid_post(mid + self.hook_mlp_out(self.mlp(self.ln2(mlp_in))))
 
 
-class HookedTextTower(HookedRootModule):
+class HookedTextTower(TextTokens, TowerWeights, HookedRootModule):
     """CLIP's text tower: tokens in, `pair pos d_embed` out, unpooled and unnormalised.
 
         tokens -> embed + pos_embed -> resid 0
@@ -254,7 +258,7 @@ class HookedTextTower(HookedRootModule):
     Notebook code written for HookedTransformer runs on it: `run_with_cache` gives an `ActivationCache`,
     `run_with_hooks` and `hooks()` take the same arguments. What differs: the output is an embedding, so `W_U` is the
     text projection (d_model x d_embed), a "logit" is a direction in the joint space, and `return_type="loss"` does not
-    exist. Weights are frozen: for gradients, make the embedding (`hook_embed`) a leaf.
+    exist. Weights are frozen: for gradients, give backward hooks, or make the embedding (`hook_embed`) a leaf.
 
     Threads take turns: a forward pass, and a `with tower.hooks(...)` from its beginning to its end, have the tower for
     themselves, since hooks on a module act on every thread's runs. Waiting inside such a block for another thread that
@@ -273,9 +277,9 @@ class HookedTextTower(HookedRootModule):
         tokenizer: Callable[..., Tensor] | None = None,
     ):
         super().__init__()
-        self.cfg, self.tokenizer, self.turn = cfg, tokenizer, Turn()
+        self.cfg, self.tokenizer, self.turn, self._traced = cfg, tokenizer, Turn(), False
         self.W_E, self.W_pos, self.W_U, self.b_U = _frozen(W_E), _frozen(W_pos), _frozen(W_U), _frozen(b_U)
-        self.blocks, self.ln_final = nn.ModuleList(blocks), ln_final
+        self._modules |= {"blocks": nn.ModuleList(blocks), "ln_final": ln_final}
         self.hook_embed, self.hook_pos_embed = HookPoint(), HookPoint()
         self.hook_norm, self.hook_projection = HookPoint(), HookPoint()
         self.eval()
@@ -286,7 +290,7 @@ class HookedTextTower(HookedRootModule):
         return self.cfg.attention_dir == "causal"
 
     @property
-    @_in_turn
+    @in_turn
     def hooked(self) -> tuple[str, ...]:
         """The names of the modules on which something intervenes right now: hooks of either direction, of
         TransformerLens' or PyTorch's, and a `forward` that was put in the place of the class's own. The tower is "".
@@ -306,25 +310,29 @@ class HookedTextTower(HookedRootModule):
         )
 
     @contextmanager
-    def hooks(self, *args: Any, **kwargs: Any) -> Iterator[HookedTextTower]:
-        """TransformerLens' hooks on this tower inside a `with`, which other threads wait for."""
-        with self.turn, super().hooks(*args, **kwargs):
-            yield self
+    def hooks(self, fwd_hooks: Any = (), bwd_hooks: Any = (), *args: Any, **kwargs: Any) -> Iterator[HookedTextTower]:
+        """TransformerLens' hooks on this tower inside a `with`, which other threads wait for. With backward hooks, the
+        embedding takes part in gradients, since the weights are frozen."""
+        with self.turn, super().hooks(fwd_hooks, bwd_hooks, *args, **kwargs):
+            outer, self._traced = self._traced, self._traced or bool(bwd_hooks)
+            try:
+                yield self
+            finally:
+                self._traced = outer
 
-    add_hook = _in_turn(HookedRootModule.add_hook)
-    reset_hooks = _in_turn(HookedRootModule.reset_hooks)
+    add_hook = in_turn(HookedRootModule.add_hook)
+    reset_hooks = in_turn(HookedRootModule.reset_hooks)
 
-    @_in_turn
+    @in_turn
     def embed(self, tokens: Int[Tensor, "pair pos"]) -> Float[Tensor, "pair pos d_model"]:
         """The residual stream that enters block 0: token plus position embedding."""
         positions = self.W_pos[: tokens.shape[1]].repeat(len(tokens), 1, 1)  # a copy: hooks may edit in place
-        return self.hook_embed(self.W_E[tokens]) + self.hook_pos_embed(positions)
+        embedded = self.W_E[tokens]
+        if self._traced and torch.is_grad_enabled():
+            embedded = embedded.requires_grad_().clone()  # a copy of the leaf: hooks may edit in place
+        return self.hook_embed(embedded) + self.hook_pos_embed(positions)
 
-    def unembed(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_embed"]:
-        """The text projection of a normalised residual stream."""
-        return x @ self.W_U + self.b_U
-
-    @_in_turn
+    @in_turn
     def forward(
         self,
         input: str | list[str] | Tensor,
@@ -391,54 +399,49 @@ class HookedTextTower(HookedRootModule):
     ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
         """The output and the `ActivationCache` of a run; `names_filter=None` caches all but the hooks on demand.
 
+        Warns about names that are no hook's.
+
         Example:
             >>> _, cache = clip_lens.load().tower.run_with_cache("There are no circles.")
             >>> cache["pattern", 2].shape, cache["blocks.2.hook_mlp_out"].shape
             (torch.Size([1, 4, 77, 77]), torch.Size([1, 77, 128]))
         """
-        chosen = (lambda name: not name.endswith(ON_DEMAND)) if names_filter is None else names_filter
-        if isinstance(chosen, tuple | set | frozenset):
-            chosen = list(chosen)
+        chosen = self._asked(names_filter)
         output, cache = super().run_with_cache(*args, names_filter=chosen, **kwargs)
         if not return_cache_object:
             return output, cache
         return output, ActivationCache(cache, self, has_batch_dim=not kwargs.get("remove_batch_dim", False))
+
+    def _asked(self, names_filter: Any) -> Callable[[str], bool]:
+        if names_filter is None:
+            left_out = tuple(name for name, flag in ON_DEMAND.items() if not (flag and getattr(self.cfg, flag)))
+            return lambda name: not name.endswith(left_out)
+        if callable(names_filter):
+            return names_filter
+        names = {names_filter} if isinstance(names_filter, str) else set(names_filter)
+        strange = sorted(names - set(self.hook_dict))
+        if strange:
+            near = nearest(strange[0], self.hook_dict)
+            warnings.warn(f"names_filter: no hook {strange}{near}; tower.hook_dict lists all of them", stacklevel=3)
+        return names.__contains__
+
+    def set_use_attn_result(self, use_attn_result: bool) -> None:
+        """Whether a cache of everything holds `attn.hook_result`; the hook itself needs no flag."""
+        self.cfg.use_attn_result = use_attn_result
+
+    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
+        """Whether a cache of everything holds the split inputs; the hooks themselves need no flag."""
+        self.cfg.use_split_qkv_input = use_split_qkv_input
+
+    def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
+        """Whether a cache of everything holds `hook_mlp_in`; the hook itself needs no flag."""
+        self.cfg.use_hook_mlp_in = use_hook_mlp_in
 
     def _apply(self, *args: Any, **kwargs: Any) -> HookedTextTower:
         """What `to`, `half`, `double`, `cuda` ... all do."""
         super()._apply(*args, **kwargs)
         self.cfg.device, self.cfg.dtype = str(self.W_E.device), self.W_E.dtype
         return self
-
-    def to_tokens(self, input: str | list[str], **ignored: Any) -> Int[Tensor, "pair pos"]:
-        """The token ids of texts, padded to the context; the tokenizer adds start and end of text by itself.
-
-        Raises:
-            ValueError: the tower came without a tokenizer.
-        """
-        if self.tokenizer is None:
-            raise ValueError("this tower has no tokenizer; give tokens, or load(module, tokenizer=...)")
-        rows = self.tokenizer([input] if isinstance(input, str) else list(input))
-        return torch.as_tensor(rows).long().to(self.W_E.device)
-
-    def to_str_tokens(self, input: str | Int[Tensor, "pos"] | Int[Tensor, "1 pos"], **ignored: Any) -> list[str]:
-        """One string per token of one text; a token's id where the tokenizer can't say it."""
-        tokens = self.to_tokens(input)[0] if isinstance(input, str) else input.flatten()
-        inner = getattr(self.tokenizer, "tokenizer", None)
-        decode: Any = getattr(self.tokenizer, "decode", None) or getattr(inner, "decode", lambda ids: "")
-        return [decode([int(token)]).strip() or f"<{int(token)}>" for token in tokens]
-
-    def to_single_token(self, string: str) -> int:
-        """The id of a text that is one token.
-
-        Raises:
-            ValueError: the text is none or several.
-        """
-        row, empty = self.to_tokens([string, ""]).tolist()
-        ids = [token for token in row if token not in set(empty)]
-        if len(ids) != 1:
-            raise ValueError(f"{string!r} is not one token but {len(ids)}: {self.to_str_tokens(torch.tensor(ids))}")
-        return ids[0]
 
     def tokens_to_residual_directions(
         self, direction: Float[Tensor, "*batch d_embed"]
@@ -463,40 +466,3 @@ class HookedTextTower(HookedRootModule):
         if not isinstance(direction, Tensor) or not direction.is_floating_point():
             raise TypeError(f"CLIP's output is an embedding: give a direction with {self.cfg.d_vocab_out} components")
         return (direction @ self.W_U.T) * self.ln_final.w
-
-    def accumulated_bias(
-        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
-    ) -> Float[Tensor, "d_model"]:
-        """The sum of the output biases that blocks below `layer` write (and, `mlp_input`, this layer's attention)."""
-        blocks: list[Any] = list(self.blocks)
-        total = torch.zeros_like(blocks[0].attn.b_O)
-        for block in blocks[:layer]:
-            total = total + block.attn.b_O
-            total = total + block.mlp.b_out if include_mlp_biases else total
-        return total + blocks[layer].attn.b_O if mlp_input else total
-
-    def _stacked(self, part: str, name: str) -> Tensor:
-        return torch.stack([getattr(getattr(block, part), name) for block in self.blocks])
-
-    W_Q = property(lambda self: self._stacked("attn", "W_Q"), doc="layer head d_model d_head")
-    W_K = property(lambda self: self._stacked("attn", "W_K"), doc="layer head d_model d_head")
-    W_V = property(lambda self: self._stacked("attn", "W_V"), doc="layer head d_model d_head")
-    W_O = property(lambda self: self._stacked("attn", "W_O"), doc="layer head d_head d_model")
-    b_Q = property(lambda self: self._stacked("attn", "b_Q"), doc="layer head d_head")
-    b_K = property(lambda self: self._stacked("attn", "b_K"), doc="layer head d_head")
-    b_V = property(lambda self: self._stacked("attn", "b_V"), doc="layer head d_head")
-    b_O = property(lambda self: self._stacked("attn", "b_O"), doc="layer d_model")
-    W_in = property(lambda self: self._stacked("mlp", "W_in"), doc="layer d_model d_mlp")
-    W_out = property(lambda self: self._stacked("mlp", "W_out"), doc="layer d_mlp d_model")
-    b_in = property(lambda self: self._stacked("mlp", "b_in"), doc="layer d_mlp")
-    b_out = property(lambda self: self._stacked("mlp", "b_out"), doc="layer d_model")
-
-    @property
-    def QK(self) -> FactoredMatrix:
-        """Every head's query-key circuit, layer head d_model d_model."""
-        return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
-
-    @property
-    def OV(self) -> FactoredMatrix:
-        """Every head's value-output circuit, layer head d_model d_model."""
-        return FactoredMatrix(self.W_V, self.W_O)

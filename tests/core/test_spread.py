@@ -285,3 +285,12 @@ class _Killing:
 
 def test_the_engine_module_says_how_often_it_tries() -> None:
     assert spreading.TRIES == 3
+
+
+def test_a_discovery_by_two_processes_is_the_same() -> None:
+    found, judged = captions[:80].split(by="text")
+    how = {"method": "eap", "edges": 40, "progress": False}
+    one, two = (clip_lens.discover(encoder, found, judged, **how, **more) for more in ({}, {"jobs": 2}))
+    same(one.scores, two.scores)
+    same(one.judged.effects, two.judged.effects)
+    assert one.circuit == two.circuit

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from oracle import Text, agree, tower
 from towers import random_encoder, random_store
 
+import clip_lens
 from clip_lens.core.source import mean, resample
 from clip_lens.data.batch import align, match_tokens
 from clip_lens.data.pairs import Pairs
@@ -347,3 +348,14 @@ def test_partners_have_the_same_slots(causal):
     batch = aligned(causal, *texts, INSERTION, slots=changed_slots)
     values = patch_effects(causal, batch, [Site("attn", 0)], source=resample(0)).values
     assert values.isnan().tolist() == [[False, False, True]]
+
+
+def test_in_a_pair_without_negation_no_word_is_the_negators_unless_that_is_asked_for():
+    encoder, store = clip_lens.load(), clip_lens.ImageStore.open("tiny")
+    texts = [("There is a red circle.", "There is a blue circle."), ("There is no ring.", "There is a ring.")]
+    pairs = clip_lens.Pairs(["a", "b"], *zip(*texts, strict=True), clip_lens.read_pairs().image[:2])
+    batch = clip_lens.align(pairs, store, encoder, run="foil")
+    assert batch.named_by == ("changed_slots", "template_slots")
+    assert batch[:1].occurring == ("sot", "before", "changed", "after", "eot")
+    asked = clip_lens.align(pairs[:1], store, encoder, run="foil", slots=template_slots)
+    assert asked.named_by == ("template_slots",) and "negator" in asked.occurring

@@ -1,7 +1,6 @@
 """gradient_effects against finite differences, against autograd on open_clip's blocks written out by hand, and against
 TransformerLens' own edge attribution. Nothing here uses the package's gradients but what is tested."""
 
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 
@@ -196,33 +195,6 @@ def with_live_senders(text, edges, weights):
     return forward(text.clip, text.tokens, gives, reads)
 
 
-class Protocol:
-    """What TransformerLens' attribution patching asks of a model, of a tower whose embedding matrix has a gradient."""
-
-    def __init__(self, tower):
-        self._tower, self.cfg, self.blocks = tower, tower.cfg, ()
-        self.names = {
-            name.replace(".hook_", ".attn.hook_") if self._split(name) else name: name for name in tower.hook_dict
-        }
-        self.hook_dict = {theirs: tower.hook_dict[ours] for theirs, ours in self.names.items()}
-
-    @staticmethod
-    def _split(name):
-        return name.endswith(("hook_q_input", "hook_k_input", "hook_v_input"))
-
-    def __getattr__(self, name):
-        return (lambda on: None) if name.startswith("set_use_") else getattr(self._tower, name)
-
-    def __call__(self, tokens):
-        return self._tower(tokens)
-
-    @contextmanager
-    def hooks(self, fwd_hooks=(), bwd_hooks=()):
-        renamed = [[(self.names[name], hook) for name, hook in hooks] for hooks in (fwd_hooks, bwd_hooks)]
-        with self._tower.hooks(*renamed):
-            yield self
-
-
 def test_eap_is_transformer_lens_edge_attribution():
     from transformer_lens.tools.analysis import attribution_patching as peer
 
@@ -230,7 +202,6 @@ def test_eap_is_transformer_lens_edge_attribution():
     pairs = Pairs(range(2), ["There are no dogs.", "A red cube."], ["There are some dogs.", "A blue ball."], ["a", "b"])
     batch = align(pairs, random_store(pairs, 16), encoder, run="caption")
     found = gradient_effects(encoder, batch, encoder.edges()).values
-    encoder.tower.W_E.requires_grad_(True)
     kinds = {"embed": "embed", "attn_head_out": "head", "mlp_out": "mlp", "mlp_in": "mlp", "logits": "out"}
     kinds |= {f"{kind}_input": kind for kind in "qkv"}
 
@@ -241,7 +212,7 @@ def test_eap_is_transformer_lens_edge_attribution():
         run, other = encoder.cut(batch.tokens[[pair]]), encoder.cut(batch.other[[pair]])
         metric = lambda y, pair=pair, run=run: encoder.read(y, encoder.pool(run))[0] @ batch.direction[pair]
         config = peer.EdgeAttributionConfig(granularity="edge")
-        scores = peer.attribution_patch(Protocol(encoder.tower), other, run, metric, config).edge_scores
+        scores = peer.attribution_patch(encoder.tower, other, run, metric, config).edge_scores
         expected = dict.fromkeys(encoder.edges(), 0.0)
         for (writer, reader), score in scores.items():
             expected[Edge(site(writer), site(reader))] += score

@@ -203,6 +203,7 @@ def test_a_learned_circuit_is_read_as_it_was_written(pairs, tmp_path):
         ({"rate": 0.0}, "must be positive"),
         ({"held_out": 1.0}, "less than 1"),
         ({"metric": metric(lambda u, readout: u.detach()[:, 0], oriented=True)}, "no gradient"),
+        ({"metric": clip_lens.attention_score(0, 1, "eot", "eot")}, "activation of the tower"),
         ({"source": lambda encoder, batch: lambda index, names: own(encoder, batch, index, names)}, "moves the metric"),
     ],
 )

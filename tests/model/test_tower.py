@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -81,6 +82,7 @@ def by_hand(module: Any, tokens: Tensor) -> dict[str, Tensor]:
         seen[here + "hook_resid_pre"] = x
         for part in ("q", "k", "v"):
             seen[here + f"hook_{part}_input"] = torch.stack([x] * HEADS, dim=2)
+            seen[here + f"attn.hook_{part}_input"] = seen[here + f"hook_{part}_input"]
         first = _norm(block.ln_1, x)
         seen |= {here + "ln1.hook_scale": first["scale"], here + "ln1.hook_normalized": first["normalized"]}
         attn, out = block.attn, torch.zeros_like(x) + block.attn.out_proj.bias
@@ -151,7 +153,9 @@ def test_every_hook_has_the_value_and_shape_of_a_run_by_hand(causal: bool, token
 def test_costly_hooks_are_cached_only_by_name(tower: HookedTextTower, tokens: Tensor) -> None:
     _, cache = tower.run_with_cache(tokens)
     assert isinstance(cache, ActivationCache)
-    assert set(tower.hook_dict) - set(cache.keys()) == {name for name in tower.hook_dict if name.endswith(ON_DEMAND)}
+    assert set(tower.hook_dict) - set(cache.keys()) == {
+        name for name in tower.hook_dict if name.endswith(tuple(ON_DEMAND))
+    }
     for asked in (
         "blocks.1.attn.hook_result",
         ["blocks.1.attn.hook_result"],
@@ -304,6 +308,8 @@ def test_factored_circuits(tower: HookedTextTower, module: nn.Module) -> None:
 def test_runtime_protocols(tower: HookedTextTower) -> None:
     assert isinstance(tower, TransformerLensModel)
     assert isinstance(tower, TransformerLensModelWithWeights)
+    for name in ("cfg", "blocks", "ln_final"):  # as Python 3.12 looks for a protocol's members
+        inspect.getattr_static(tower, name)
 
 
 def test_a_direction_reads_the_normalised_residual_stream(tower: HookedTextTower, tokens: Tensor) -> None:
@@ -642,7 +648,20 @@ SWEEPS: dict[str, tuple[Callable[..., Tensor], str, tuple[str, ...]]] = {
     "k": (patching.get_act_patch_attn_head_k_all_pos, "blocks.{}.attn.hook_k", ("head",)),
     "v": (patching.get_act_patch_attn_head_v_all_pos, "blocks.{}.attn.hook_v", ("head",)),
     "z by pos": (patching.get_act_patch_attn_head_out_by_pos, "blocks.{}.attn.hook_z", ("pos", "head")),
+    "q by pos": (patching.get_act_patch_attn_head_q_by_pos, "blocks.{}.attn.hook_q", ("pos", "head")),
+    "k by pos": (patching.get_act_patch_attn_head_k_by_pos, "blocks.{}.attn.hook_k", ("pos", "head")),
+    "v by pos": (patching.get_act_patch_attn_head_v_by_pos, "blocks.{}.attn.hook_v", ("pos", "head")),
     "pattern": (patching.get_act_patch_attn_head_pattern_all_pos, "blocks.{}.attn.hook_pattern", ("pattern head",)),
+    "pattern by pos": (
+        patching.get_act_patch_attn_head_pattern_by_pos,
+        "blocks.{}.attn.hook_pattern",
+        ("pattern head", "pos"),
+    ),
+    "pattern from pos to pos": (
+        patching.get_act_patch_attn_head_pattern_dest_src_pos,
+        "blocks.{}.attn.hook_pattern",
+        ("pattern head", "pos", "pos"),
+    ),
 }
 
 
@@ -683,7 +702,7 @@ def test_transformer_lens_patching_agrees_with_a_loop(
     for index in torch.cartesian_prod(*(torch.arange(size) for size in expected.shape)).tolist():
         name = hook.format(index[0])
         where = (slice(None), index[1]) if axes != ("head",) else (slice(None), slice(None), index[1])
-        where = (slice(None), *index[1:]) if len(axes) == 2 else where
+        where = (slice(None), *index[1:]) if len(axes) > 1 else where
 
         def put(value: Tensor, name: str = name, where: tuple[Any, ...] = where) -> Tensor:
             value = value.clone()

@@ -91,9 +91,9 @@ def test_the_height_follows_the_bars_and_long_labels_are_cut_in_the_middle():
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"at least 1\. Got 0"):
         bars(make(HEADS), n=0)
-    with pytest.raises(ValueError, match="no value 'size' in the table"):
+    with pytest.raises(ValueError, match="no value 'size'; there are fraction"):
         bars(make(HEADS), value="size")
-    with pytest.raises(ValueError, match="no column 'size' in the table; there are feature, r"):
+    with pytest.raises(ValueError, match="no column 'size'; there are feature, r"):
         bars(CORRELATIONS, value="size")
     with pytest.raises(ValueError, match="'feature' holds no numbers"):
         bars(CORRELATIONS, value="feature")

@@ -341,7 +341,9 @@ def test_warnings_that_follow_from_the_results_are_shown_once(tmp_path):
     shown = [
         e["text"].strip().replace(NO_BREAK, " ") for e in Tree(own_part(path)).elements if e.get("class") == "warning"
     ]
-    assert shown == [
+    nothing = [line for line in shown if "may be 0" in line]  # d is 1 [-0.8, 2.8] on either side of the ten pairs
+    assert [re.search(r"negation in the (\w+)", line)[1] for line in nothing] == ["caption", "foil"]
+    assert [line for line in shown if line not in nothing] == [
         *given,
         "The tower had hooks of yours on, at blocks.1.hook_mlp_out, ln_final: the numbers are those under them.",
         "run in bfloat16",

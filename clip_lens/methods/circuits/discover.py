@@ -17,6 +17,7 @@ from clip_lens.core.metric import Metric, logit
 from clip_lens.core.record import Method
 from clip_lens.core.setting import Setting
 from clip_lens.core.source import Function, Source, counterpart
+from clip_lens.core.spread import Engine, Spread
 from clip_lens.core.spreadsheet import write_csv
 from clip_lens.core.table import sides_of
 from clip_lens.data.batch import Batch
@@ -28,7 +29,8 @@ from clip_lens.methods.circuits.faithfulness import (
     faithfulness_record,
     outside,
 )
-from clip_lens.methods.circuits.finders import FINDERS, Finder, Options, circuit_path, finder_of, given, of_size
+from clip_lens.methods.circuits.finders import FINDERS, Finder, Options, circuit_path, finder_of, of_size
+from clip_lens.methods.circuits.finders import shared as sharing
 from clip_lens.methods.circuits.selection import EdgeScores, random_sizes, sized_circuits, stability
 from clip_lens.methods.registry import EXACT
 from clip_lens.model.encoder import HookedTextEncoder
@@ -179,6 +181,8 @@ def discover(
     rows: int = 256,
     seed: int = 0,
     progress: bool = True,
+    jobs: int = 1,
+    executor: Engine | Spread | None = None,
 ) -> Discovery:
     """The circuit that a method finds on the pairs of `found`, and how it does on those of `judged`: a `Discovery`.
 
@@ -199,7 +203,8 @@ def discover(
 
     With `keep` results are saved in its folder, under names that say the method, and reused when they are the same:
     scores-eap.parquet and others, circuit-eap-200.json, summary-eap-200.csv (with `exact` summary-eap-200-exact.csv).
-    What does not depend on the method goes to `shared`, by default the same folder.
+    What does not depend on the method goes to `shared`, by default the same folder. `jobs` and `executor` share
+    out what scores edges and judges circuits (`patch_effects`).
 
     Raises:
         ValueError: an unknown method, a number of edges that the encoder does not have, batches that share a pair or
@@ -216,7 +221,7 @@ def discover(
     finder, options = finder_of(method), Options(edges, steps, threshold, seed)
     _check(encoder, found, judged, finder, edges)
     how: dict[str, Any] = {"source": source, "metric": metric, "rows": rows, "progress": progress}
-    on, held_out = (Setting.of(encoder, batch, **how) for batch in (found, judged))
+    on, held_out = (Setting.of(encoder, batch, jobs=jobs, executor=executor, **how) for batch in (found, judged))
     shared, file = keep if shared is None else shared, finder.file(options)
     scores = finder.scores(on, options, keep)
     circuit = finder.circuit(on, options, scores, keep)
@@ -332,7 +337,7 @@ class _Bench:
     def judged(self, circuits: Sequence[Circuit], keep: Keep | None, name: str) -> Effects:
         """What some circuits lose, kept."""
         setting = self.setting
-        compute = lambda _: faithfulness(setting.encoder, setting.batch, circuits, **given(setting)).effects
+        compute = lambda _: faithfulness(setting.encoder, setting.batch, circuits, **sharing(setting)).effects
         if keep is None:
             return compute(())
         wanted = faithfulness_record(setting, circuits)

@@ -108,17 +108,22 @@ def given(setting: Setting) -> dict[str, Any]:
     return {"source": setting.source, "metric": setting.metric, "rows": setting.rows, "progress": setting.progress}
 
 
+def shared(setting: Setting) -> dict[str, Any]:
+    """The keyword arguments that a sweep has for a setting, with those that share its work out."""
+    return {**given(setting), **setting.sharing}
+
+
 def _exact(setting: Setting, edges: Sequence[Edge], options: Options) -> Effects:
-    return patch_effects(setting.encoder, setting.batch, edges, **given(setting))
+    return patch_effects(setting.encoder, setting.batch, edges, **shared(setting))
 
 
 def _eap(setting: Setting, edges: Sequence[Edge], options: Options) -> Effects:
-    how = {**given(setting), "rows": min(setting.rows, PASS)}
+    how = {**shared(setting), "rows": min(setting.rows, PASS)}
     return gradient_effects(setting.encoder, setting.batch, edges, **how)
 
 
 def _eap_ig(setting: Setting, edges: Sequence[Edge], options: Options) -> Effects:
-    how = {**given(setting), "rows": min(setting.rows, PASS)}
+    how = {**shared(setting), "rows": min(setting.rows, PASS)}
     return gradient_effects(setting.encoder, setting.batch, edges, steps=options.steps, **how)
 
 
@@ -138,6 +143,8 @@ def loss_of(measure: Metric) -> Metric:
         >>> loss_of(clip_lens.logit)
         Metric(squared change of logit, not oriented, in logits squared)
     """
+    if measure.target is not None:
+        raise ValueError(f"{measure.name} is an activation of the tower; its loss is not defined: take 'eap-ig'")
     if measure.divergence:
         return measure
 

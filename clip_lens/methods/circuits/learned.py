@@ -128,6 +128,11 @@ def begun(setting: Setting, plan: Plan) -> Course:
         raise ValueError(
             f"{setting.encoder.name} was loaded in torch.inference_mode, which keeps no gradients; load it outside"
         )
+    if setting.metric.target is not None:
+        raise ValueError(
+            f"{setting.metric.name} is an activation of the tower; gates are learned on what the text says: give a "
+            "metric of the embedding, such as logit or cosine"
+        )
     fit, look = plan.parted(setting.batch)
     parts = weighted(replace(setting, batch=fit), plan.slots)
     held = [] if look is None else weighted(replace(setting, batch=look), plan.slots)
