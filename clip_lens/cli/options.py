@@ -140,7 +140,8 @@ Std = Annotated[float, typer.Option(help="noise: in standard deviations of the a
 Finder = Annotated[
     str,
     typer.Option(
-        help="How edges are found: exact, eap, eap-ig, eap-ig-certain, eap-ig-both-ends, eap-ig-nodes, eap-ig-loss, acdc, learned, random.",
+        help="How edges are found: exact, eap, eap-ig, eap-ig-certain, eap-ig-both-ends, eap-ig-nodes, eap-ig-loss, "
+        "acdc, learned, random.",
         callback=_known_finder,
     ),
 ]
