@@ -91,7 +91,7 @@ def test_a_run_that_fails_is_listed_and_the_others_go_on(tmp_path, capsys, monke
     [
         ("edges = 60", "egdes = 60", "no key 'egdes'; there are model, pairs, out, methods, edges"),
         ("limit = 8", "limits = 8", "[[pairs]]: no key 'limits'; there are name, file, images"),
-        ('"random"]', '"ap"]', "no method 'ap'; there are exact, eap, eap-ig, acdc, random"),
+        ('"random"]', '"ap"]', "no method 'ap'; there are exact, eap, eap-ig"),
         ("edges = 60", 'edges = "60"', "edges = '60' must be int"),
         ("edges = 60", "edges = true", "edges = True must be int"),
         ('methods = ["eap", "random"]', 'methods = "eap"', "methods must be a list"),

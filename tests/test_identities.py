@@ -18,6 +18,7 @@ from clip_lens.data.batch import align
 from clip_lens.data.images import ImageStore
 from clip_lens.data.pairs import Pairs
 from clip_lens.data.read import read_pairs
+from clip_lens.data.slots import template_slots
 from clip_lens.methods.patching import patch_effects
 from clip_lens.model.load import load
 from clip_lens.model.site import LAYOUTS, NO_LAYER, Edge, Site, at_slot, hook_name, members, precedes
@@ -57,7 +58,7 @@ def batch_of(name, dtype, equal=True, run="caption"):
         # Its own pairs are equally long; another pair's foil is not.
         foils = pairs.foil if equal else (*pairs.foil[5:], *pairs.foil[:5])
         pairs = Pairs(pairs.key, pairs.caption, foils, pairs.image)
-        batch = align(pairs, ImageStore.open("tiny"), encoder, run=run)
+        batch = align(pairs, ImageStore.open("tiny"), encoder, run=run, slots=template_slots)
         return batch[(batch.length == batch.other_length) == equal][:6]
     texts = EQUALLY_LONG if equal else OF_OTHER_LENGTH
     pairs = Pairs(range(len(texts)), *zip(*texts, strict=True), [f"{row}.png" for row in range(len(texts))])

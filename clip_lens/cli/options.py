@@ -138,6 +138,11 @@ ImagesOfB = Annotated[
 ]
 Std = Annotated[float, typer.Option(help="noise: in standard deviations of the activation.", min=0.0)]
 Finder = Annotated[
-    str, typer.Option(help="How edges are found: exact, eap, eap-ig, acdc, learned, random.", callback=_known_finder)
+    str,
+    typer.Option(
+        help="How edges are found: exact, eap, eap-ig, eap-ig-certain, eap-ig-both-ends, eap-ig-nodes, eap-ig-loss, "
+        "acdc, learned, random.",
+        callback=_known_finder,
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]

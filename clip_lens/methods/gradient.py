@@ -107,7 +107,7 @@ def gradient_effects(
     setting = Setting.of(encoder, batch, source=source, metric=metric, rows=rows, progress=progress, executor=executor)
     setting.without_hooks("gradients are taken through parts of runs")
     score, also = partial(chunk_attributions, steps=steps, rule=chosen), [EMBEDDING] if steps > 1 else []
-    record = setting.record(chosen.method or method_of(places, steps), rule=chosen.says, **conventions(steps))
+    record = setting.record(chosen.method or method_of(places, steps), **conventions(steps, rule))
     if chosen.drops:
         record = replace(record, metric=replace(record.metric, oriented=False))
     with torch.inference_mode(False):
@@ -122,10 +122,11 @@ def method_of(places: Iterable[Place], steps: int) -> Method:
     return ATTRIBUTION if of_edges == {False} else EAP_IG if steps > 1 else EAP
 
 
-def conventions(steps: int) -> dict[str, str | int]:
-    """The settings that say where the gradient is taken."""
+def conventions(steps: int, rule: str = "plain") -> dict[str, str | int]:
+    """The settings that say where the gradient is taken, and what it goes through."""
     line = f"mean over the input embeddings other + k/{steps} (run - other), k = 1..{steps}"
     return {
+        "rule": RULES[rule].says,
         "steps": steps,
         "gradient": line if steps > 1 else "at the run",
         "difference": "source minus run, both unpatched",

@@ -622,7 +622,8 @@ def test_classes_that_are_known():
         apart = vectors[split.classes[other]] - vectors[split.classes[run]]
         cosine = torch.nn.functional.cosine_similarity(split.directions[0, place], apart - apart.mean(), dim=0)
         assert cosine > 0.99  # each went through a LayerNorm of its own
-    assert table["note"].tolist() == ["the classes have the same mean: no direction", ""]
+    no_control = "no subject is both trained on and held out: no control"
+    assert table["note"].tolist() == [f"{no_control}; the classes have the same mean: no direction", no_control]
 
 
 def test_the_causal_test_of_several_classes_by_hand(tiny):

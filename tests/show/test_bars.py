@@ -93,7 +93,7 @@ def test_bad_input_is_named():
         bars(make(HEADS), n=0)
     with pytest.raises(ValueError, match="no value 'size'; there are fraction"):
         bars(make(HEADS), value="size")
-    with pytest.raises(ValueError, match="no column 'size'; there are feature, r"):
+    with pytest.raises(ValueError, match="no column 'size' in the table; there are feature, r"):
         bars(CORRELATIONS, value="size")
     with pytest.raises(ValueError, match="'feature' holds no numbers"):
         bars(CORRELATIONS, value="feature")
