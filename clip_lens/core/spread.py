@@ -295,10 +295,11 @@ class _Work:
                 except (ValueError, TypeError):
                     raise  # what the verb refuses it refuses everywhere
                 except Exception as error:
-                    self._again(number, error, waiting, tries, failed)
-                else:
-                    del waiting[number]
-                    advance()
+                    if not _whole(_file(self.folder, number, self.count)):  # else it was lost after it was done
+                        self._again(number, error, waiting, tries, failed)
+                        continue
+                del waiting[number]
+                advance()
         finally:
             for future in waiting.values():
                 getattr(future, "cancel", lambda: None)()

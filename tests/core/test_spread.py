@@ -187,6 +187,27 @@ def test_processes_that_break_are_begun_anew() -> None:
     assert engine.renewed == 1
 
 
+def test_a_shard_that_is_lost_after_it_was_done_is_done() -> None:
+    """Its worker wrote it, and was gone with the others before it said so."""
+
+    class Forgetful(Losing):
+        renewed = 0
+
+        def submit(self, function, folder, number, of):
+            future = super().submit(function, folder, number, of)
+            if number == 1 and future.exception() is None:
+                future = Future()
+                future.set_exception(BrokenExecutor("killed"))
+            return future
+
+        def renew(self):
+            self.renewed += 1
+
+    engine = Forgetful({0: [BrokenExecutor("killed")]})
+    same(VERBS["patch_effects"](executor=engine), VERBS["patch_effects"]())
+    assert engine.renewed == 1 and engine.given == [0, 1, 2, 0]
+
+
 def test_what_the_verb_refuses_is_refused_once() -> None:
     engine = ThreadPoolExecutor(1)
     with pytest.raises(ValueError, match="no places"):
