@@ -97,7 +97,8 @@ class Job:
 
     def how(self, name: str) -> dict[str, Any]:
         """The options of every sweep of the result `name`."""
-        return {"rows": self.rows, "progress": self.progress, **self.keep.sharing(name, self.jobs, self.shard)}
+        shared = self.keep.sharing(name, self.jobs) if self.shard is None else {"executor": self.shard}
+        return {"rows": self.rows, "progress": self.progress, **shared}
 
     def kept(
         self,

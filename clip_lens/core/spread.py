@@ -119,15 +119,25 @@ def sharing(folder: Path, jobs: int, executor: object = None) -> dict[str, Any]:
     for one process.
 
     Raises:
-        ValueError: less than one process, or both processes and an executor.
+        ValueError: less than one process, both processes and an executor, or a shard.
     """
     if jobs < 1 or (jobs > 1 and executor is not None):
         raise ValueError(f"jobs={jobs}: give how many processes work, 1 or more; or an executor instead")
-    if isinstance(executor, Spread | Shard):
+    refuse_shard(executor)
+    if isinstance(executor, Spread):
         return {"executor": executor}
     if executor is None and jobs == 1:
         return {}
     return {"executor": Spread(jobs if executor is None else _engine(executor), folder)}
+
+
+def refuse_shard(executor: object) -> None:
+    """Refuses a part of the work to what needs whole results from step to step."""
+    if isinstance(executor, Shard):
+        raise ValueError(
+            f"shard {executor} is a part of one sweep, and this needs whole ones; give jobs or an engine, or shards to "
+            "patch_effects, path_effects, gradient_effects and faithfulness"
+        )
 
 
 def _engine(executor: Any) -> Engine:
@@ -198,7 +208,7 @@ def _spread(
         )
     given = (arguments, {**options, "progress": False})
     count = spread.shards or max(1, ceil(len(batch) / PAIRS))
-    folder = Path(mkdtemp(prefix="clip-lens-")) if spread.folder is None else _of_call(Path(spread.folder), verb, given)
+    folder = Path(mkdtemp(prefix="clip-lens-")) if spread.folder is None else _of_call(spread, verb, given)
     write_call(folder, verb, given)
     files = _Work(cast(Engine, spread.engine), folder, count).done(bool(options.get("progress", True)), len(batch))
     effects = gather_files(files)
@@ -215,10 +225,11 @@ def _encoder_and_batch(arguments: tuple[Any, ...], options: dict[str, Any]) -> t
     return found[0], found[1]
 
 
-def _of_call(folder: Path, verb: Callable[..., Any], given: tuple[tuple[Any, ...], dict[str, Any]]) -> Path:
+def _of_call(spread: Spread, verb: Callable[..., Any], given: tuple[tuple[Any, ...], dict[str, Any]]) -> Path:
     """The part of a folder for this very call: two calls never take each other's shards."""
-    encoder, batch = given[0][:2]
-    rest = identity_of(given[0][2:], {name: value for name, value in given[1].items() if name != "progress"})
+    folder, (encoder, batch) = Path(cast(Any, spread.folder)), _encoder_and_batch(*given)
+    said_apart = ("encoder", "batch", "progress")
+    rest = identity_of(given[0][2:], {name: value for name, value in given[1].items() if name not in said_apart})
     if rest is None:  # an anonymous source or metric: whether it is the same can't be told
         return Path(mkdtemp(prefix="anonymous-", dir=_made(folder)))
     said = (encoder.digest, encoder.architecture, float(encoder.scale), str(encoder.dtype), batch.digest)
@@ -231,11 +242,9 @@ def _made(folder: Path) -> Path:
 
 
 def write_call(folder: Path, verb: Callable[..., Any], given: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
-    """What a verb is called with, in a file that workers open."""
-    path = folder / CALL
-    if not path.exists():
-        with written_whole(path) as temporary:
-            torch.save((verb, *given), temporary, pickle_module=cloudpickle)
+    """What a verb is called with, in a file that workers open: always this process's own, for opening it runs code."""
+    with written_whole(folder / CALL) as temporary:
+        torch.save((verb, *given), temporary, pickle_module=cloudpickle)
 
 
 @lru_cache(maxsize=1)

@@ -208,6 +208,35 @@ def test_a_shard_that_is_lost_after_it_was_done_is_done() -> None:
     assert engine.renewed == 1 and engine.given == [0, 1, 2, 0]
 
 
+def test_words_for_encoder_and_batch_make_no_other_call(tmp_path: Path) -> None:
+    places, engine = encoder.sites("mlp"), Losing({})
+    how = {"places": places, "progress": False, "executor": Spread(engine, folder=tmp_path)}
+    same(
+        clip_lens.patch_effects(encoder=encoder, batch=batch, **how),
+        clip_lens.patch_effects(encoder, batch, places, progress=False),
+    )
+    clip_lens.patch_effects(encoder=encoder, batch=batch, **how)
+    assert engine.given == [0, 1, 2]  # the second time all lay there
+
+
+def test_a_call_that_lies_there_is_never_opened(tmp_path: Path) -> None:
+    """Opening a call runs code: only what this process has written is opened."""
+    VERBS["patch_effects"](executor=Spread(Losing({}), folder=tmp_path))
+    (call,) = tmp_path.glob("*/call.pt")
+    call.write_bytes(b"somebody else's")
+    (call.parent / "1-of-3.parquet").unlink()
+    spreading.opened_call.cache_clear()
+    same(VERBS["patch_effects"](executor=Spread(Losing({}), folder=tmp_path)), VERBS["patch_effects"]())
+
+
+def test_what_needs_whole_results_takes_no_shard(tmp_path: Path) -> None:
+    found, judged = captions[:80].split(by="text")
+    with pytest.raises(ValueError, match="shard 0/2 is a part of one sweep"):
+        clip_lens.discover(encoder, found, judged, executor=Shard(0, 2), progress=False)
+    with pytest.raises(ValueError, match="shard 0/2 is a part of one sweep"):
+        clip_lens.study(encoder, batch, tmp_path, executor=Shard(0, 2), progress=False)
+
+
 def test_what_the_verb_refuses_is_refused_once() -> None:
     engine = ThreadPoolExecutor(1)
     with pytest.raises(ValueError, match="no places"):

@@ -17,7 +17,7 @@ from clip_lens.core.metric import Metric, logit
 from clip_lens.core.record import Method
 from clip_lens.core.setting import Setting
 from clip_lens.core.source import Function, Source, counterpart
-from clip_lens.core.spread import Engine, Spread
+from clip_lens.core.spread import Engine, Spread, refuse_shard
 from clip_lens.core.spreadsheet import write_csv
 from clip_lens.core.table import sides_of
 from clip_lens.data.batch import Batch
@@ -218,6 +218,7 @@ def discover(
           method    side  pairs
         2    EAP  pooled      8
     """
+    refuse_shard(executor)
     finder, options = finder_of(method), Options(edges, steps, threshold, seed)
     _check(encoder, found, judged, finder, edges)
     how: dict[str, Any] = {"source": source, "metric": metric, "rows": rows, "progress": progress}
