@@ -219,10 +219,10 @@ class Setting:
         return pairs_frame(self.batch, d)
 
     def some_pairs(self, d: Float[Tensor, "pair"], rows: Int[Tensor, "pair"]) -> pd.DataFrame:
-        """The table of the pairs that were done, `rows` of the batch: of a shard it says which rows they are."""
+        """The table of the pairs that were done, `rows` of the batch with their d; of a shard it says which."""
         if self.shard is None:
             return self.pairs(d)
-        return pairs_frame(self.batch[rows], d[rows]).assign(**{ROW: rows.tolist()})
+        return pairs_frame(self.batch[rows], d).assign(**{ROW: rows.tolist()})
 
 
 def logit_difference(sigma: Int[Tensor, "pair"], readout: Readout) -> Float[Tensor, "pair"]:

@@ -72,21 +72,29 @@ def swept(
     """The `Effects` of parts with values, total, baseline and d, which are told how to advance a bar of `rows`."""
     began = time.perf_counter()
     bar = progress_bar(rows // (setting.shard.of if setting.shard else 1), "row", what, show=setting.progress)
-    done: list[Tensor] = []
-
-    def noted() -> Iterator[Part]:
-        for index, part in parts(bar.update):
-            done.append(index.cpu())
-            yield index, part
-
     with torch.no_grad() if gradients else torch.inference_mode(), bar:
-        found = gathered(len(setting.batch), noted()) or _nothing(places)
-    log.info("%d places x %d pairs in %.1f s", len(places), len(setting.batch), time.perf_counter() - began)
-    which = torch.cat([torch.zeros(0, dtype=torch.long), *done]).sort().values
-    values, total, baseline = (found[name][..., which] for name in ("values", "total", "baseline"))
+        whole = setting.shard is None
+        which, found = gathered_all(setting, parts(bar.update)) if whole else gathered_some(places, parts(bar.update))
+    log.info("%d places x %d pairs in %.1f s", len(places), len(which), time.perf_counter() - began)
+    values, total, baseline = (found[name] for name in ("values", "total", "baseline"))
     record = replace(record, unsourced=int(total.isnan().sum()))
     record = record if setting.shard is None else record.saying(shard=str(setting.shard))
     return Effects(values, total, baseline, places, setting.some_pairs(found["d"], which), record)
+
+
+def gathered_all(setting: Setting, parts: Iterator[Part]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Every pair of a batch, and what was found of them."""
+    return torch.arange(len(setting.batch)), gathered(len(setting.batch), parts)
+
+
+def gathered_some(places: Sequence[Place], parts: Iterator[Part]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The pairs of a shard, in the batch's order, and what was found of them: no more than theirs is held."""
+    done = [(index.cpu(), {name: value.cpu() for name, value in part.items()}) for index, part in parts]
+    if not done:
+        return torch.arange(0), _nothing(places)
+    which = torch.cat([index for index, _ in done])
+    order = which.argsort()
+    return which[order], {name: torch.cat([part[name] for _, part in done], -1)[..., order] for name in done[0][1]}
 
 
 def _nothing(places: Sequence[Place]) -> dict[str, Tensor]:

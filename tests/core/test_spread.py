@@ -82,6 +82,14 @@ def test_more_shards_than_chunks_leave_some_empty_and_lose_nothing(tmp_path: Pat
     same(gather([Effects.load(tmp_path / f"{number}.parquet") for number in range(5)]), VERBS["patch_effects"]())
 
 
+def test_a_shard_holds_no_more_than_its_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of a worker is that of its pairs, however many the whole has."""
+    monkeypatch.setattr("clip_lens.core.sweep.gathered", lambda *_: pytest.fail("columns for every pair"))
+    part = VERBS["patch_effects"](executor=Shard(2, 3))
+    assert part.values.shape[1] == len(part.pairs) == 150 - 2 * 64
+    assert part.values.untyped_storage().nbytes() <= part.values.numel() * part.values.element_size()
+
+
 def test_what_is_missing_twice_or_foreign_is_named() -> None:
     run = VERBS["the mean over the whole batch"]
     one, two = run(executor=Shard(0, 2)), run(executor=Shard(1, 2))
